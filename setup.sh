@@ -36,6 +36,7 @@ saved=/var/lib/coap_websocket-setup        # what was there before the first run
 stage=/var/lib/coap_websocket-setup.new    # what this run prepares; not in /run or /tmp, where programs may not run
 pending=/run/coap_websocket-setup.restart  # exists while the service still runs with what was there before
 mark='# coap_websocket'                    # ends each of our lines in rc.local
+explained=false                            # has the fault that ends this run been named?
 
 main() {
     local address='' interface='' token_file='' password_file='' dry=false uninstall=false
@@ -58,13 +59,15 @@ main() {
         shift 2
     done
 
-    local here live=false explained=false
+    local here live=false lock
     here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
     [ "$(id -u)" = 0 ] || die "not root: run sudo bash setup.sh"
     command -v systemctl >/dev/null || die "no systemctl: this needs a system that runs systemd"
     command -v ip >/dev/null || die "no ip command: run apt install iproute2"
     # Not so while an image for a Pi is being made in a chroot: then the files are installed, for the Pi's first boot.
     [ -d /run/systemd/system ] && live=true
+    exec {lock}</var/lib
+    flock -n "$lock" || die "another setup.sh is running: wait for it"
     trap finish EXIT
     rm -rf "$stage"
     mkdir "$stage" || die "cannot write to /var/lib: is the file system read-only? (raspi-config: Overlay File System)"
@@ -102,7 +105,7 @@ change() {
 install() {
     local given_token=${BOT_TOKEN:-} given_password=${PASSWORD:-}
     unset BOT_TOKEN PASSWORD  # not for our children
-    local old_address='' old_interface='' listen='' manager=false version='' firmware='' token='' password=''
+    local old_address='' old_interface='' listen='' manager=false firmware='' token='' password='' restart=false
     choose_address
     check_places
     prepare_binary
@@ -118,6 +121,7 @@ install() {
     place config.ini "$etc/config.ini" 600 restart
     place env "$etc/.env" 600 restart
     place_in_firmware
+    drop_old_address
     place_rclocal
     place_address
     start
@@ -129,7 +133,7 @@ choose_address() {
     [ ! -e "$rclocal" ] || find_our_address "$rclocal"
     address=${address:-${old_address:-2001:470:7347:c810::1234/64}}
     interface=${interface:-${old_interface:-usb0}}
-    [[ $address =~ ^[[:xdigit:]]*:[[:xdigit:]:.]*/[0-9]+$ ]] && ip -6 addr show to "$address" >/dev/null 2>&1 ||
+    { [[ $address =~ ^[[:xdigit:]]*:[[:xdigit:]:.]*/[0-9]+$ ]] && ip -6 addr show to "$address" >/dev/null 2>&1; } ||
         die "$address is not an IPv6 address with its prefix length, such as 2001:470:7347:c810::1234/64"
     [[ $interface =~ ^[A-Za-z0-9_][A-Za-z0-9_.-]{0,14}$ ]] || die "$interface is not the name of an interface, such as usb0"
 }
@@ -155,12 +159,12 @@ check_places() {
 }
 
 prepare_binary() {
-    local source=$here/coap_websocket owner
+    local source=$here/coap_websocket owner version
     [ -f "$source" ] || source=$here/target/release/coap_websocket
     if [ ! -f "$source" ]; then
         # By the owner of the sources: it is their cargo, and root should own nothing in target/.
-        owner=$(stat -c %U "$here/Cargo.toml" 2>/dev/null) &&
-            runuser -l "$owner" -s /bin/sh -c 'command -v cargo' >/dev/null 2>&1 ||
+        owner=$(stat -c %U "$here/Cargo.toml" 2>/dev/null) || owner=nobody
+        runuser -l "$owner" -s /bin/sh -c 'command -v cargo' >/dev/null 2>&1 ||
             die 'no coap_websocket beside setup.sh and no cargo to build it: see "Getting the binary" in README.md'
         if $dry; then
             echo "$source: would be built"
@@ -252,10 +256,10 @@ ask() {
     elif $dry; then
         echo "$name: would be asked for"
     else
-        [ "$name" != password ] || silent=-s
+        [ "$name" != password ] || silent=s
         while :; do
             printf '%s (%s): ' "${name^}" "$rule" >&2
-            IFS= read -r $silent answer || die "no $name: nothing was changed"
+            IFS= read "-r$silent" answer || die "no $name: nothing was changed"
             [ -z "$silent" ] || echo >&2
             ! "$valid" "$answer" || break
             echo "That is not it." >&2
@@ -313,7 +317,7 @@ render_rclocal() {
     local file=$1 lines=() line dead=false
     local add="ip -6 addr add $address dev $interface"
     if [ -e "$file" ]; then
-        tr -d '\0' <"$file" | cmp -s - "$file" || die "$file is not a text file: move it away, then run this again"
+        [ "$(tr -d '\0' <"$file" | wc -c)" = "$(wc -c <"$file")" ] || die "$file is not a text file: move it away, then run this again"
         mapfile -t lines <"$file"
     fi
     if [[ ${lines[0]:-} != '#!'* ]]; then
@@ -331,7 +335,7 @@ render_rclocal() {
     done
 
     without_our_lines
-    without_last_exit
+    without_last_exit || true
     for line in "${lines[@]}"; do
         [[ ! $line =~ ^exit([[:space:]\;]|$) ]] ||
             die "$file has commands after \"$line\", which would come alive: delete them or that line, then run this again"
@@ -359,3 +363,276 @@ without_last_exit() {
     done
     $found
 }
+
+# ---- install: changes ------------------------------------------------------------------------------------------
+
+# Once, and whole or not at all: later runs would see their own work.
+save_what_is_there() {
+    local path
+    [ ! -d "$saved" ] || return 0
+    mkdir -p "$stage/saved/files"
+    for path in "$binary" "$unit" "$etc" "$connection" "$rclocal"; do
+        if [ -e "$path" ] || [ -L "$path" ]; then
+            cp -a --parents "$path" "$stage/saved/files"
+        fi
+    done
+    if [ "$(systemctl is-enabled coap_websocket 2>/dev/null)" = enabled ]; then touch "$stage/saved/enabled"; fi
+    if $live && systemctl is-active -q coap_websocket; then touch "$stage/saved/active"; fi
+    if $live && has_address "$address" "$interface"; then touch "$stage/saved/address"; fi
+    if [ -e /var/lib/coap_websocket ]; then touch "$stage/saved/state"; fi
+    if [ -e /var/log/coap_websocket ]; then touch "$stage/saved/log"; fi
+    sync
+    mv "$stage/saved" "$saved"
+}
+
+# put SOURCE TARGET MODE OWNER: whole or not at all.
+put() {
+    cp "$1" "$2.coap_websocket-new"
+    chown "$4" "$2.coap_websocket-new"
+    chmod "$3" "$2.coap_websocket-new"
+    sync "$2.coap_websocket-new"
+    mv -f "$2.coap_websocket-new" "$2"
+}
+
+# place NAME TARGET MODE [OWNER]: makes TARGET what was prepared as NAME.
+place() {
+    local new=$stage/$1 target=$2 mode=$3 owner=${4:-0:0} participle=installed
+    if [ -f "$target" ] && [ ! -L "$target" ]; then
+        if cmp -s "$new" "$target" && [ "$(stat -c %a:%u:%g "$target")" = "$mode:$owner" ]; then
+            echo "$target: unchanged"
+            return
+        fi
+        participle=changed
+    fi
+    case $target in
+        "$binary" | "$unit" | "$etc"/*)
+            restart=true
+            $dry || ! $live || : >"$pending"
+            ;;
+    esac
+    change "$target" $participle put "$new" "$target" "$mode" "$owner"
+}
+
+# The template becomes config.ini. One that is there already only gets the token.
+place_in_firmware() {
+    local template=$firmware/config.ini.template config=$firmware/config.ini from renamed=false
+    [ -n "$firmware" ] || return 0
+    from=$config
+    [ -e "$config" ] || from=$template
+    if [ "$from" = "$template" ] || [ -e "$saved/firmware$template" ]; then renamed=true; fi
+    with_value "$from" telegram bot_token "$token" >"$stage/firmware.ini"
+    if ! $dry && [ ! -e "$saved/firmware$template" ] && [ ! -e "$saved/firmware$config" ]; then
+        mkdir -p "$saved/firmware$firmware"
+        cp -a "$from" "$stage/firmware.before"
+        sync "$stage/firmware.before"
+        mv "$stage/firmware.before" "$saved/firmware$from"
+    fi
+    place firmware.ini "$config" 600 "$(stat -c %u:%g "$from")"
+    if $renamed && [ -e "$template" ]; then change "$template" removed rm "$template"; fi
+}
+
+place_rclocal() {
+    local mode=755 owner=0:0
+    if [ -e "$rclocal" ]; then
+        owner=$(stat -c %u:%g "$rclocal")
+        [ ! -x "$rclocal" ] || mode=$(stat -c %a "$rclocal")
+    fi
+    place rc.local "$rclocal" "$mode" "$owner"
+}
+
+# What rc.local and NetworkManager do at the next boot, now.
+place_address() {
+    if [ -e "$stage/connection" ]; then place connection "$connection" 600; fi
+    $live || return 0
+    if $manager && ! $dry; then nmcli connection reload; fi
+    if ! ip link show dev "$interface" >/dev/null 2>&1; then
+        echo "$interface: not there now, gets $address when the system starts with it"
+    elif has_address "$address" "$interface"; then
+        echo "$address on $interface: unchanged"
+    else
+        change "$address on $interface" added add_address
+    fi
+}
+
+add_address() {
+    if $manager; then nmcli -w 15 connection up coap_websocket ifname "$interface" >/dev/null 2>&1 || true; fi
+    has_address "$address" "$interface" || ip -6 addr add "$address" dev "$interface"
+}
+
+drop_old_address() {
+    [ "$old_address $old_interface" != "$address $interface" ] || return 0
+    if $live && [ -n "$old_address" ] && has_address "$old_address" "$old_interface"; then
+        change "$old_address on $old_interface" removed ip -6 addr del "$old_address" dev "$old_interface"
+    fi
+}
+
+# has_address ADDR/LEN IF
+has_address() {
+    [ -n "$(ip -6 -o addr show dev "$2" to "${1%/*}" 2>/dev/null)" ]
+}
+
+start() {
+    if [ "$(systemctl is-enabled coap_websocket 2>/dev/null)" = enabled ]; then
+        echo "start at boot: unchanged"
+    else
+        change "start at boot" enabled systemctl -q enable coap_websocket
+    fi
+    if ! $live; then
+        echo "service: starts when the system boots"
+    elif ! $restart && [ ! -e "$pending" ] && systemctl is-active -q coap_websocket; then
+        echo "service: unchanged, running"
+    else
+        change "service" restarted restart_service
+    fi
+}
+
+restart_service() {
+    systemctl daemon-reload
+    systemctl restart coap_websocket 2>/dev/null ||
+        die "the service does not start; it says why: sudo journalctl -u coap_websocket -n 20"
+    rm -f "$pending"
+}
+
+# As the service would, with its files and without what root has in its environment.
+report() {
+    local works=true
+    if $dry || ! $live; then return; fi
+    echo
+    (cd "$etc" && env -i STATE_DIRECTORY=/var/lib/coap_websocket "$binary" check) || works=false
+    cat <<'END'
+
+Watch it:   sudo systemctl status coap_websocket
+            sudo journalctl -fu coap_websocket
+END
+    $works || die "installed and running, but see what the check says above; then run this again"
+}
+
+# ---- uninstall -------------------------------------------------------------------------------------------------
+
+uninstall() {
+    local old_address='' old_interface='' path
+    if [ ! -d "$saved" ]; then
+        echo "Nothing to uninstall: setup.sh has installed nothing here."
+        return
+    fi
+    [ ! -e "$rclocal" ] || find_our_address "$rclocal"
+    if $live; then change service stopped stop_service; fi
+    change "start at boot" disabled disable_service
+    [ -e "$saved/state" ] || restore_nothing /var/lib/coap_websocket /var/lib/private/coap_websocket
+    [ -e "$saved/log" ] || restore_nothing /var/log/coap_websocket /var/log/private/coap_websocket
+
+    restore_rclocal
+    for path in "$binary" "$unit" "$etc/config.ini" "$etc/.env" "$connection"; do restore "$path"; done
+    if [ -d "$etc" ] && [ ! -d "$saved/files$etc" ]; then
+        if $dry || rmdir "$etc" 2>/dev/null; then change "$etc" removed true; else echo "$etc: kept, it holds files of yours"; fi
+    fi
+    shopt -s globstar nullglob
+    for path in "$saved"/firmware/**/config.ini{,.template}; do restore_firmware "${path#"$saved/firmware"}"; done
+    if ! $dry; then settle; fi
+}
+
+stop_service() {
+    if systemctl is-active -q coap_websocket; then systemctl stop coap_websocket; fi
+    rm -f "$pending"
+}
+
+disable_service() {
+    systemctl -q disable coap_websocket 2>/dev/null || true
+}
+
+# restore FILE: as it was before the first run.
+restore() {
+    if [ -e "$saved/files$1" ] || [ -L "$saved/files$1" ]; then
+        change "$1" restored put_back "$saved/files$1" "$1"
+    else
+        restore_nothing "$1"
+    fi
+    $dry || rm -f "$1.coap_websocket-new"
+}
+
+restore_nothing() {
+    local path
+    for path; do
+        if [ -e "$path" ] || [ -L "$path" ]; then change "$path" removed rm -rf "$path"; fi
+    done
+}
+
+put_back() {
+    cp -a "$1" "$2.coap_websocket-new"
+    sync "$2.coap_websocket-new"
+    mv -fT "$2.coap_websocket-new" "$2"
+}
+
+# The whole file where nobody edited it since; else only our lines go, and what they needed.
+restore_rclocal() {
+    local was=$saved/files$rclocal lines=() mode=755 address=$old_address interface=$old_interface
+    $dry || rm -f "$rclocal.coap_websocket-new"
+    [ -e "$rclocal" ] || return 0
+    mapfile -t lines <"$rclocal"
+    if ! grep -q "  $mark\$" "$rclocal"; then
+        # Our lines were not needed, or somebody took them out.
+        if [ -e "$was" ] && { cmp -s "$was" "$rclocal" || cmp -s "$was" <(tail -n +2 "$rclocal"); }; then restore "$rclocal"; fi
+        return 0
+    fi
+    render_rclocal "$was" >"$stage/rc.local"
+    if cmp -s "$stage/rc.local" "$rclocal"; then
+        restore "$rclocal"
+        return
+    fi
+
+    without_our_lines
+    if [ -e "$was" ]; then
+        mode=$(stat -c %a "$was")
+        had_last_exit "$was" || without_last_exit || true
+        if [ "$(head -c 2 "$was")" != '#!' ] && [ "${lines[0]:-}" = '#!/bin/sh' ]; then lines=("${lines[@]:1}"); fi
+    elif [ -z "$(without_last_exit; printf '%s' "${lines[@]:1}")" ]; then
+        restore_nothing "$rclocal"
+        return
+    fi
+    printf '%s\n' "${lines[@]}" >"$stage/rc.local"
+    change "$rclocal" "freed of our lines, kept with yours" \
+        put "$stage/rc.local" "$rclocal" "$mode" "$(stat -c %u:%g "$rclocal")"
+}
+
+had_last_exit() {
+    local lines
+    mapfile -t lines <"$1"
+    without_last_exit
+}
+
+# restore_firmware FILE: the firmware's config.ini.template (or its config.ini, if it had one) as it was, or with
+# what was edited in it since, but without the token.
+restore_firmware() {
+    local original=$1 config=${1%.template} was=$saved/firmware$1
+    if [ -e "$config" ]; then
+        with_value "$was" telegram bot_token "$(value_of "$config" telegram bot_token)" >"$stage/firmware.ini"
+        if ! cmp -s "$stage/firmware.ini" "$config"; then
+            with_value "$config" telegram bot_token "$(value_of "$was" telegram bot_token)" >"$stage/firmware.ini"
+            change "$original" "restored with your edits, without the token" \
+                put "$stage/firmware.ini" "$original" "$(stat -c %a "$was")" "$(stat -c %u:%g "$was")"
+        else
+            change "$original" restored put_back "$was" "$original"
+        fi
+        [ "$config" = "$original" ] || restore_nothing "$config"
+    elif [ ! -e "$original" ] && [ -d "${original%/*}" ]; then
+        change "$original" restored put_back "$was" "$original"
+    fi
+    $dry || rm -f "$original.coap_websocket-new" "$config.coap_websocket-new"
+}
+
+# The system takes up what is there again; only then what was saved goes.
+settle() {
+    if $live; then
+        systemctl daemon-reload
+        if systemctl is-active -q NetworkManager; then nmcli connection reload; fi
+        if [ ! -e "$saved/address" ] && [ -n "$old_address" ] && has_address "$old_address" "$old_interface"; then
+            change "$old_address on $old_interface" removed ip -6 addr del "$old_address" dev "$old_interface"
+        fi
+    fi
+    if [ -e "$saved/enabled" ]; then change "start at boot" restored systemctl -q enable coap_websocket; fi
+    if $live && [ -e "$saved/active" ]; then change "service" "started as before" systemctl start coap_websocket; fi
+    mv "$saved" "$stage/saved"
+    echo "coap_websocket is gone."
+}
+
+main "$@"
