@@ -116,10 +116,10 @@ install() {
 
     $dry || save_what_is_there
     [ -d "$etc" ] || change "$etc" created mkdir -m 755 "$etc"
-    place binary "$binary" 755 restart
-    place unit "$unit" 644 restart
-    place config.ini "$etc/config.ini" 600 restart
-    place env "$etc/.env" 600 restart
+    place binary "$binary" 755
+    place unit "$unit" 644
+    place config.ini "$etc/config.ini" 600
+    place env "$etc/.env" 600
     place_in_firmware
     drop_old_address
     place_rclocal
@@ -214,8 +214,6 @@ prepare_settings() {
         "8 characters or more, without white space"
     with_value "$etc/config.ini" telegram bot_token "$token" >"$stage/config.ini"
 
-    # The gateway takes a pair of quotes around a value away.
-    [[ $password != [\'\"]* ]] || password=\"$password\"
     with_value "$etc/.env" '' PASSWORD "$password" >"$stage/env"
     # What somebody wrote there by hand stays (:: for every interface) until another address is asked for.
     if [ -n "$listen" ] || [ -z "$(value_of "$stage/env" '' COAP_SERVER_IP)" ]; then
@@ -225,12 +223,9 @@ prepare_settings() {
         mv "$stage/env.listen" "$stage/env"
     fi
 
-    firmware=$here/../src
-    if [ -e "$firmware/config.ini.template" ]; then
-        firmware=$(cd "$firmware" && pwd)
-    else
-        firmware=''
-    fi
+    # Where the script stands in the firmware's repository, its build wants the token too.
+    firmware=$(cd "$here/../src" 2>/dev/null && pwd) || firmware=/nowhere
+    [ -e "$firmware/config.ini.template" ] || [ -d "$saved/firmware$firmware" ] || firmware=''
 }
 
 is_token() { [[ $1 =~ ^[0-9]+:[A-Za-z0-9_-]{30,}$ ]]; }
@@ -267,8 +262,8 @@ ask() {
     fi
 }
 
-# Looks for KEY in a section of FILE (no section: the whole file). Sets `lines`, `at`: the index of its last line,
-# `head`: that of the section's header, and `value`.
+# Looks for KEY in a section of FILE (no section: in a file of variables). Sets `lines`, `at`: the index of its last
+# line, `head`: that of the section's header, and `value`.
 find_key() {
     local file=$1 section=$2 key=$3 now='' i
     lines=() at='' head='' value=''
@@ -283,13 +278,14 @@ find_key() {
         fi
     done
     value=${value%"${value##*[![:space:]]}"}
+    # The gateway takes a pair of quotes around a variable away.
+    if [[ -z $section && $value =~ ^(\"(.*)\"|\'(.*)\')$ ]]; then value=${BASH_REMATCH[2]}${BASH_REMATCH[3]}; fi
 }
 
 # value_of FILE SECTION KEY
 value_of() {
     local lines at head value
     find_key "$@"
-    [[ ! $value =~ ^(\"(.*)\"|\'(.*)\')$ ]] || value=${BASH_REMATCH[2]}${BASH_REMATCH[3]}
     printf '%s' "$value"
 }
 
@@ -297,8 +293,17 @@ value_of() {
 with_value() {
     local lines at head value line
     find_key "$1" "$2" "$3"
-    line=$3=$4
-    [ -z "$2" ] || line="$3 = $4"
+    if [ -n "$at" ] && [ "$value" = "$4" ]; then
+        cat "$1"
+        return
+    fi
+    if [ -n "$2" ]; then
+        line="$3 = $4"
+    elif [[ $4 = [\'\"]* ]]; then
+        line=$3=\"$4\"
+    else
+        line=$3=$4
+    fi
     if [ -n "$at" ]; then
         lines[at]=$line
     elif [ -n "$head" ]; then
@@ -314,13 +319,14 @@ with_value() {
 
 # render_rclocal FILE: its text with our lines before the one `exit 0` at its end.
 render_rclocal() {
-    local file=$1 lines=() line dead=false
+    local file=$1 lines=() line dead=false headless=false
     local add="ip -6 addr add $address dev $interface"
     if [ -e "$file" ]; then
         [ "$(tr -d '\0' <"$file" | wc -c)" = "$(wc -c <"$file")" ] || die "$file is not a text file: move it away, then run this again"
         mapfile -t lines <"$file"
     fi
     if [[ ${lines[0]:-} != '#!'* ]]; then
+        headless=true
         lines=('#!/bin/sh' "${lines[@]}")
     elif [[ ! ${lines[0]} =~ ^'#!'\ *(/usr)?/bin/(env\ +)?(ba|da)?sh(\ .*)?$ ]]; then
         die "$file is not a shell script (${lines[0]}): move it away, then run this again"
@@ -329,7 +335,9 @@ render_rclocal() {
     for line in "${lines[@]}"; do
         [[ ! $line =~ ^exit([[:space:]\;]|$) ]] || dead=true
         if ! $dead && [[ $line =~ ^[[:space:]]*"$add"([[:space:]\;|]|$) ]]; then
-            printf '%s\n' "${lines[@]}"  # ours, or written by hand
+            # There already, from an earlier run or by hand.
+            if $headless; then echo '#!/bin/sh'; fi
+            cat "$file"
             return
         fi
     done
