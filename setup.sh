@@ -70,7 +70,7 @@ main() {
     flock -n "$lock" || die "another setup.sh is running: wait for it"
     trap finish EXIT
     rm -rf "$stage"
-    mkdir "$stage" || die "cannot write to /var/lib: is the file system read-only? (raspi-config: Overlay File System)"
+    mkdir "$stage" 2>/dev/null || die "cannot write to /var/lib: is the file system read-only? (raspi-config: Overlay File System)"
     if $uninstall; then uninstall; else install; fi
 }
 
@@ -111,6 +111,7 @@ install() {
     prepare_binary
     cp "$here/coap_websocket.service" "$stage/unit"
     render_rclocal "$rclocal" >"$stage/rc.local"
+    bash -n "$stage/rc.local" 2>/dev/null || die "$rclocal is not valid (see sh -n $rclocal): mend it, then run this again"
     prepare_connection
     prepare_settings
 
@@ -329,7 +330,7 @@ render_rclocal() {
         headless=true
         lines=('#!/bin/sh' "${lines[@]}")
     elif [[ ! ${lines[0]} =~ ^'#!'\ *(/usr)?/bin/(env\ +)?(ba|da)?sh(\ .*)?$ ]]; then
-        die "$file is not a shell script (${lines[0]}): move it away, then run this again"
+        die "$file is not a shell script (${lines[0]@Q}): move it away, then run this again"
     fi
 
     for line in "${lines[@]}"; do
@@ -346,7 +347,7 @@ render_rclocal() {
     without_last_exit || true
     for line in "${lines[@]}"; do
         [[ ! $line =~ ^exit([[:space:]\;]|$) ]] ||
-            die "$file has commands after \"$line\", which would come alive: delete them or that line, then run this again"
+            die "$file has \"$line\" before its end; what follows would come alive: delete one of them, then run this again"
     done
     # None of ours can end the script, not even under -e.
     lines+=("sleep 1  $mark" "$add || true  $mark" 'exit 0')
