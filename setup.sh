@@ -69,6 +69,7 @@ main() {
     exec {lock}</var/lib
     flock -n "$lock" || die "another setup.sh is running: wait for it"
     trap finish EXIT
+    trap 'exit 130' INT TERM HUP
     rm -rf "$stage"
     mkdir "$stage" 2>/dev/null || die "cannot write to /var/lib: is the file system read-only? (raspi-config: Overlay File System)"
     if $uninstall; then uninstall; else install; fi
@@ -106,8 +107,8 @@ install() {
     local given_token=${BOT_TOKEN:-} given_password=${PASSWORD:-}
     unset BOT_TOKEN PASSWORD  # not for our children
     local old_address='' old_interface='' listen='' manager=false firmware='' token='' password='' restart=false
-    choose_address
     check_places
+    choose_address
     prepare_binary
     cp "$here/coap_websocket.service" "$stage/unit"
     render_rclocal "$rclocal" >"$stage/rc.local"
@@ -239,7 +240,7 @@ ask() {
     local name=$2 file=$3 given=$4 installed=$5 valid=$6 rule=$7 silent=''
     if [ -n "$file" ] && [ "$file" != - ]; then
         given=''
-        { IFS= read -r given || [ -n "$given" ]; } <"$file" || die "cannot read the $name from $file"
+        { { IFS= read -r given || [ -n "$given" ]; } <"$file"; } 2>/dev/null || die "cannot read the $name from $file"
         given=${given%$'\r'}
     fi
     if [ "$file" != - ] && [ -n "$given" ]; then
@@ -524,7 +525,7 @@ uninstall() {
         echo "Nothing to uninstall: setup.sh has installed nothing here."
         return
     fi
-    [ ! -e "$rclocal" ] || find_our_address "$rclocal"
+    [ ! -f "$rclocal" ] || find_our_address "$rclocal"
     if $live; then change service stopped stop_service; fi
     change "start at boot" disabled disable_service
     [ -e "$saved/state" ] || restore_nothing /var/lib/coap_websocket /var/lib/private/coap_websocket
@@ -576,7 +577,7 @@ put_back() {
 restore_rclocal() {
     local was=$saved/files$rclocal lines=() mode=755 address=$old_address interface=$old_interface
     $dry || rm -f "$rclocal.coap_websocket-new"
-    [ -e "$rclocal" ] || return 0
+    [ -f "$rclocal" ] || return 0
     mapfile -t lines <"$rclocal"
     if ! grep -q "  $mark\$" "$rclocal"; then
         # Our lines were not needed, or somebody took them out.
