@@ -456,7 +456,7 @@ place_address() {
     $live || return 0
     if $manager && ! $dry; then nmcli connection reload; fi
     if ! ip link show dev "$interface" >/dev/null 2>&1; then
-        echo "$interface: not there now, gets $address when the system starts with it"
+        echo "$interface: not there now; once it is plugged in, run this again or reboot to give it $address"
     elif has_address "$address" "$interface"; then
         echo "$address on $interface: unchanged"
     else
