@@ -123,7 +123,7 @@ install() {
     place config.ini "$etc/config.ini" 600
     place env "$etc/.env" 600
     place_in_firmware
-    drop_old_address
+    [ "$old_address $old_interface" = "$address $interface" ] || drop_old_address
     place_rclocal
     place_address
     start
@@ -470,7 +470,6 @@ add_address() {
 }
 
 drop_old_address() {
-    [ "$old_address $old_interface" != "$address $interface" ] || return 0
     if $live && [ -n "$old_address" ] && has_address "$old_address" "$old_interface"; then
         change "$old_address on $old_interface" removed ip -6 addr del "$old_address" dev "$old_interface"
     fi
@@ -531,6 +530,7 @@ uninstall() {
     [ -e "$saved/state" ] || restore_nothing /var/lib/coap_websocket /var/lib/private/coap_websocket
     [ -e "$saved/log" ] || restore_nothing /var/log/coap_websocket /var/log/private/coap_websocket
 
+    [ -e "$saved/address" ] || drop_old_address
     restore_rclocal
     for path in "$binary" "$unit" "$etc/config.ini" "$etc/.env" "$connection"; do restore "$path"; done
     if [ -d "$etc" ] && [ ! -d "$saved/files$etc" ]; then
@@ -635,9 +635,6 @@ settle() {
     if $live; then
         systemctl daemon-reload
         if systemctl is-active -q NetworkManager; then nmcli connection reload; fi
-        if [ ! -e "$saved/address" ] && [ -n "$old_address" ] && has_address "$old_address" "$old_interface"; then
-            change "$old_address on $old_interface" removed ip -6 addr del "$old_address" dev "$old_interface"
-        fi
     fi
     if [ -e "$saved/enabled" ]; then change "start at boot" restored systemctl -q enable coap_websocket; fi
     if $live && [ -e "$saved/active" ]; then change "service" "started as before" systemctl start coap_websocket; fi
