@@ -422,6 +422,11 @@ impl BotApi {
         self.shared.lock().seen.clone()
     }
 
+    /// The calls after the first `known` ones.
+    pub fn calls_after(&self, known: usize) -> Vec<Call> {
+        self.shared.lock().seen.calls[known..].to_vec()
+    }
+
     pub fn texts_to(&self, chat: impl ToString) -> Vec<String> {
         self.shared.lock().seen.texts_to(chat)
     }
