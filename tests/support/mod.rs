@@ -112,3 +112,51 @@ pub fn in_parallel<Case: Sync>(cases: &[(&str, Case)], check: impl Fn(&Case) + S
     });
     assert!(failed.is_empty(), "failed cases: {failed:?}");
 }
+
+/// A stand-in and a gateway that uses it, as most tests need them.
+pub fn start() -> (BotApi, Gateway) {
+    let api = BotApi::start();
+    let gateway = Gateway::start(&api);
+    (api, gateway)
+}
+
+/// The payload of POST /message as the firmware writes it.
+pub fn message(api: &BotApi, chats: &str, text: &str) -> String {
+    form(&api.url(), api.token(), chats, text)
+}
+
+/// The payload of POST /update.
+pub fn update(api: &BotApi) -> String {
+    format!("url={}&token={}", api.url(), api.token())
+}
+
+/// A whole poll by a mote, acknowledged: the tokens, or `No Updates`.
+#[track_caller]
+pub fn poll(mote: &Mote, api: &BotApi) -> String {
+    let response = mote.post_separate("update", update(api));
+    let tokens = response.text();
+    let code = if tokens == "No Updates" {
+        "2.03"
+    } else {
+        "2.05"
+    };
+    assert_eq!(response.code(), code, "{response}");
+    tokens
+}
+
+/// Numbers for tests that need many different ones, the same in every run (SplitMix64).
+pub struct Numbers(pub u64);
+
+impl Numbers {
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    pub fn below(&mut self, limit: usize) -> usize {
+        (self.next() % limit as u64) as usize
+    }
+}

@@ -346,6 +346,16 @@ impl Mote {
 
     pub fn try_receive(&self, limit: Duration) -> Option<Message> {
         let bytes = self.receive_raw(limit)?;
+        for secret in [super::TOKEN, super::PASSWORD] {
+            let leaked = bytes
+                .windows(secret.len())
+                .any(|window| window == secret.as_bytes());
+            assert!(
+                !leaked,
+                "the gateway sent a secret: {:?}",
+                String::from_utf8_lossy(&bytes)
+            );
+        }
         Some(
             Message::decode(&bytes)
                 .unwrap_or_else(|| panic!("the gateway sent a malformed message: {bytes:02x?}")),
