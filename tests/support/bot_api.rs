@@ -410,7 +410,11 @@ impl BotApi {
         let _ = thread.join();
     }
 
+    /// Listens again on the same port, if it does not.
     pub fn accept_again(&self) {
+        if self.listener.lock().unwrap().is_some() {
+            return;
+        }
         self.shared.lock().stopped = false;
         let listener = TcpListener::bind(self.address).expect("listen on the same port again");
         *self.listener.lock().unwrap() = Some(accept(Arc::clone(&self.shared), listener));
