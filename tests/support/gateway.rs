@@ -50,6 +50,8 @@ pub struct Setup {
     pub dotenv: Option<String>,
     /// The environment, in full.
     pub env: Vec<(String, String)>,
+    /// Variables that are not set although they usually are.
+    pub removed: Vec<&'static str>,
     /// What must never be seen in what the gateway writes.
     pub secrets: Vec<String>,
 }
@@ -69,6 +71,7 @@ impl Setup {
                 "SSL_CERT_FILE".to_string(),
                 api.ca_path().display().to_string(),
             )],
+            removed: Vec::new(),
             secrets: vec![api.token().to_string(), PASSWORD.to_string()],
         }
     }
@@ -84,6 +87,12 @@ impl Setup {
     pub fn env(mut self, name: &str, value: impl ToString) -> Self {
         self.env.retain(|(other, _)| other != name);
         self.env.push((name.to_string(), value.to_string()));
+        self
+    }
+
+    /// Without a variable that would be there otherwise.
+    pub fn without(mut self, name: &'static str) -> Self {
+        self.removed.push(name);
         self
     }
 
@@ -116,6 +125,9 @@ impl Setup {
             .env("COAP_SERVER_IP", &self.ip)
             .env("COAP_SERVER_PORT", port.to_string());
         command.envs(self.env.iter().map(|(name, value)| (name, value)));
+        for name in &self.removed {
+            command.env_remove(name);
+        }
         command
     }
 
@@ -192,22 +204,44 @@ impl Gateway {
 
     /// Started after `prepare` has put files into its working directory.
     pub fn prepared(setup: Setup, prepare: impl FnOnce(&Path)) -> Self {
-        let directory = TempDir::new();
-        fs::create_dir(directory.join("work")).unwrap();
-        setup.write_files(&directory.join("work"));
-        prepare(&directory.join("work"));
-        let mut gateway = Self {
-            setup,
-            port: free_udp_port(),
-            child: None,
-            directory,
-        };
+        let mut gateway = Self::stopped(setup);
+        prepare(&gateway.directory());
         gateway.restart();
         gateway
     }
 
+    /// Its files are there, but it does not run yet.
+    pub fn stopped(setup: Setup) -> Self {
+        let directory = TempDir::new();
+        fs::create_dir(directory.join("work")).unwrap();
+        setup.write_files(&directory.join("work"));
+        Self {
+            setup,
+            port: free_udp_port(),
+            child: None,
+            directory,
+        }
+    }
+
     /// Kills the gateway if it runs, and starts it in the same directory and on the same port.
     pub fn restart(&mut self) {
+        self.launch();
+        let mote = Mote::new(self.address());
+        let end = Instant::now() + Duration::from_secs(10);
+        while !mote.ping(Duration::from_millis(20)) {
+            if let Some(status) = self.child.as_mut().unwrap().try_wait().unwrap() {
+                panic!("the gateway ended with {status}:\n{}", self.output());
+            }
+            assert!(
+                Instant::now() < end,
+                "the gateway does not answer a ping:\n{}",
+                self.output()
+            );
+        }
+    }
+
+    /// As [`Gateway::restart`], without waiting until it answers.
+    pub fn launch(&mut self) {
         self.kill9();
         let stream = |name| {
             File::options()
@@ -223,18 +257,6 @@ impl Gateway {
             .spawn();
         self.child =
             Some(child.unwrap_or_else(|error| panic!("start {}: {error}", binary().display())));
-        let mote = Mote::new(self.address());
-        let end = Instant::now() + Duration::from_secs(10);
-        while !mote.ping(Duration::from_millis(20)) {
-            if let Some(status) = self.child.as_mut().unwrap().try_wait().unwrap() {
-                panic!("the gateway ended with {status}:\n{}", self.output());
-            }
-            assert!(
-                Instant::now() < end,
-                "the gateway does not answer a ping:\n{}",
-                self.output()
-            );
-        }
     }
 
     /// Ends the gateway at once, in the middle of whatever it does.
@@ -252,7 +274,18 @@ impl Gateway {
     }
 
     pub fn address(&self) -> SocketAddr {
-        SocketAddr::new(self.setup.ip.parse().expect("a literal address"), self.port)
+        let (ip, zone) = self
+            .setup
+            .ip
+            .split_once('%')
+            .unwrap_or((&self.setup.ip, ""));
+        let mut address = SocketAddr::new(ip.parse().expect("a literal address"), self.port);
+        if let SocketAddr::V6(address) = &mut address
+            && let Ok(index) = fs::read_to_string(format!("/sys/class/net/{zone}/ifindex"))
+        {
+            address.set_scope_id(index.trim().parse().unwrap());
+        }
+        address
     }
 
     pub fn pid(&self) -> u32 {
