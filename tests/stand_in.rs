@@ -1,4 +1,4 @@
-//! The stand-in Bot API itself, asked by a client of its own: a test that trusts it must not be fooled by it.
+//! The stand-ins themselves: a test that trusts them must not be fooled by them.
 
 mod support;
 
@@ -6,14 +6,19 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use support::*;
-use ureq::Agent;
 use ureq::tls::{Certificate as Pem, RootCerts, TlsConfig};
+use ureq::{Agent, Proxy as ProxySetting};
 
 fn client(api: &BotApi) -> Agent {
+    client_through(api, None)
+}
+
+fn client_through(api: &BotApi, proxy: Option<&str>) -> Agent {
     let pem = std::fs::read(api.ca_path()).unwrap();
     let roots = RootCerts::new_with_certs(&[Pem::from_pem(&pem).unwrap()]);
     let config = Agent::config_builder()
         .http_status_as_error(false)
+        .proxy(proxy.map(|url| ProxySetting::new(url).unwrap()))
         .timeout_global(Some(Duration::from_secs(2)))
         .tls_config(TlsConfig::builder().root_certs(roots).build());
     config.build().into()
@@ -212,5 +217,87 @@ fn emulates_a_distance() {
             (200 * round_trips..200 * round_trips + 190).contains(&taken),
             "{what}: {taken} ms"
         );
+    }
+}
+
+/// A thousand messages in a second or so, so that it is never the stand-in that a measurement shows.
+#[test]
+fn is_fast() {
+    let api = BotApi::start();
+    let client = client(&api);
+    let start = Instant::now();
+    for number in 0..1000 {
+        let body = json!({"chat_id": number % 10, "text": "hi"});
+        assert_eq!(
+            ask(&client, &api, TOKEN, "sendMessage", &body).unwrap().0,
+            200
+        );
+    }
+    assert!(
+        start.elapsed() < Duration::from_secs(5),
+        "took {:?}",
+        start.elapsed()
+    );
+    assert_eq!(api.seen().sent.len(), 1000);
+}
+
+#[test]
+fn the_proxy_leads_one_name_only() {
+    let names = vec!["api.telegram.org".to_string()];
+    let api = BotApi::with(BotApiOptions {
+        names,
+        ..BotApiOptions::default()
+    });
+    let proxy = Proxy::start("api.telegram.org:443", api.address());
+    let client = client_through(&api, Some(&proxy.url()));
+    let answer = client
+        .get(format!("https://api.telegram.org/bot{TOKEN}/getMe"))
+        .call()
+        .unwrap();
+    assert_eq!(answer.status(), 200);
+    assert!(
+        client
+            .get(format!("https://localhost/bot{TOKEN}/getMe"))
+            .call()
+            .is_err()
+    );
+    assert_eq!(proxy.asked(), ["api.telegram.org:443", "localhost:443"]);
+    assert_eq!(api.count("getMe"), 1);
+}
+
+/// The mote's bytes are the firmware's bytes.
+#[test]
+fn motes_write_what_the_firmware_writes() {
+    for name in [
+        "message_all_three_chats",
+        "message_all_two_chats",
+        "message_one_chat_text_with_separators",
+        "update",
+    ] {
+        let bytes = firmware(name);
+        let message = Message::decode(&bytes).expect("a message");
+        assert_eq!(message.encode(), bytes, "{name}");
+        let path = name.split('_').next().unwrap();
+        let written = Message::new(Kind::Con, POST, message.id)
+            .token(&message.token)
+            .path(path);
+        assert_eq!(written.payload(&message.payload).encode(), bytes, "{name}");
+    }
+    // Long options, and what a strict reader refuses.
+    let long = Message::new(Kind::Con, GET, 1)
+        .option(URI_PATH, [b'x'; 300])
+        .option(REQUEST_TAG, [b'y'; 20]);
+    assert_eq!(Message::decode(&long.encode()), Some(long));
+    for malformed in [
+        "",
+        "400212",
+        "80021234",
+        "49021234",
+        "40021234f0",
+        "40021234ff",
+        "40001234ff61",
+        "40021234b2",
+    ] {
+        assert_eq!(Message::decode(&hex(malformed)), None, "{malformed}");
     }
 }
