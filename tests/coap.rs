@@ -487,7 +487,7 @@ fn a_hanging_telegram() {
 #[test]
 fn too_many_requests_at_once() {
     let (api, gateway) = start();
-    api.fail(every("sendMessage"), Fault::Late(ms(2000)));
+    api.fail(every("sendMessage"), Fault::Late(ms(3000)));
     let motes: Vec<Mote> = (0..40).map(|_| Mote::new(gateway.address())).collect();
     let requests: Vec<Message> = motes
         .iter()
@@ -498,7 +498,7 @@ fn too_many_requests_at_once() {
         mote.send(request);
     }
     let taken = |mote: &Mote, request: &Message| {
-        mote.try_receive(ms(10)) == Some(Message::new(Ack, 0, request.id))
+        mote.try_receive(ms(100)) == Some(Message::new(Ack, 0, request.id))
     };
     let left: Vec<usize> = (0..40)
         .filter(|&number| !taken(&motes[number], &requests[number]))
