@@ -231,7 +231,8 @@ pub struct BotApi {
     authority: Authority,
     names: Vec<String>,
     ca_path: PathBuf,
-    _directory: TempDir,
+    /// Holds the certificate, unless it was wanted elsewhere.
+    _directory: Option<TempDir>,
 }
 
 impl BotApi {
@@ -240,9 +241,10 @@ impl BotApi {
     }
 
     pub fn with(options: BotApiOptions) -> Self {
-        let directory = TempDir::new();
         let authority = Authority::new();
-        let ca_path = options.ca_path.unwrap_or_else(|| directory.join("ca.pem"));
+        let directory = options.ca_path.is_none().then(TempDir::new);
+        let temporary = || directory.as_ref().unwrap().join("ca.pem");
+        let ca_path = options.ca_path.unwrap_or_else(temporary);
         fs::write(&ca_path, &authority.pem)
             .unwrap_or_else(|error| panic!("write {}: {error}", ca_path.display()));
         let mut names = vec![
