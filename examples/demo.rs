@@ -1,0 +1,203 @@
+//! The gateway at work, without a Pi, a mote or a bot: `cargo run --example demo`.
+//!
+//! Starts a stand-in for Telegram's Bot API and the real gateway on loopback, plays a mote and two people, and prints
+//! what they say to each other. Ends with an error if anything in the story did not happen.
+
+#[path = "../tests/support/mod.rs"]
+mod support;
+
+use std::path::Path;
+use std::process::{Command, ExitCode};
+use std::time::Duration;
+use std::{env, thread};
+
+use support::{BotApi, Gateway, Message, Mote, PASSWORD, TOKEN, form, update};
+
+const ADA: i64 = 1_234_567_890;
+const BOB: i64 = 2_345_678_901;
+
+fn main() -> ExitCode {
+    build_gateway();
+    let api = BotApi::start();
+    let gateway = Gateway::start(&api);
+    println!("Telegram's Bot API is played by {}", api.url());
+    println!(
+        "The gateway listens on          coap://{}",
+        gateway.address()
+    );
+    let mut story = Story {
+        mote: Mote::new(gateway.address()),
+        api: &api,
+        told: 0,
+        missing: Vec::new(),
+    };
+    story.tell();
+    let missing = story.missing;
+    if missing.is_empty() {
+        println!("\nEverything happened as it should.");
+        return ExitCode::SUCCESS;
+    }
+    println!("\nThis did not happen:");
+    missing.iter().for_each(|what| println!("  - {what}"));
+    println!("\nThe gateway's log:\n{}", gateway.log());
+    ExitCode::FAILURE
+}
+
+/// `cargo run --example` builds the example, but not the program that it needs.
+fn build_gateway() {
+    let example = env::current_exe().expect("path of this executable");
+    let profile = example
+        .parent()
+        .and_then(Path::parent)
+        .expect("target/<profile>/examples/");
+    let name = match profile.file_name().and_then(|name| name.to_str()) {
+        Some("debug") | None => "dev",
+        Some(name) => name,
+    };
+    let mut cargo = Command::new(env::var_os("CARGO").unwrap_or(env!("CARGO").into()));
+    cargo.args([
+        "build",
+        "--quiet",
+        "--bin",
+        "coap_websocket",
+        "--profile",
+        name,
+    ]);
+    cargo
+        .arg("--manifest-path")
+        .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.toml"));
+    cargo
+        .arg("--target-dir")
+        .arg(profile.parent().expect("target/"));
+    let built = cargo.status().expect("run cargo");
+    assert!(built.success(), "the gateway does not build");
+}
+
+struct Story<'a> {
+    api: &'a BotApi,
+    mote: Mote,
+    /// How many of the bot's texts were shown.
+    told: usize,
+    /// What should have happened and did not.
+    missing: Vec<String>,
+}
+
+impl Story<'_> {
+    fn tell(&mut self) {
+        title("The mote asks what people want. Nobody has written yet.");
+        self.poll("No Updates");
+
+        title("Ada finds the bot. She wants a report every 5 minutes. Bob is curious, too.");
+        self.writes(ADA, "Ada", "hello");
+        let secret = self.writes(ADA, "Ada", &format!("config {PASSWORD} interval 5"));
+        self.writes(BOB, "Bob", "hi");
+
+        title("The mote asks again: a new user, another interval, one more user.");
+        self.poll("Ada:1234567890;i5;Bob:2345678901");
+        self.bot_writes(3);
+        let deleted = self
+            .api
+            .wait_until(Duration::from_secs(5), |seen| !seen.deleted.is_empty());
+        self.check(
+            deleted && self.api.seen().deleted == [(ADA.to_string(), secret)],
+            "the password leaves the chat",
+        );
+        println!("bot   -> Telegram  deletes Ada's message with the password");
+
+        title("Bob has seen enough.");
+        self.writes(BOB, "Bob", "remove me");
+        self.poll("r2345678901");
+        self.bot_writes(1);
+
+        title(
+            "The mote reports its temperature to all. Its list is an old one: Bob is still on it.",
+        );
+        let report = form(
+            &self.api.url(),
+            TOKEN,
+            "1234567890,2345678901",
+            "CPU Temperature: 25.00 °C\n",
+        );
+        let answer = self.exchange("message", &report);
+        self.check(answer.code() == "2.05", "the report is accepted");
+        self.bot_writes(1);
+        let reports = |chat: i64| {
+            self.api
+                .texts_to(chat)
+                .iter()
+                .filter(|text| text.contains("25.00 °C"))
+                .count()
+        };
+        let (ada, bob) = (reports(ADA), reports(BOB));
+        self.check(ada == 1, "Ada gets the report, once");
+        self.check(bob == 0, "Bob gets no report any more");
+    }
+
+    fn check(&mut self, happened: bool, what: &str) {
+        if !happened {
+            self.missing.push(what.to_string());
+        }
+    }
+
+    /// Somebody writes to the bot.
+    fn writes(&self, chat: i64, name: &str, text: &str) -> i64 {
+        println!(
+            "{name:<5} -> bot       {:?}",
+            text.replace(PASSWORD, "<password>")
+        );
+        self.api.person_writes(chat, name, text)
+    }
+
+    /// Shows what the bot has written since the last time, when it is as much as expected.
+    fn bot_writes(&mut self, count: usize) {
+        let (known, wanted) = (self.told, self.told + count);
+        let came = self
+            .api
+            .wait_until(Duration::from_secs(5), |seen| seen.sent.len() >= wanted);
+        thread::sleep(Duration::from_millis(100)); // time for one too many
+        let sent = self.api.seen().sent;
+        for sent in &sent[known..] {
+            let name = if sent.chat == ADA.to_string() {
+                "Ada"
+            } else {
+                "Bob"
+            };
+            println!("bot   -> {name:<9} {:?}", sent.text);
+        }
+        self.told = sent.len();
+        self.check(
+            came && sent.len() == wanted,
+            &format!("the bot writes {count} texts (not {})", sent.len() - known),
+        );
+    }
+
+    /// The mote asks for news.
+    fn poll(&mut self, expected: &str) {
+        let answer = self.exchange("update", &update(self.api));
+        self.check(
+            answer.text() == expected,
+            &format!("the mote hears {expected:?}"),
+        );
+    }
+
+    /// One POST of the mote: the request, the empty ACK, the response when Telegram has answered, and its ACK.
+    fn exchange(&self, path: &str, payload: &str) -> Message {
+        let request = self.mote.post(path, payload);
+        println!("mote  -> gateway   {}", shown(&request));
+        self.mote.begin(&request);
+        println!("mote  <- gateway   ACK empty [ID {:04x}]", request.id);
+        let response = self.mote.response(&request);
+        println!("mote  <- gateway   {}", shown(&response));
+        self.mote.acknowledge(&response);
+        println!("mote  -> gateway   ACK empty [ID {:04x}]", response.id);
+        response
+    }
+}
+
+fn title(text: &str) {
+    println!("\n{text}");
+}
+
+fn shown(message: &Message) -> String {
+    message.to_string().replace(TOKEN, "<bot token>")
+}

@@ -1,0 +1,162 @@
+//! What the tests, the demo and the benches share: everything that surrounds the gateway, played on loopback.
+//!
+//! [`BotApi`] stands in for Telegram, [`Gateway`] runs the real binary in a directory of its own, [`Mote`] speaks CoAP
+//! to it with bytes made by hand (so that the gateway's codec is not tested against itself).
+
+// Each test program uses a part of this.
+#![allow(dead_code, unused_imports)]
+
+mod bot_api;
+mod certificates;
+mod gateway;
+mod mote;
+mod proxy;
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+use std::{env, fs, process, thread};
+
+pub use bot_api::{
+    BotApi, BotApiOptions, Call, ConnectionFault, Fault, Seen, Sent, When, every, next,
+};
+pub use certificates::Certificate;
+pub use gateway::{Finished, Gateway, PASSWORD, Setup, binary, free_udp_port};
+pub use mote::*;
+pub use proxy::Proxy;
+
+/// The bot token of the firmware's datagrams, and of the stand-in unless told otherwise.
+pub const TOKEN: &str = "123456789:AAEaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa";
+
+/// A directory that is gone when the value is.
+pub struct TempDir(PathBuf);
+
+impl TempDir {
+    pub fn new() -> Self {
+        static COUNTER: AtomicUsize = AtomicUsize::new(0);
+        let name = format!(
+            "coap_websocket-{}-{}",
+            process::id(),
+            COUNTER.fetch_add(1, Ordering::Relaxed)
+        );
+        let path = env::temp_dir().join(name);
+        let _ = fs::remove_dir_all(&path); // left by a killed process that had our number
+        fs::create_dir_all(&path).expect("create a temporary directory");
+        Self(path)
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    pub fn join(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+}
+
+impl Drop for TempDir {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Bytes from hexadecimal digits; white space between them is ignored.
+pub fn hex(digits: &str) -> Vec<u8> {
+    let digits: Vec<u8> = digits
+        .bytes()
+        .filter(|byte| !byte.is_ascii_whitespace())
+        .collect();
+    assert!(
+        digits.len().is_multiple_of(2),
+        "odd number of hexadecimal digits"
+    );
+    let byte = |pair: &[u8]| {
+        u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).expect("hexadecimal digits")
+    };
+    digits.chunks(2).map(byte).collect()
+}
+
+/// One datagram of the unmodified firmware, from `tests/firmware/`.
+pub fn firmware(name: &str) -> Vec<u8> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/firmware")
+        .join(format!("{name}.hex"));
+    hex(&fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display())))
+}
+
+/// Waits until `done` says so; false after `limit`.
+pub fn within(limit: Duration, mut done: impl FnMut() -> bool) -> bool {
+    let end = Instant::now() + limit;
+    loop {
+        if done() {
+            return true;
+        }
+        if Instant::now() >= end {
+            return false;
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Runs every case of a table on a thread of its own, because most cases only wait; fails naming the cases that failed.
+pub fn in_parallel<Case: Sync>(cases: &[(&str, Case)], check: impl Fn(&Case) + Sync) {
+    let failed: Vec<&str> = thread::scope(|scope| {
+        let running: Vec<_> = cases
+            .iter()
+            .map(|(name, case)| (*name, scope.spawn(|| check(case))))
+            .collect();
+        running
+            .into_iter()
+            .filter_map(|(name, thread)| thread.join().is_err().then_some(name))
+            .collect()
+    });
+    assert!(failed.is_empty(), "failed cases: {failed:?}");
+}
+
+/// A stand-in and a gateway that uses it, as most tests need them.
+pub fn start() -> (BotApi, Gateway) {
+    let api = BotApi::start();
+    let gateway = Gateway::start(&api);
+    (api, gateway)
+}
+
+/// The payload of POST /message as the firmware writes it.
+pub fn message(api: &BotApi, chats: &str, text: &str) -> String {
+    form(&api.url(), api.token(), chats, text)
+}
+
+/// The payload of POST /update.
+pub fn update(api: &BotApi) -> String {
+    format!("url={}&token={}", api.url(), api.token())
+}
+
+/// A whole poll by a mote, acknowledged: the tokens, or `No Updates`.
+#[track_caller]
+pub fn poll(mote: &Mote, api: &BotApi) -> String {
+    let response = mote.post_separate("update", update(api));
+    let tokens = response.text();
+    let code = if tokens == "No Updates" {
+        "2.03"
+    } else {
+        "2.05"
+    };
+    assert_eq!(response.code(), code, "{response}");
+    tokens
+}
+
+/// Numbers for tests that need many different ones, the same in every run (SplitMix64).
+pub struct Numbers(pub u64);
+
+impl Numbers {
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    pub fn below(&mut self, limit: usize) -> usize {
+        (self.next() % limit as u64) as usize
+    }
+}
