@@ -158,7 +158,7 @@ impl Command {
         match words {
             [] => Ok(Command::Serve),
             ["check"] => Ok(Command::Check),
-            ["--help" | "-h", ..] => Ok(Command::Help),
+            ["--help" | "-h"] => Ok(Command::Help),
             ["--version" | "-V"] => Ok(Command::Version),
             ["send", options @ ..] => Self::parse_send(options),
             [word, ..] => Err(format!("unknown argument `{}`", word.escape_default())),
@@ -171,7 +171,7 @@ impl Command {
             let (slot, value) = match *pair {
                 ["-i", value] => (&mut chat, value),
                 ["-m", value] => (&mut text, value),
-                ["-u", value] => (&mut to, value),
+                ["-u", value] if value.starts_with("coap://") => (&mut to, value),
                 [option, ..] => {
                     return Err(format!("send: unknown or incomplete option `{}`", option.escape_default()));
                 }
@@ -261,7 +261,9 @@ impl Config {
             None | Some(("any", _)) => IpFamily::Any,
             Some(("ipv4", _)) => IpFamily::Ipv4Only,
             Some(("ipv6", _)) => IpFamily::Ipv6Only,
-            Some((_, origin)) => return Err(format!("{origin}: ip_family is none of any, ipv4, ipv6")),
+            Some((other, origin)) => {
+                return Err(format!("{origin}: ip_family `{}` is none of any, ipv4, ipv6", other.escape_default()));
+            }
         };
         let variable = |name| lookup(&variables, name);
         let (address, origin) = variable("COAP_SERVER_IP").unwrap_or(("::1".to_string(), String::new()));
@@ -938,6 +940,9 @@ fn poll_pages(gateway: &Gateway, token: &Secret, deadline: Instant) -> Result<()
             }
             state.bot = Some(token.bot_id().to_string());
             updates.iter().for_each(|update| handle_update(&mut state, update, &gateway.config, unix_now()));
+            if updates.len() < PAGE {
+                state.started = 0;
+            }
         }
         gateway.save()?;
         let (answers, moved) = {
@@ -1143,7 +1148,7 @@ fn certificate_error(error: &ureq::Error) -> Option<&rustls::CertificateError> {
 /// What outlives the process.
 #[derive(Default)]
 struct State {
-    /// First start, Unix seconds: commands written before are not carried out.
+    /// First start, Unix seconds: commands written before are not carried out. 0 once all of them were fetched.
     started: u64,
     /// Id of the bot that `offset` belongs to.
     bot: Option<String>,

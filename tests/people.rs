@@ -391,6 +391,7 @@ fn old_commands() {
     let mote = Mote::new(gateway.address());
     assert_eq!(poll(&mote, &api), "Ada:1234567890;Bob:2345678901");
     // Written while the gateway was off, with a state: carried out.
+    gateway.settle();
     gateway.kill9();
     api.person_writes(BOB, "Bob", &format!("config {PASSWORD} interval 6"));
     api.person_writes(ADA, "Ada", "remove me");
@@ -420,7 +421,7 @@ fn nobody_forges_the_log() {
         let bytes = line.as_bytes();
         let shape: String = line.chars().take(21).map(|c| if c.is_ascii_digit() { '0' } else { c }).collect();
         assert_eq!(shape, "0000-00-00 00:00:00 [", "{line:?}");
-        assert!(!line.contains("[INFO] forged") || line.matches("[INFO]").count() > 1, "{line:?}");
+        assert!(!line[20..].starts_with("[INFO] forged"), "{line:?}");
         assert!(!bytes.iter().any(u8::is_ascii_control), "{line:?}");
         assert!(!line.contains('\u{2028}'), "{line:?}");
     }

@@ -211,6 +211,11 @@ impl Gateway {
         self.child = Some(child.unwrap_or_else(|error| panic!("start {}: {error}", binary().display())));
     }
 
+    /// Gives the gateway time to write down the last acknowledgement, which it does after the fact.
+    pub fn settle(&self) {
+        std::thread::sleep(Duration::from_millis(200));
+    }
+
     /// Ends the gateway at once, in the middle of whatever it does.
     pub fn kill9(&mut self) {
         if let Some(mut child) = self.child.take() {

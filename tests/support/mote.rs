@@ -280,7 +280,9 @@ impl Mote {
             match self.socket.recv(&mut buffer) {
                 Ok(length) => return Some(buffer[..length].to_vec()),
                 Err(error) if error.kind() == ErrorKind::ConnectionRefused => {}
-                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {}
+                Err(error)
+                    if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted) => {
+                }
                 Err(error) => panic!("receive: {error}"),
             }
             if Instant::now() >= end {
