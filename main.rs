@@ -119,8 +119,14 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned()).collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let outcome = match Command::parse(&words) {
-        Ok(Command::Help) => Ok(say(USAGE)),
-        Ok(Command::Version) => Ok(say(concat!("coap_websocket ", env!("CARGO_PKG_VERSION")))),
+        Ok(Command::Help) => {
+            say(USAGE);
+            Ok(())
+        }
+        Ok(Command::Version) => {
+            say(concat!("coap_websocket ", env!("CARGO_PKG_VERSION")));
+            Ok(())
+        }
         Ok(Command::Serve) => Config::load().and_then(serve).map(|never| match never {}),
         Ok(Command::Check) => Config::load().and_then(|config| check(&config)),
         Ok(Command::Send { chat, text, to }) => Config::load().and_then(|config| send(&config, &chat, &text, to)),
@@ -1362,7 +1368,10 @@ fn wire_name(name: &str, taken: &[&str]) -> String {
     let base = if misread { format!("_{base}") } else { base.to_string() };
     let numbered = |number: usize| {
         let suffix = if number == 1 { String::new() } else { format!("_{number}") };
-        let end = base.floor_char_boundary(NAME_MAX - suffix.len());
+        let mut end = base.len().min(NAME_MAX - suffix.len());
+        while !base.is_char_boundary(end) {
+            end -= 1;
+        }
         format!("{}{suffix}", base[..end].trim_end())
     };
     let name = (1..).map(numbered).find(|name| !taken.contains(&name.as_str()));
@@ -1401,7 +1410,7 @@ fn beside(path: &Path, suffix: &str) -> PathBuf {
 
 /// Replaces a file so that it is the old or the new one after a power cut, too. Readable by its owner alone.
 fn replace(path: &Path, text: &str) -> io::Result<()> {
-    let new = beside(path, ".new");
+    let new = path.with_extension("new");
     let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
     file.write_all(text.as_bytes())?;
     file.sync_all()?;
@@ -1776,10 +1785,11 @@ fn send(config: &Config, chat: &str, text: &str, to: Option<String>) -> Result<(
         _ => format!("cannot reach a gateway at {peer}: {error}"),
     })?;
     let line = format!("{} {}", answer.0, escape(&String::from_utf8_lossy(&answer.1)));
-    match answer.0.starts_with('2') {
-        true => Ok(say(&line)),
-        false => Err(format!("{} (the gateway's log tells why)", line.trim_end())),
+    if !answer.0.starts_with('2') {
+        return Err(format!("{} (the gateway's log tells why)", line.trim_end()));
     }
+    say(&line);
+    Ok(())
 }
 
 /// A client's side of one exchange, RFC 7252 §4.2: code and payload of the response.

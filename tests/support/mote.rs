@@ -229,7 +229,13 @@ pub struct Mote {
 
 impl Mote {
     pub fn new(gateway: SocketAddr) -> Self {
-        Self::at(if gateway.is_ipv4() { "127.0.0.1" } else { "::1" }, gateway)
+        // From ::1 there is no way to a link-local address.
+        let local = match gateway {
+            SocketAddr::V4(_) => "127.0.0.1",
+            SocketAddr::V6(gateway) if gateway.ip().is_unicast_link_local() => "::",
+            SocketAddr::V6(_) => "::1",
+        };
+        Self::at(local, gateway)
     }
 
     /// A mote with an address of its own, `127.0.0.2` to `127.255.255.254` (for a gateway on `127.0.0.1`).
