@@ -15,7 +15,7 @@
 //! The file reads top-down. A datagram travels `serve` → `coap::Exchanges::receive` → `dispatch` → `deliver_message` or
 //! `fetch_update` → `Exchanges::respond`; what people write travels `poll` → `judge` → `State` → `State::tokens_for`.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::fmt::Write as _;
 use std::fs::{self, File, OpenOptions};
@@ -51,9 +51,9 @@ const CONNECT_BUDGET: Duration = Duration::from_secs(5);
 /// Calls that surely did not reach Telegram, and HTTP 429, are tried this often in all.
 const ATTEMPTS: u32 = 3;
 const ATTEMPT_PAUSE: Duration = Duration::from_millis(500);
-/// Idle connections to Telegram: ten chats at once cost one round trip when each finds one. Telegram closes them after
+/// Idle connections to Telegram: a message costs one round trip when it finds one. Telegram closes them after
 /// about a minute itself.
-const IDLE_CONNECTIONS: usize = 10;
+const IDLE_CONNECTIONS: usize = coap::IN_PROGRESS_MAX;
 const IDLE_AGE: Duration = Duration::from_secs(60);
 /// Of one answer of the Bot API: 100 updates of 4,096 characters, each `\uXXXX`, with the message replied to.
 const BODY_MAX: u64 = 8 << 20;
@@ -253,8 +253,7 @@ impl Config {
         let mut warnings = Vec::new();
         let telegram = parse_ini(&ini, &read_optional(&ini)?, &mut warnings)?;
 
-        let ini_value =
-            |key| telegram.get(key).map(|(value, line)| (value.as_str(), format!("{}:{line}", ini.display())));
+        let ini_value = |key| telegram.get(key).map(|(value, origin)| (value.as_str(), origin.clone()));
         let (url, origin) = ini_value("url").unwrap_or(("https://api.telegram.org/bot", String::new()));
         check_url(url).map_err(|reason| format!("{origin}: url {reason}"))?;
         let token = match ini_value("bot_token").filter(|(value, _)| !["", "your_telegram_bot_token"].contains(value)) {
@@ -324,27 +323,29 @@ fn lines(text: &str) -> impl Iterator<Item = (usize, &str)> {
     (1..).zip(text.lines().map(str::trim)).filter(|(_, line)| !line.is_empty() && !line.starts_with(['#', ';']))
 }
 
-/// Keys and values of the section `[telegram]` with their lines. Other sections belong to the firmware's build.
-fn parse_ini(path: &Path, text: &str, warnings: &mut Vec<String>) -> Result<BTreeMap<String, (String, usize)>, String> {
-    let path = path.display();
-    let mut telegram = BTreeMap::new();
+/// Names, their values, and where they stand (`.env:3`).
+type Settings = BTreeMap<String, (String, String)>;
+
+/// What stands in the section `[telegram]`. Other sections belong to the firmware's build.
+fn parse_ini(path: &Path, text: &str, warnings: &mut Vec<String>) -> Result<Settings, String> {
+    let mut telegram = Settings::new();
     let mut section = None;
     for (number, line) in lines(text) {
+        let origin = format!("{}:{number}", path.display());
         if let Some(name) = line.strip_prefix('[') {
-            section = Some(name.strip_suffix(']').ok_or(format!("{path}:{number}: `[` without `]`"))?.trim());
+            section = Some(name.strip_suffix(']').ok_or(format!("{origin}: `[` without `]`"))?.trim());
             continue;
         }
-        let (key, value) =
-            line.split_once('=').ok_or(format!("{path}:{number}: neither `[section]` nor `key = value`"))?;
+        let (key, value) = line.split_once('=').ok_or(format!("{origin}: neither `[section]` nor `key = value`"))?;
         let key = key.trim().to_ascii_lowercase();
         match section {
-            None => return Err(format!("{path}:{number}: stands before the first section; put [telegram] above it")),
+            None => return Err(format!("{origin}: stands before the first section; put [telegram] above it")),
             Some("telegram") if !["bot_token", "url", "ip_family"].contains(&key.as_str()) => {
-                warnings.push(format!("{path}:{number}: unknown key `{}` is ignored", key.escape_debug()));
+                warnings.push(format!("{origin}: unknown key `{}` is ignored", key.escape_default()));
             }
             Some("telegram") => {
-                if let Some((_, first)) = telegram.insert(key, (value.trim().to_string(), number)) {
-                    return Err(format!("{path}:{number}: set before in line {first}; remove one of them"));
+                if let Some((_, first)) = telegram.insert(key, (value.trim().to_string(), origin.clone())) {
+                    return Err(format!("{origin}: set before in {first}; remove one of them"));
                 }
             }
             Some(_) => {}
@@ -353,9 +354,8 @@ fn parse_ini(path: &Path, text: &str, warnings: &mut Vec<String>) -> Result<BTre
     Ok(telegram)
 }
 
-/// Names and values with where they stand (`.env:3`).
-fn parse_env(path: &Path, text: &str) -> Result<BTreeMap<String, (String, String)>, String> {
-    let mut variables = BTreeMap::new();
+fn parse_env(path: &Path, text: &str) -> Result<Settings, String> {
+    let mut variables = Settings::new();
     for (number, line) in lines(text) {
         let origin = format!("{}:{number}", path.display());
         let (name, value) = line
@@ -372,7 +372,7 @@ fn parse_env(path: &Path, text: &str) -> Result<BTreeMap<String, (String, String
 }
 
 /// A variable and where it was set: the real environment wins, and an empty one is not set.
-fn lookup(dot_env: &BTreeMap<String, (String, String)>, name: &str) -> Option<(String, String)> {
+fn lookup(dot_env: &Settings, name: &str) -> Option<(String, String)> {
     let real = env::var_os(name).map(|value| (value.to_string_lossy().into_owned(), "environment".to_string()));
     real.filter(|(value, _)| !value.is_empty())
         .or_else(|| dot_env.get(name).cloned())
@@ -735,15 +735,13 @@ impl Form {
         const KEYS: [&str; 4] = ["url=", "token=", "chat_ids=", "text="];
         let payload = String::from_utf8_lossy(payload);
         let payload = trim(&payload);
-        let mut starts: Vec<(usize, usize)> = KEYS
-            .iter()
-            .enumerate()
-            .filter_map(|(field, key)| {
-                let behind = || payload.find(&format!("&{key}")).map(|at| (at, field));
-                payload.starts_with(key).then_some((0, field)).or_else(behind)
-            })
-            .collect();
-        starts.sort_unstable();
+        let mut starts: Vec<(usize, usize)> = Vec::new();
+        for (field, key) in KEYS.iter().enumerate() {
+            let behind = || payload.find(&format!("&{key}"));
+            if let Some(at) = payload.starts_with(key).then_some(0).or_else(behind) {
+                starts.insert(starts.partition_point(|start| start.0 < at), (at, field));
+            }
+        }
         let mut values = [""; 4];
         for (index, &(start, field)) in starts.iter().enumerate() {
             let end = starts.get(index + 1).map_or(payload.len(), |next| next.0);
@@ -1172,7 +1170,7 @@ struct State {
     /// Not saved: answers to people, until what they say is saved.
     answers: Vec<Answer>,
     /// Not saved: wrong passwords in a row, and the time (Unix seconds) until which `config` is ignored.
-    suspects: HashMap<i64, (u32, u64)>,
+    suspects: BTreeMap<i64, (u32, u64)>,
 }
 
 /// What `register` found.
@@ -1240,9 +1238,10 @@ impl State {
         let chats = self.chats.iter().filter(|(id, _)| fits_firmware(**id)).map(|(id, (sequence, name))| {
             (*sequence, name.as_ref().map_or_else(|| format!("r{id}"), |name| format!("{name}:{id}")))
         });
-        let mut changes: Vec<_> =
-            settings.into_iter().flatten().chain(chats).filter(|(sequence, _)| *sequence > heard).collect();
-        changes.sort_unstable();
+        let mut changes = Vec::new();
+        for change in settings.into_iter().flatten().chain(chats).filter(|(sequence, _)| *sequence > heard) {
+            changes.insert(changes.partition_point(|earlier| *earlier < change), change);
+        }
         let (mut reply, mut last, mut left) = (String::new(), None, changes.len());
         for (sequence, token) in &changes {
             let separator = if reply.is_empty() { "" } else { ";" };
@@ -1305,7 +1304,7 @@ impl State {
             "chats": chats,
             "motes": motes,
         });
-        format!("{state:#}\n")
+        state.to_string()
     }
 
     /// `None` if it is not what `to_json` writes.
@@ -1328,6 +1327,11 @@ impl State {
             Some((entry["id"].as_i64()?, (number(entry, "sequence")?, name)))
         };
         let mote = |entry: &Value| Some((entry["address"].as_str()?.parse().ok()?, number(entry, "acknowledged")?));
+        let mut chats = BTreeMap::new();
+        for entry in json["chats"].as_array()? {
+            let (id, change) = chat(entry)?;
+            chats.insert(id, change);
+        }
         let bot = match &json["bot"] {
             Value::Null => None,
             bot => Some(bot.as_str()?.to_string()),
@@ -1339,7 +1343,7 @@ impl State {
             sequence,
             interval: setting("interval", 1..=120)?,
             feedback: setting("feedback", 0..=1)?.map(|(sequence, value)| (sequence, value == 1)),
-            chats: json["chats"].as_array()?.iter().map(chat).collect::<Option<_>>()?,
+            chats,
             motes: json["motes"].as_array()?.iter().map(mote).collect::<Option<_>>()?,
             ..State::default()
         };
@@ -1469,8 +1473,8 @@ fn handle_update(state: &mut State, update: &Value, config: &Config, now: u64) {
 
 fn judge(state: &mut State, message: &Message, password: Option<&Secret>, now: u64) -> Answer {
     let words: Vec<&str> = message.text.split_whitespace().collect();
-    let first = words.first().unwrap_or(&"").to_lowercase();
-    let is_remove = first == "remove" && words.len() == 2 && words[1].to_lowercase() == "me";
+    let first = words.first().unwrap_or(&"").to_ascii_lowercase();
+    let is_remove = first == "remove" && words.len() == 2 && words[1].eq_ignore_ascii_case("me");
     let is_config = ["config", "/config"].contains(&first.as_str());
     let is_help = (first == "help" && words.len() == 1) || ["/help", "/start"].contains(&first.as_str());
     // Written before the gateway was there: the sender could not know what it does.
@@ -1530,7 +1534,7 @@ fn configure(state: &mut State, chat: i64, words: &[&str], password: Option<&Sec
     }
     state.suspects.remove(&chat);
     let number = || value.parse::<u8>().ok().filter(|_| value.bytes().all(|b| b.is_ascii_digit()));
-    match (key.to_lowercase().as_str(), number()) {
+    match (key.to_ascii_lowercase().as_str(), number()) {
         ("interval", Some(minutes @ 1..=120)) => {
             state.interval = Some((state.next(), minutes));
             info!("interval is set to {minutes} minutes by chat {chat}");
