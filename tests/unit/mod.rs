@@ -470,8 +470,10 @@ fn replies_are_cut_between_tokens() {
     // Users take 10 * 26 + 9 = 269 bytes, two removals 13 each, and the last one 2 and its digits.
     for (last_id, length, last, left) in [(12_345, 302, 13, 0), (123_456, 295, 12, 1)] {
         let mut state = State::default();
-        (0..10).for_each(|n| drop(state.register(10_000_000_000 + n, &format!("ABCDEFGHIJKLM{n}"))));
-        [20_000_000_000, 20_000_000_001, last_id].map(|id| state.remove(id, true));
+        for n in 0..10 {
+            state.register(10_000_000_000 + n, &format!("ABCDEFGHIJKLM{n}"));
+        }
+        let _ = [20_000_000_000, 20_000_000_001, last_id].map(|id| state.remove(id, true));
         let (tokens, delivers, rest) = state.tokens_for(ip(1), REPLY_MAX);
         assert_eq!((tokens.len(), delivers, rest), (length, Some(last), left));
         state.acknowledge(ip(1), last);
@@ -719,7 +721,7 @@ fn config_messages() {
 #[test]
 fn wrong_passwords() {
     let mut state = State::default();
-    [ADA, 2].map(|chat| state.register(chat, "Ada"));
+    let _ = [ADA, 2].map(|chat| state.register(chat, "Ada"));
     let (right, wrong) = ("config geheim interval 5", "config falsch interval 5");
     let (done, last) =
         ("The interval is set to 5 minutes.", format!("{WRONG} Your config messages are ignored for an hour."));
