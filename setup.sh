@@ -513,6 +513,9 @@ report() {
 Watch it:   sudo systemctl status coap_websocket
             sudo journalctl -fu coap_websocket
 END
+    # Ready it says before it has its address: some faults come later.
+    systemctl is-active -q coap_websocket ||
+        die "the service does not run; it says why: sudo journalctl -u coap_websocket -n 20"
     $works || die "installed and running, but see what the check says above; then run this again"
 }
 
