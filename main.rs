@@ -38,6 +38,8 @@ use coap_lite::ResponseType;
 use log::{debug, error, info, warn};
 use serde_json::{Value, json};
 use ureq::config::IpFamily;
+use ureq::unversioned::resolver::{DefaultResolver, ResolvedSocketAddrs, Resolver};
+use ureq::unversioned::transport::{DefaultConnector, NextTimeout};
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Limits, each with its reason
@@ -55,6 +57,8 @@ const ATTEMPT_PAUSE: Duration = Duration::from_millis(500);
 /// about a minute itself.
 const IDLE_CONNECTIONS: usize = coap::IN_PROGRESS_MAX;
 const IDLE_AGE: Duration = Duration::from_secs(60);
+/// How long the addresses of a host are kept: ureq asks for them on every call, also when a connection is open.
+const ADDRESS_AGE: Duration = Duration::from_secs(60);
 /// Of one answer of the Bot API: 100 updates of 4,096 characters, each `\uXXXX`, with the message replied to.
 const BODY_MAX: u64 = 8 << 20;
 /// Bot API, getUpdates: updates in one page.
@@ -382,7 +386,7 @@ fn lookup(dot_env: &Settings, name: &str) -> Option<(String, String)> {
 fn check_url(url: &str) -> Result<(), &'static str> {
     let uri: ureq::http::Uri = url.parse().map_err(|_| "is not a URL")?;
     match (uri.scheme_str(), uri.host(), uri.query()) {
-        (Some("https"), Some(host), None) if !host.is_empty() => Ok(()),
+        (Some("https"), Some(host), None) if !host.is_empty() && !url.contains('#') => Ok(()),
         _ => Err("is not of the form https://host/bot"),
     }
 }
@@ -876,7 +880,8 @@ fn deliver_message(gateway: &Gateway, form: &Form, mote: IpAddr, deadline: Insta
     {
         warn!("sendMessage to {} failed: {}", chat.json(), failure.reason);
         if let (Some(403), ChatId::Number(id)) = (failure.code, chat) {
-            info!("{} is removed, for Telegram refuses messages to it", lock(&gateway.state).remove(*id, false));
+            let user = lock(&gateway.state).remove(*id, false); // not as an argument of info!, which may be off
+            info!("{user} is removed, for Telegram refuses messages to it");
         }
     }
     gateway.save().unwrap_or_else(|reason| error!("{reason}"));
@@ -1007,7 +1012,8 @@ impl Telegram {
             .max_idle_age(IDLE_AGE)
             .user_agent(concat!("coap_websocket/", env!("CARGO_PKG_VERSION")))
             .build();
-        Telegram { agent: agent.into(), url: config.url.clone() }
+        let agent = ureq::Agent::with_parts(agent, DefaultConnector::default(), Addresses::default());
+        Telegram { agent, url: config.url.clone() }
     }
 
     /// One `sendMessage` for each chat, all at the same time; the results in the same order.
@@ -1073,6 +1079,34 @@ impl Telegram {
                 retry_after: (!body.read && certificate_error(&error).is_none()).then_some(ATTEMPT_PAUSE),
             }),
         }
+    }
+}
+
+/// The addresses that were looked up last. Without them a look-up, on a thread of its own, would precede every call.
+#[derive(Debug, Default)]
+struct Addresses {
+    resolver: DefaultResolver,
+    /// Host and port (the Bot API's or the proxy's, never both), when, and what was found.
+    known: Mutex<Option<(String, Instant, Vec<SocketAddr>)>>,
+}
+
+impl Resolver for Addresses {
+    fn resolve(
+        &self,
+        uri: &ureq::http::Uri,
+        config: &ureq::config::Config,
+        timeout: NextTimeout,
+    ) -> Result<ResolvedSocketAddrs, ureq::Error> {
+        let host = uri.authority().map_or_else(String::new, ToString::to_string);
+        let fresh = |(known, since, _): &&(String, Instant, _)| *known == host && since.elapsed() < ADDRESS_AGE;
+        if let Some((_, _, addresses)) = lock(&self.known).as_ref().filter(fresh) {
+            let mut found = self.empty();
+            addresses.iter().for_each(|address| found.push(*address));
+            return Ok(found);
+        }
+        let found = self.resolver.resolve(uri, config, timeout)?;
+        *lock(&self.known) = Some((host, Instant::now(), found.to_vec()));
+        Ok(found)
     }
 }
 
@@ -1347,9 +1381,19 @@ impl State {
             motes: json["motes"].as_array()?.iter().map(mote).collect::<Option<_>>()?,
             ..State::default()
         };
-        let bounded = state.users().count() <= USERS_MAX && state.motes.len() <= MOTES_MAX;
-        bounded.then_some(state)
+        let settings = [state.interval.map(|change| change.0), state.feedback.map(|change| change.0)];
+        let numbers = settings.into_iter().flatten().chain(state.chats.values().map(|change| change.0));
+        let (users, removed) = (state.users().count(), state.chats.values().filter(|chat| chat.1.is_none()).count());
+        let bounded = users <= USERS_MAX && removed <= REMOVALS_MAX && state.motes.len() <= MOTES_MAX;
+        // Two of the same number or name: one of them would never reach the mote.
+        let distinct = all_distinct(numbers) && all_distinct(state.users().map(|(_, name)| name));
+        (bounded && distinct).then_some(state)
     }
+}
+
+fn all_distinct<T: PartialEq>(items: impl Iterator<Item = T>) -> bool {
+    let items: Vec<T> = items.collect();
+    (1..items.len()).all(|at| !items[..at].contains(&items[at]))
 }
 
 /// Firmware: it can hold this id, and remove it (only ids that start with a digit).
@@ -1365,21 +1409,24 @@ fn wire_name(name: &str, taken: &[&str]) -> String {
         "" => "user",
         name => name,
     };
-    let misread = match base.as_bytes() {
+    // Judged as it will be: what is cut off does not help. A suffix makes no name that is misread.
+    let misread = match cut(base, NAME_MAX).as_bytes() {
         [b'f', b'0' | b'1', ..] | [b'i' | b'r', b'0'..=b'9', ..] => true,
         name => name == b"all",
     };
     let base = if misread { format!("_{base}") } else { base.to_string() };
     let numbered = |number: usize| {
         let suffix = if number == 1 { String::new() } else { format!("_{number}") };
-        let mut end = base.len().min(NAME_MAX - suffix.len());
-        while !base.is_char_boundary(end) {
-            end -= 1;
-        }
-        format!("{}{suffix}", base[..end].trim_end())
+        format!("{}{suffix}", cut(&base, NAME_MAX - suffix.len()))
     };
     let name = (1..).map(numbered).find(|name| !taken.contains(&name.as_str()));
     name.unwrap_or_default() // there are more numbers than users
+}
+
+/// At most `end` bytes, whole characters, no white space behind.
+fn cut(text: &str, end: usize) -> &str {
+    let end = (0..=text.len().min(end)).rev().find(|end| text.is_char_boundary(*end));
+    text[..end.unwrap_or(0)].trim_end()
 }
 
 /// Reads `state.json`. A damaged one is set aside: its content may be worth a look, and the gateway must start.
@@ -1480,7 +1527,8 @@ fn judge(state: &mut State, message: &Message, password: Option<&Secret>, now: u
     // Written before the gateway was there: the sender could not know what it does.
     let old = message.date < state.started;
     if is_remove && !old {
-        info!("{} is removed, as asked", state.remove(message.chat, true));
+        let user = state.remove(message.chat, true); // not as an argument of info!, which may be off
+        info!("{user} is removed, as asked");
         let text = "You are removed and get no more messages. Write anything to register again.";
         return Answer { chat: message.chat, text: Some(text.to_string()), delete: None };
     }

@@ -102,7 +102,7 @@ fn command_line() {
         (&[][..], Ok(Command::Serve)),
         (&["check"], Ok(Command::Check)),
         (&["--help"], Ok(Command::Help)),
-        (&["-h", "x"], Ok(Command::Help)),
+        (&["-h", "x"], Err("unknown argument `-h`".to_string())),
         (&["--version"], Ok(Command::Version)),
         (&["-V"], Ok(Command::Version)),
         (&["send", "-i", "1", "-m", "a b"], send("1", "a b", None)),
@@ -149,15 +149,15 @@ fn ini() {
     };
     for (text, values, warnings) in [
         ("", "", ""),
-        ("\u{feff}[telegram]\r\n BOT_token = 1:a=b \r\n", "2 bot_token=1:a=b", ""),
-        ("# a\n;b\n\n[ telegram ]\nurl=x\nip_family=\n", "6 ip_family=|5 url=x", ""),
-        ("[other]\nbot_token=1\n[telegram]\nurl=2\n[more]\nurl=3\nurl=4\n", "4 url=2", ""),
+        ("\u{feff}[telegram]\r\n BOT_token = 1:a=b \r\n", "c.ini:2 bot_token=1:a=b", ""),
+        ("# a\n;b\n\n[ telegram ]\nurl=x\nip_family=\n", "c.ini:6 ip_family=|c.ini:5 url=x", ""),
+        ("[other]\nbot_token=1\n[telegram]\nurl=2\n[more]\nurl=3\nurl=4\n", "c.ini:4 url=2", ""),
         ("[telegram]\nk\u{7}=1\n", "", "c.ini:2: unknown key `k\\u{7}` is ignored"),
         ("[Telegram]\nurl=1\n", "", ""),
         ("\n[telegram\n", "c.ini:2: `[` without `]`", ""),
         ("[telegram]\nurl\n", "c.ini:2: neither `[section]` nor `key = value`", ""),
         ("url=1\n", "c.ini:1: stands before the first section; put [telegram] above it", ""),
-        ("[telegram]\nurl=1\n\nURL=2\n", "c.ini:4: set before in line 2; remove one of them", ""),
+        ("[telegram]\nurl=1\n\nURL=2\n", "c.ini:4: set before in c.ini:2; remove one of them", ""),
     ] {
         assert_eq!(parse(text), (values.to_string(), warnings.to_string()), "{text:?}");
     }
@@ -417,7 +417,6 @@ fn names() {
 
 /// The cut comes last, and may leave what was not there before.
 #[test]
-#[ignore = "fails: `all` and blanks are cut to `all`"]
 fn a_cut_name_is_not_misread_either() {
     assert_ne!(wire_name("all            x", &[]), "all");
 }
@@ -545,7 +544,7 @@ fn whole_state() -> Value {
 
 #[test]
 fn saved_state() {
-    let text = format!("{:#}\n", whole_state());
+    let text = whole_state().to_string();
     let state = State::from_json(&text).unwrap();
     assert_eq!(state.to_json(), text);
     assert_eq!((state.started, state.bot.as_deref(), state.offset, state.sequence), (5, Some("123456"), -3, 9));
@@ -607,19 +606,16 @@ fn damaged_state() {
 }
 
 #[test]
-#[ignore = "fails: `from_json` bounds users and motes only"]
 fn state_with_more_removals_than_are_kept() {
     damaged(&[("/chats", (1..=11).map(|id| json!({"id": id, "sequence": 1, "name": null})).collect())]);
 }
 
 #[test]
-#[ignore = "fails: `from_json` does not compare names"]
 fn state_with_two_users_of_one_name() {
     damaged(&[("/chats/0", json!({"id": 7, "sequence": 4, "name": "Ada"}))]);
 }
 
 #[test]
-#[ignore = "fails: `from_json` does not compare sequence numbers"]
 fn state_with_two_changes_of_one_number() {
     damaged(&[("/chats/0/sequence", json!(3))]);
 }
@@ -675,7 +671,6 @@ fn texts() {
 
 /// With any log level: a macro of `log` evaluates its arguments only if the level is enabled.
 #[test]
-#[ignore = "fails: `judge` removes inside the arguments of `info!`"]
 fn removal() {
     let mut state = full_state();
     assert_eq!(write(&mut state, 1, "REMOVE  me\n", NOW), (REMOVED.to_string(), false));
