@@ -1083,11 +1083,18 @@ impl Telegram {
 }
 
 /// The addresses that were looked up last. Without them a look-up, on a thread of its own, would precede every call.
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Addresses {
     resolver: DefaultResolver,
     /// Host and port (the Bot API's or the proxy's, never both), when, and what was found.
     known: Mutex<Option<(String, Instant, Vec<SocketAddr>)>>,
+}
+
+/// Asked for by `Resolver`.
+impl std::fmt::Debug for Addresses {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Addresses")
+    }
 }
 
 impl Resolver for Addresses {
@@ -1798,11 +1805,11 @@ fn check(config: &Config) -> Result<(), String> {
         Err(error) => say(&format!("registered users: unknown, cannot read {}: {error}", path.display())),
     }
     let waiting = ask("getUpdates", json!({"limit": PAGE, "timeout": 0, "allowed_updates": ["message"]}))?;
-    let mut chats = BTreeMap::new();
+    let mut chats: Vec<(i64, String)> = Vec::new();
     for chat in waiting.as_array().into_iter().flatten().map(|update| &update["message"]["chat"]) {
-        if let Some(id) = chat["id"].as_i64() {
+        if let Some(id) = chat["id"].as_i64().filter(|id| chats.iter().all(|(known, _)| known != id)) {
             let name = chat["first_name"].as_str().or(chat["title"].as_str()).unwrap_or("?");
-            chats.insert(id, escape(name));
+            chats.push((id, escape(name)));
         }
     }
     say(if chats.is_empty() { "no chat has a message waiting" } else { "chats with a message waiting:" });
@@ -2228,8 +2235,9 @@ mod coap {
             if self.open.len() >= OPEN_MAX {
                 self.open.pop_front();
             }
-            let spread = ACK_TIMEOUT * ACK_RANDOM_PERCENT / 100;
-            let timeout = ACK_TIMEOUT + spread.mul_f64((random >> 11) as f64 / (1u64 << 53) as f64);
+            let steps = (ACK_TIMEOUT * ACK_RANDOM_PERCENT / 100).as_micros() + 1;
+            let spread = Duration::from_micros((u128::from(random) * steps >> u64::BITS) as u64);
+            let timeout = ACK_TIMEOUT + spread;
             self.open.push_back(Open {
                 peer: request.peer,
                 message_id,
