@@ -2236,7 +2236,7 @@ mod coap {
                 self.open.pop_front();
             }
             let steps = (ACK_TIMEOUT * ACK_RANDOM_PERCENT / 100).as_micros() + 1;
-            let spread = Duration::from_micros((u128::from(random) * steps >> u64::BITS) as u64);
+            let spread = Duration::from_micros(((u128::from(random) * steps) >> u64::BITS) as u64);
             let timeout = ACK_TIMEOUT + spread;
             self.open.push_back(Open {
                 peer: request.peer,
