@@ -601,7 +601,9 @@ fn dispatch(gateway: &Arc<Gateway>, mut request: Request) {
         Ok(Some(work)) => work,
         Ok(None) => return,
         Err(response) => {
-            log_outcome(&request, &response, &String::from_utf8_lossy(&response.payload));
+            let reason =
+                if response.code().starts_with('2') { "".into() } else { String::from_utf8_lossy(&response.payload) };
+            log_outcome(&request, &response, &reason);
             let bytes = lock(&gateway.exchanges).reply(&request, response);
             return gateway.transmit(request.peer, &bytes);
         }
