@@ -2155,7 +2155,7 @@ mod coap {
 
         /// Judges a datagram, but remembers nothing: `reply` or `accept` does, when it is acted on.
         pub fn receive(&mut self, now: Instant, peer: SocketAddr, datagram: &[u8]) -> Event {
-            let packet = match parse(datagram) {
+            let mut packet = match parse(datagram) {
                 Ok(packet) => packet,
                 Err(reset) => return reset.map_or(Event::Nothing, Event::Send),
             };
@@ -2175,7 +2175,7 @@ mod coap {
                 return Event::Send(twin.reply.clone());
             }
             let code = datagram[1];
-            let request = Request { peer, at: now, code, payload: packet.payload.clone(), packet, digest };
+            let request = Request { peer, at: now, code, payload: std::mem::take(&mut packet.payload), packet, digest };
             match check_options(&request.packet) {
                 Ok(()) => Event::Request(request),
                 // RFC 7252 §5.4.1: a NON with an unrecognised critical option is rejected, and RST is optional.
