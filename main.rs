@@ -16,17 +16,15 @@
 //! `fetch_update` → `Exchanges::respond`; what people write travels `poll` → `judge` → `State` → `State::tokens_for`.
 
 use std::collections::BTreeMap;
-use std::convert::Infallible;
-use std::fmt::Write as _;
+use std::fmt::{self, Display};
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Write as _};
+use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs, UdpSocket};
 use std::os::linux::net::SocketAddrExt as _;
-use std::os::unix::fs::OpenOptionsExt as _;
-use std::os::unix::net::UnixDatagram;
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
+use std::os::unix::net::{SocketAddr as UnixAddr, UnixDatagram};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::str::FromStr as _;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -35,7 +33,7 @@ use std::{env, iter, thread};
 
 use coap::{Exchanges, Request, Response};
 use coap_lite::ResponseType;
-use log::{debug, error, info, warn};
+use log::{LevelFilter, debug, error, info, warn};
 use serde_json::{Value, json};
 use ureq::config::IpFamily;
 use ureq::unversioned::resolver::{DefaultResolver, ResolvedSocketAddrs, Resolver};
@@ -53,18 +51,14 @@ const CONNECT_BUDGET: Duration = Duration::from_secs(5);
 /// Calls that surely did not reach Telegram, and HTTP 429, are tried this often in all.
 const ATTEMPTS: u32 = 3;
 const ATTEMPT_PAUSE: Duration = Duration::from_millis(500);
-/// Idle connections to Telegram: a message costs one round trip when it finds one. Telegram closes them after
-/// about a minute itself.
-const IDLE_CONNECTIONS: usize = coap::IN_PROGRESS_MAX;
-const IDLE_AGE: Duration = Duration::from_secs(60);
-/// How long the addresses of a host are kept: ureq asks for them on every call, also when a connection is open.
-const ADDRESS_AGE: Duration = Duration::from_secs(60);
+/// How long idle connections (Telegram closes them after about a minute itself) and addresses of the host are kept.
+const REUSE: Duration = Duration::from_secs(60);
 /// Of one answer of the Bot API: 100 updates of 4,096 characters, each `\uXXXX`, with the message replied to.
 const BODY_MAX: u64 = 8 << 20;
 /// Bot API, getUpdates: updates in one page.
 const PAGE: usize = 100;
-/// Of an error description in the log, characters.
-const DESCRIPTION_MAX: usize = 200;
+/// Of the reason of a failed call in the log, characters.
+const REASON_MAX: usize = 200;
 /// Bot API, sendMessage: characters of a text.
 const TEXT_MAX: usize = 4096;
 /// Firmware: users it keeps, hence chats it can name in one message.
@@ -95,11 +89,9 @@ const TICK: Duration = Duration::from_secs(1);
 /// Of a thread: TLS needs about 100 KiB in an unoptimised build.
 const STACK: usize = 512 << 10;
 
-const MESSAGES_SENT: &[u8] = b"Messages sent successfully";
-const NO_UPDATES: &[u8] = b"No Updates";
+const MESSAGES_SENT: &str = "Messages sent successfully";
+const NO_UPDATES: &str = "No Updates";
 const MISSING_FIELDS: &str = "Missing required fields";
-const CORE_LINKS: [(&str, &str); 2] = [("/message", "telegram.message"), ("/update", "telegram.update")];
-
 const HELP: &str = "I pass on what the sensors report.\n\
     remove me - no more messages\n\
     config <password> interval <1..120> - minutes between two reports\n\
@@ -107,7 +99,6 @@ const HELP: &str = "I pass on what the sensors report.\n\
     help - this text";
 const CONFIG_FORM: &str = "Allowed is: config <password> interval <1..120>, or: config <password> feedback <0|1>. \
     Nothing was changed.";
-
 const USAGE: &str = "\
 usage: coap_websocket                serve
        coap_websocket check          test the configuration and the way to Telegram
@@ -120,80 +111,44 @@ usage: coap_websocket                serve
 // ---------------------------------------------------------------------------------------------------------------------
 
 fn main() -> ExitCode {
-    let arguments: Vec<String> = env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned()).collect();
-    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    let outcome = match Command::parse(&words) {
-        Ok(Command::Help) => {
-            say(USAGE);
-            Ok(())
-        }
-        Ok(Command::Version) => {
-            say(concat!("coap_websocket ", env!("CARGO_PKG_VERSION")));
-            Ok(())
-        }
-        Ok(Command::Serve) => Config::load().and_then(serve).map(|never| match never {}),
-        Ok(Command::Check) => Config::load().and_then(|config| check(&config)),
-        Ok(Command::Send { chat, text, to }) => Config::load().and_then(|config| send(&config, &chat, &text, to)),
-        Err(reason) => {
-            let _ = writeln!(io::stderr(), "coap_websocket: {reason}\n{USAGE}");
-            return ExitCode::from(2);
-        }
-    };
-    outcome.map_or_else(
-        |reason| {
-            let _ = writeln!(io::stderr(), "coap_websocket: {reason}");
-            ExitCode::FAILURE
+    let words: Vec<String> = env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned()).collect();
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let outcome = match words[..] {
+        [] => Config::load().and_then(serve),
+        ["check"] => Config::load().and_then(|config| check(&config)),
+        ["send", ref options @ ..] => match send_options(options) {
+            Some([chat, text, to]) => Config::load().and_then(|config| send(&config, chat, text, to)),
+            None => return usage(),
         },
-        |()| ExitCode::SUCCESS,
-    )
+        ["--help" | "-h"] => say(USAGE),
+        ["--version" | "-V"] => say(concat!("coap_websocket ", env!("CARGO_PKG_VERSION"))),
+        _ => return usage(),
+    };
+    let Err(reason) = outcome else { return ExitCode::SUCCESS };
+    let _ = writeln!(io::stderr(), "coap_websocket: {reason}");
+    ExitCode::FAILURE
+}
+
+fn usage() -> ExitCode {
+    let _ = writeln!(io::stderr(), "{USAGE}");
+    ExitCode::from(2)
 }
 
 /// `println!`, but a closed pipe is no reason to panic.
-fn say(text: &str) {
+fn say(text: &str) -> Result<(), String> {
     let _ = writeln!(io::stdout(), "{text}");
+    Ok(())
 }
 
-/// What the command line asks for.
-#[derive(Debug, PartialEq)]
-enum Command {
-    Serve,
-    Check,
-    Send { chat: String, text: String, to: Option<String> },
-    Help,
-    Version,
-}
-
-impl Command {
-    fn parse(words: &[&str]) -> Result<Command, String> {
-        match words {
-            [] => Ok(Command::Serve),
-            ["check"] => Ok(Command::Check),
-            ["--help" | "-h"] => Ok(Command::Help),
-            ["--version" | "-V"] => Ok(Command::Version),
-            ["send", options @ ..] => Self::parse_send(options),
-            [word, ..] => Err(format!("unknown argument `{}`", word.escape_default())),
-        }
+/// Chat, message and, if given, URI (else empty), in any order.
+fn send_options<'a>(words: &[&'a str]) -> Option<[&'a str; 3]> {
+    let mut values = [None, None, Some("")];
+    for pair in words.chunks(2) {
+        let slot = ["-i", "-m", "-u"].iter().position(|option| *option == pair[0])?;
+        values[slot] = Some(*pair.get(1)?);
     }
-
-    fn parse_send(options: &[&str]) -> Result<Command, String> {
-        let (mut chat, mut text, mut to) = (None, None, None);
-        for pair in options.chunks(2) {
-            let (slot, value) = match *pair {
-                ["-i", value] => (&mut chat, value),
-                ["-m", value] => (&mut text, value),
-                ["-u", value] if value.starts_with("coap://") => (&mut to, value),
-                [option, ..] => {
-                    return Err(format!("send: unknown or incomplete option `{}`", option.escape_default()));
-                }
-                [] => unreachable!("chunks are not empty"),
-            };
-            *slot = Some(value.to_string());
-        }
-        match (chat, text) {
-            (Some(chat), Some(text)) => Ok(Command::Send { chat, text, to }),
-            _ => Err("send: needs -i <chat-id> and -m <message>".to_string()),
-        }
-    }
+    let [chat, text, uri] = values;
+    Some([chat?, text?, uri.filter(|uri| uri.is_empty() || uri.starts_with("coap://"))?])
 }
 
 /// A token or a password. It has neither `Debug` nor `Display`, so it cannot get into a log line by accident.
@@ -205,9 +160,8 @@ impl Secret {
     fn token(text: &str) -> Option<Secret> {
         let (id, key) = text.split_once(':')?;
         let digits = (1..=20).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_digit());
-        let letters =
-            (1..=100).contains(&key.len()) && key.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-');
-        (digits && letters).then(|| Secret(text.to_string()))
+        let letters = key.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-');
+        (digits && letters && (1..=100).contains(&key.len())).then(|| Secret(text.to_string()))
     }
 
     /// The part of a bot token before the colon: the bot's user id, which is public.
@@ -237,7 +191,7 @@ struct Config {
     /// IP address, perhaps with a zone (`fe80::1%usb0`), hence not an `IpAddr`: the zone may not exist yet.
     address: String,
     port: u16,
-    level: log::LevelFilter,
+    level: LevelFilter,
     proxy: Option<ureq::Proxy>,
     /// Instead of the built-in Mozilla roots.
     roots: Option<Vec<ureq::tls::Certificate<'static>>>,
@@ -253,52 +207,38 @@ impl Config {
         let credentials = directory("CREDENTIALS_DIRECTORY");
         let dot_env = credentials.as_ref().map_or(PathBuf::from(".env"), |dir| dir.join("env"));
         let ini = credentials.unwrap_or_default().join("config.ini");
-        let variables = parse_env(&dot_env, &read_optional(&dot_env)?)?;
-        let mut warnings = Vec::new();
-        let telegram = parse_ini(&ini, &read_optional(&ini)?, &mut warnings)?;
-
-        let ini_value = |key| telegram.get(key).map(|(value, origin)| (value.as_str(), origin.clone()));
-        let (url, origin) = ini_value("url").unwrap_or(("https://api.telegram.org/bot", String::new()));
-        check_url(url).map_err(|reason| format!("{origin}: url {reason}"))?;
-        let token = match ini_value("bot_token").filter(|(value, _)| !["", "your_telegram_bot_token"].contains(value)) {
-            Some((text, origin)) => Some(Secret::token(text).ok_or(format!(
-                "{origin}: bot_token is not a bot token (digits, a colon, letters, as BotFather shows it)"
-            ))?),
-            None => None,
-        };
-        let ip_family = match ini_value("ip_family") {
-            None | Some(("any", _)) => IpFamily::Any,
-            Some(("ipv4", _)) => IpFamily::Ipv4Only,
-            Some(("ipv6", _)) => IpFamily::Ipv6Only,
-            Some((other, origin)) => {
-                return Err(format!("{origin}: ip_family `{}` is none of any, ipv4, ipv6", other.escape_default()));
-            }
-        };
+        let variables = settings(&dot_env, &read_optional(&dot_env)?, false)?;
+        let telegram = settings(&ini, &read_optional(&ini)?, true)?;
+        let unknown = telegram.iter().filter(|(key, _)| !["bot_token", "url", "ip_family"].contains(&key.as_str()));
+        let mut warnings: Vec<String> =
+            unknown.map(|(key, set)| format!("{}: unknown key `{key}` is ignored", set.origin)).collect();
+        let key = |name| telegram.get(name).cloned().filter(|set| set.text != "your_telegram_bot_token");
         let variable = |name| lookup(&variables, name);
-        let (address, origin) = variable("COAP_SERVER_IP").unwrap_or(("::1".to_string(), String::new()));
-        let (ip, zone) = address.split_once('%').map_or((address.as_str(), None), |(ip, zone)| (ip, Some(zone)));
-        if ip.parse::<IpAddr>().is_err() || zone == Some("") || (zone.is_some() && !ip.contains(':')) {
-            return Err(format!("{origin}: COAP_SERVER_IP `{}` is not an IP address", address.escape_default()));
-        }
+        let url = judged(key("url"), "is not of the form https://host/bot", https_url)?;
+        let token = "is not a bot token (digits, a colon, letters, as BotFather shows it)";
+        let password = "holds white space, so nobody could write it in a `config` message";
+        let address = judged(variable("COAP_SERVER_IP"), "is not an IP address", ip_address)?;
+        let port = judged(variable("COAP_SERVER_PORT"), "is not a port (0 to 65535)", |text| text.parse().ok())?;
         Ok(Config {
-            url: url.to_string(),
-            token,
-            ip_family,
-            password: password(variable("PASSWORD"))?,
-            address,
-            port: match variable("COAP_SERVER_PORT") {
-                None => coap::PORT,
-                Some((text, origin)) => text.parse().map_err(|_| {
-                    format!("{origin}: COAP_SERVER_PORT `{}` is not a port (0 to 65535)", text.escape_default())
-                })?,
-            },
+            url: url.unwrap_or_else(|| "https://api.telegram.org/bot".to_string()),
+            token: judged(key("bot_token"), token, Secret::token)?,
+            ip_family: judged(key("ip_family"), "is none of any, ipv4, ipv6", ip_family)?.unwrap_or(IpFamily::Any),
+            password: judged(variable("PASSWORD"), password, one_word)?,
+            address: address.unwrap_or_else(|| "::1".to_string()),
+            port: port.unwrap_or(coap::PORT),
             level: log_level(variable("RUST_LOG"), &mut warnings),
-            proxy: proxy(variable("HTTPS_PROXY"))?,
-            roots: variable("SSL_CERT_FILE").map(|(path, origin)| read_roots(&path, &origin)).transpose()?,
+            proxy: judged(variable("HTTPS_PROXY"), "is not of the form http://host:port", http_proxy)?,
+            roots: variable("SSL_CERT_FILE").map(|file| read_roots(&file)).transpose()?,
             state_path: directory("STATE_DIRECTORY").unwrap_or_default().join("state.json"),
             log_path: directory("LOGS_DIRECTORY").unwrap_or_default().join("coap_server.log"),
             warnings,
         })
+    }
+
+    /// Where it listens, for people: `[::1]:5683`.
+    fn name(&self) -> String {
+        let (address, port) = (&self.address, self.port);
+        if address.contains(':') { format!("[{address}]:{port}") } else { format!("{address}:{port}") }
     }
 }
 
@@ -321,115 +261,111 @@ fn read_optional(path: &Path) -> Result<String, String> {
     })
 }
 
-/// The lines that say something, with their numbers.
-fn lines(text: &str) -> impl Iterator<Item = (usize, &str)> {
-    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
-    (1..).zip(text.lines().map(str::trim)).filter(|(_, line)| !line.is_empty() && !line.starts_with(['#', ';']))
+/// What is set, and where it stands, as in `.env:3`.
+#[derive(Clone)]
+struct Setting {
+    name: String,
+    text: String,
+    origin: String,
 }
 
-/// Names, their values, and where they stand (`.env:3`).
-type Settings = BTreeMap<String, (String, String)>;
-
-/// What stands in the section `[telegram]`. Other sections belong to the firmware's build.
-fn parse_ini(path: &Path, text: &str, warnings: &mut Vec<String>) -> Result<Settings, String> {
-    let mut telegram = Settings::new();
+/// The lines `name = value` that are neither empty nor comments; of an INI file those of `[telegram]`, for the other
+/// sections belong to the firmware's build.
+fn settings(path: &Path, content: &str, ini: bool) -> Result<BTreeMap<String, Setting>, String> {
+    let mut found = BTreeMap::<String, Setting>::new();
     let mut section = None;
-    for (number, line) in lines(text) {
-        let origin = format!("{}:{number}", path.display());
-        if let Some(name) = line.strip_prefix('[') {
-            section = Some(name.strip_suffix(']').ok_or(format!("{origin}: `[` without `]`"))?.trim());
+    let content = content.strip_prefix('\u{feff}').unwrap_or(content);
+    for (number, line) in (1..).zip(content.lines().map(str::trim)) {
+        let fault = |reason: &str| format!("{}:{number}: {reason}", path.display());
+        if line.is_empty() || line.starts_with(['#', ';']) {
             continue;
         }
-        let (key, value) = line.split_once('=').ok_or(format!("{origin}: neither `[section]` nor `key = value`"))?;
-        let key = key.trim().to_ascii_lowercase();
-        match section {
-            None => return Err(format!("{origin}: stands before the first section; put [telegram] above it")),
-            Some("telegram") if !["bot_token", "url", "ip_family"].contains(&key.as_str()) => {
-                warnings.push(format!("{origin}: unknown key `{}` is ignored", key.escape_default()));
-            }
-            Some("telegram") => {
-                if let Some((_, first)) = telegram.insert(key, (value.trim().to_string(), origin.clone())) {
-                    return Err(format!("{origin}: set before in {first}; remove one of them"));
-                }
-            }
-            Some(_) => {}
+        if let Some(name) = line.strip_prefix('[').filter(|_| ini) {
+            section = Some(name.strip_suffix(']').ok_or(fault("`[` without `]`"))?.trim());
+            continue;
+        }
+        let (name, value) = line.strip_prefix("export ").unwrap_or(line).split_once('=').unwrap_or_default();
+        let (name, value) = (name.trim(), value.trim());
+        if name.is_empty() || name.contains(|c: char| c.is_whitespace() || c.is_control()) {
+            return Err(fault("not `NAME=value`"));
+        }
+        if ini && section.is_none() {
+            return Err(fault("stands before the first section; put [telegram] above it"));
+        }
+        if ini && section != Some("telegram") {
+            continue;
+        }
+        let name = if ini { name.to_ascii_lowercase() } else { name.to_string() };
+        let quoted = ['"', '\''].iter().find_map(|&quote| value.strip_prefix(quote)?.strip_suffix(quote));
+        let (text, origin) = (quoted.unwrap_or(value).to_string(), format!("{}:{number}", path.display()));
+        if let Some(first) = found.insert(name.clone(), Setting { name, text, origin }) {
+            return Err(fault(&format!("set before in {}; remove one of them", first.origin)));
         }
     }
-    Ok(telegram)
+    Ok(found)
 }
 
-fn parse_env(path: &Path, text: &str) -> Result<Settings, String> {
-    let mut variables = Settings::new();
-    for (number, line) in lines(text) {
-        let origin = format!("{}:{number}", path.display());
-        let (name, value) = line
-            .strip_prefix("export ")
-            .unwrap_or(line)
-            .split_once('=')
-            .map(|(name, value)| (name.trim(), value.trim()))
-            .filter(|(name, _)| !name.is_empty() && !name.contains(char::is_whitespace))
-            .ok_or(format!("{origin}: not `NAME=value`"))?;
-        let quoted = ['"', '\''].iter().find_map(|&q| value.strip_prefix(q)?.strip_suffix(q));
-        variables.insert(name.to_string(), (quoted.unwrap_or(value).to_string(), origin));
-    }
-    Ok(variables)
+/// The real environment wins over `.env`, and an empty variable is not set.
+fn lookup(dot_env: &BTreeMap<String, Setting>, name: &str) -> Option<Setting> {
+    let text = env::var_os(name).map_or(String::new(), |value| value.to_string_lossy().into_owned());
+    let real = Some(Setting { name: name.to_string(), text, origin: "environment".to_string() });
+    real.into_iter().chain(dot_env.get(name).cloned()).find(|set| !set.text.is_empty())
 }
 
-/// A variable and where it was set: the real environment wins, and an empty one is not set.
-fn lookup(dot_env: &Settings, name: &str) -> Option<(String, String)> {
-    let real = env::var_os(name).map(|value| (value.to_string_lossy().into_owned(), "environment".to_string()));
-    real.filter(|(value, _)| !value.is_empty())
-        .or_else(|| dot_env.get(name).cloned())
-        .filter(|(value, _)| !value.is_empty())
+/// What `judge` makes of a setting (`None`: it is not set), or what is wrong where. Its text is not repeated, for it may
+/// be a secret.
+fn judged<T>(set: Option<Setting>, fault: &str, judge: fn(&str) -> Option<T>) -> Result<Option<T>, String> {
+    let set = set.filter(|set| !set.text.is_empty());
+    set.map(|set| judge(&set.text).ok_or(format!("{}: {} {fault}", set.origin, set.name))).transpose()
 }
 
-fn check_url(url: &str) -> Result<(), &'static str> {
-    let uri: ureq::http::Uri = url.parse().map_err(|_| "is not a URL")?;
-    match (uri.scheme_str(), uri.host(), uri.query()) {
-        (Some("https"), Some(host), None) if !host.is_empty() && !url.contains('#') => Ok(()),
-        _ => Err("is not of the form https://host/bot"),
-    }
+fn one_word(text: &str) -> Option<Secret> {
+    (!text.contains(char::is_whitespace)).then(|| Secret(text.to_string()))
 }
 
-fn password(variable: Option<(String, String)>) -> Result<Option<Secret>, String> {
-    match variable {
-        Some((text, origin)) if text.contains(char::is_whitespace) => {
-            Err(format!("{origin}: PASSWORD holds white space, so nobody could write it in a `config` message"))
-        }
-        other => Ok(other.map(|(text, _)| Secret(text))),
-    }
-}
-
-fn log_level(variable: Option<(String, String)>, warnings: &mut Vec<String>) -> log::LevelFilter {
-    let Some((text, origin)) = variable else { return log::LevelFilter::Info };
-    log::LevelFilter::from_str(&text).unwrap_or_else(|_| {
-        warnings.push(format!("{origin}: RUST_LOG is none of off, error, warn, info, debug; info is used"));
-        log::LevelFilter::Info
+fn log_level(set: Option<Setting>, warnings: &mut Vec<String>) -> LevelFilter {
+    let Some(set) = set else { return LevelFilter::Info };
+    set.text.parse().unwrap_or_else(|_| {
+        warnings.push(format!("{}: RUST_LOG is none of off, error, warn, info, debug; info is used", set.origin));
+        LevelFilter::Info
     })
 }
 
-/// `HTTPS_PROXY` wins; else what ureq finds in the environment (`ALL_PROXY`, `https_proxy`, with `NO_PROXY`).
-fn proxy(variable: Option<(String, String)>) -> Result<Option<ureq::Proxy>, String> {
-    let Some((text, origin)) = variable else {
-        return Ok(ureq::Proxy::try_from_env().filter(|proxy| is_http(proxy.protocol())));
-    };
-    // Its value may hold a password, so it is not repeated. ureq panics on SOCKS without the feature for it.
-    let proxy = ureq::Proxy::new(&text).ok().filter(|proxy| is_http(proxy.protocol()));
-    proxy.map(Some).ok_or(format!("{origin}: HTTPS_PROXY is not of the form http://host:port"))
+fn https_url(text: &str) -> Option<String> {
+    let uri: ureq::http::Uri = text.parse().ok()?;
+    let valid = uri.scheme_str() == Some("https") && uri.query().is_none() && !text.contains('#');
+    (valid && !uri.host()?.is_empty()).then(|| text.to_string())
 }
 
-fn is_http(protocol: ureq::ProxyProtocol) -> bool {
-    matches!(protocol, ureq::ProxyProtocol::Http | ureq::ProxyProtocol::Https)
+fn ip_family(text: &str) -> Option<IpFamily> {
+    match text {
+        "any" => Some(IpFamily::Any),
+        "ipv4" => Some(IpFamily::Ipv4Only),
+        "ipv6" => Some(IpFamily::Ipv6Only),
+        _ => None,
+    }
 }
 
-fn read_roots(path: &str, origin: &str) -> Result<Vec<ureq::tls::Certificate<'static>>, String> {
+fn ip_address(text: &str) -> Option<String> {
+    let (ip, zone) = text.split_once('%').map_or((text, None), |(ip, zone)| (ip, Some(zone)));
+    let valid = ip.parse::<IpAddr>().ok()?.is_ipv6() || zone.is_none();
+    (valid && zone != Some("")).then(|| text.to_string())
+}
+
+/// ureq panics on SOCKS without the feature for it.
+fn http_proxy(text: &str) -> Option<ureq::Proxy> {
+    let proxy = ureq::Proxy::new(text).ok()?;
+    matches!(proxy.protocol(), ureq::ProxyProtocol::Http | ureq::ProxyProtocol::Https).then_some(proxy)
+}
+
+fn read_roots(file: &Setting) -> Result<Vec<ureq::tls::Certificate<'static>>, String> {
+    let Setting { text: path, origin, .. } = file;
     let pem = fs::read(path).map_err(|error| format!("{origin}: cannot read SSL_CERT_FILE {path}: {error}"))?;
-    let roots: Vec<_> = ureq::tls::parse_pem(&pem)
-        .filter_map(|item| match item {
-            Ok(ureq::tls::PemItem::Certificate(certificate)) => Some(certificate),
-            _ => None,
-        })
-        .collect();
+    let certificates = ureq::tls::parse_pem(&pem).filter_map(|item| match item {
+        Ok(ureq::tls::PemItem::Certificate(certificate)) => Some(certificate),
+        _ => None,
+    });
+    let roots: Vec<_> = certificates.collect();
     if roots.is_empty() {
         return Err(format!("{origin}: SSL_CERT_FILE {path} holds no PEM certificate"));
     }
@@ -452,6 +388,7 @@ struct Gateway {
     state: Mutex<State>,
     /// What `state.json` holds; locked while it is written.
     saved: Mutex<String>,
+    journal: Journal,
     /// Whether somebody fetches updates, for they are handled by one request at a time.
     polling: Mutex<bool>,
     polled: Condvar,
@@ -470,18 +407,20 @@ fn unix_now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |age| age.as_secs())
 }
 
-fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> io::Result<()> {
-    thread::Builder::new().name(name.to_string()).stack_size(STACK).spawn(run).map(drop)
+fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> Result<(), String> {
+    let started = thread::Builder::new().name(name.to_string()).stack_size(STACK).spawn(run);
+    started.map(drop).map_err(|error| format!("cannot start a thread: {error}"))
 }
 
 /// Serves for ever. Faults of the start end it; afterwards nothing that a datagram holds does.
-fn serve(config: Config) -> Result<Infallible, String> {
+fn serve(config: Config) -> Result<(), String> {
     start_log(&config)?;
     config.warnings.iter().for_each(|warning| warn!("{warning}"));
     if config.token.is_none() {
         warn!("no bot_token in config.ini: /message serves any token, /update the first bot that Telegram accepts");
     }
     let state = open_state(&config)?;
+    let journal = Journal::open(&config.state_path.with_extension("journal"))?;
     notify("READY=1");
     let socket = bind(&config)?;
     let local = socket.local_addr().map_err(|error| format!("cannot read the socket's address: {error}"))?;
@@ -495,6 +434,7 @@ fn serve(config: Config) -> Result<Infallible, String> {
         exchanges: Mutex::new(Exchanges::new(coap::random())),
         state: Mutex::new(state),
         saved: Mutex::default(),
+        journal,
         polling: Mutex::new(false),
         polled: Condvar::new(),
         answers,
@@ -505,21 +445,47 @@ fn serve(config: Config) -> Result<Infallible, String> {
     // At once: what people write from now on must not count as older than the first start after a crash.
     gateway.save()?;
     let (writer, heart) = (Arc::clone(&gateway), Arc::clone(&gateway));
-    spawn("answers", move || write_to_people(&writer, &queue)).map_err(|error| format!("cannot start: {error}"))?;
-    spawn("heartbeat", move || heartbeat(&heart)).map_err(|error| format!("cannot start: {error}"))?;
+    spawn("answers", move || write_to_people(&writer, &queue))?;
+    spawn("heartbeat", move || heartbeat(&heart))?;
     receive_loop(&gateway)
 }
 
+/// Waits for an address that does not exist yet: READY was said before, for a unit that waits would hold up the boot.
+fn bind(config: &Config) -> Result<UdpSocket, String> {
+    const NO_SUCH_DEVICE: i32 = 19; // ENODEV: the interface of a zone went away
+    let name = config.name();
+    let mut told = false;
+    loop {
+        let error = match UdpSocket::bind((config.address.as_str(), config.port)) {
+            Ok(socket) => return Ok(socket),
+            Err(error) => error,
+        };
+        // A zone that names no interface fails in the look-up, which has no OS error.
+        let absent = matches!(error.raw_os_error(), None | Some(NO_SUCH_DEVICE));
+        if !absent && error.kind() != io::ErrorKind::AddrNotAvailable {
+            return Err(format!("cannot bind {name}: {error}"));
+        }
+        if !told {
+            warn!("address {name} does not exist yet; trying every second");
+            notify(&format!("STATUS=Waits for address {name} to appear"));
+            told = true;
+        }
+        notify("WATCHDOG=1");
+        thread::sleep(TICK);
+    }
+}
+
 fn receive_loop(gateway: &Arc<Gateway>) -> ! {
-    let mut watchdog = Watchdog::new();
     let mut datagram = [0; coap::DATAGRAM_MAX];
+    let mut watched = None;
     loop {
         let now = Instant::now();
-        watchdog.feed(now);
-        let (resend, next) = lock(&gateway.exchanges).due(now);
-        for (peer, bytes) in resend {
-            gateway.transmit(peer, &bytes);
+        if watched.is_none_or(|last| now.saturating_duration_since(last) >= TICK) {
+            notify("WATCHDOG=1");
+            watched = Some(now);
         }
+        let (resend, next) = lock(&gateway.exchanges).due(now);
+        resend.iter().for_each(|(peer, bytes)| gateway.transmit(*peer, bytes));
         let sleep = next.map_or(TICK, |due| due.saturating_duration_since(now)).clamp(Duration::from_millis(1), TICK);
         let _ = gateway.socket.set_read_timeout(Some(sleep));
         match gateway.socket.recv_from(&mut datagram) {
@@ -529,44 +495,6 @@ fn receive_loop(gateway: &Arc<Gateway>) -> ! {
                 warn!("cannot receive: {error}");
                 thread::sleep(TICK);
             }
-        }
-    }
-}
-
-/// Waits for an address that does not exist yet: READY was said before, for a unit that waits would hold up the boot.
-fn bind(config: &Config) -> Result<UdpSocket, String> {
-    const NO_SUCH_DEVICE: i32 = 19; // ENODEV: the interface of a zone went away
-    let name = SocketName(&config.address, config.port);
-    let mut watchdog = Watchdog::new();
-    let mut told = false;
-    loop {
-        let error = match UdpSocket::bind((config.address.as_str(), config.port)) {
-            Ok(socket) => return Ok(socket),
-            Err(error) => error,
-        };
-        // A zone that names no interface fails in the look-up, which has no OS error.
-        let absent = error.kind() == io::ErrorKind::AddrNotAvailable
-            || matches!(error.raw_os_error(), None | Some(NO_SUCH_DEVICE));
-        if !absent {
-            return Err(format!("cannot bind {name}: {error}"));
-        }
-        if !told {
-            warn!("address {name} does not exist yet; trying every second");
-            notify(&format!("STATUS=Waits for address {name} to appear"));
-            told = true;
-        }
-        watchdog.feed(Instant::now());
-        thread::sleep(TICK);
-    }
-}
-
-struct SocketName<'a>(&'a str, u16);
-
-impl std::fmt::Display for SocketName<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self.0.contains(':') {
-            true => write!(f, "[{}]:{}", self.0, self.1),
-            false => write!(f, "{}:{}", self.0, self.1),
         }
     }
 }
@@ -583,9 +511,7 @@ fn receive(gateway: &Arc<Gateway>, peer: SocketAddr, datagram: &[u8]) {
             lock(&gateway.state).acknowledge(mote(peer), sequence);
             let gateway = Arc::clone(gateway);
             // Not here: the disk may be slow. If it fails, the next save has it, or the mote is told again.
-            let _ = spawn("save", move || {
-                gateway.save().unwrap_or_else(|reason| error!("{reason}"));
-            });
+            let _ = spawn("save", move || gateway.save().unwrap_or_else(|reason| error!("{reason}")));
         }
     }
 }
@@ -601,9 +527,8 @@ fn dispatch(gateway: &Arc<Gateway>, mut request: Request) {
         Ok(Some(work)) => work,
         Ok(None) => return,
         Err(response) => {
-            let reason =
-                if response.code().starts_with('2') { "".into() } else { String::from_utf8_lossy(&response.payload) };
-            log_outcome(&request, &response, &reason);
+            let reason = String::from_utf8_lossy(&response.payload);
+            log_outcome(&request, &response, if response.code.is_error() { &reason } else { "" });
             let bytes = lock(&gateway.exchanges).reply(&request, response);
             return gateway.transmit(request.peer, &bytes);
         }
@@ -613,24 +538,26 @@ fn dispatch(gateway: &Arc<Gateway>, mut request: Request) {
     let (worker, accepted) = (Arc::clone(gateway), request.clone());
     let started = spawn("request", move || {
         let deadline = accepted.at + TELEGRAM_BUDGET;
-        let outcome = match work {
-            Work::Nothing => Outcome::text(ResponseType::Content, MESSAGES_SENT, String::new()),
-            Work::Message(form) => deliver_message(&worker, &form, mote(accepted.peer), deadline),
+        let (response, detail) = match work {
+            Work::Message(message) => deliver_message(&worker, &message, &accepted, deadline),
             Work::Update(token) => fetch_update(&worker, &token, &accepted, deadline),
+            Work::Repeated(true) => (Response::text(ResponseType::Content, MESSAGES_SENT), "sent before".to_string()),
+            Work::Repeated(false) => (Response::failed(), "not sent again: it was begun before a restart".to_string()),
         };
-        worker.respond(&accepted, outcome);
+        worker.respond(&accepted, response, &detail);
     });
-    if let Err(error) = started {
-        gateway.respond(&request, Outcome::failed(format!("cannot start a thread: {error}")));
+    if let Err(reason) = started {
+        gateway.respond(&request, Response::failed(), &reason);
     }
 }
 
-/// What a request needs Telegram for.
+/// What an accepted request is about.
 enum Work {
-    Message(Form),
+    Message(Message),
     Update(Secret),
-    /// A further block of the answer to a message: nothing is sent again.
-    Nothing,
+    /// A message that was handled already, and whether it was sent: a further block of its answer, or a duplicate of
+    /// one that came before a restart.
+    Repeated(bool),
 }
 
 /// From a well-formed message to a decision. `Err` is the immediate answer; `None` leaves the request unanswered, so
@@ -643,6 +570,9 @@ fn prepare(gateway: &Gateway, request: &mut Request) -> Result<Option<Work>, Res
     let mut exchanges = lock(&gateway.exchanges);
     if !exchanges.has_room() {
         return Ok(None);
+    }
+    if let Some(sent) = gateway.journal.find(request.digest, unix_now()) {
+        return Ok(Some(Work::Repeated(sent)));
     }
     exchanges.assemble(request)?;
     drop(exchanges);
@@ -680,105 +610,57 @@ fn route(request: &Request) -> Result<Resource, Response> {
 
 /// The links that match every `name=value` of the query; `*` at the end of a value stands for anything. RFC 6690 §4.1.
 fn discovery(request: &Request) -> Response {
-    let queries = request.queries();
-    let matches = |(href, rt): &(&str, &str)| {
-        queries.iter().all(|query| {
-            let (name, value) = query.split_once('=').unwrap_or((query, "*"));
-            let own = match name {
-                "href" => *href,
-                "rt" => *rt,
-                "ct" => "0",
-                _ => return false,
-            };
-            value.strip_suffix('*').map_or(own == value, |start| own.starts_with(start))
-        })
+    let matches = |href: &str, rt: &str, query: &str| {
+        let (name, value) = query.split_once('=').unwrap_or((query, "*"));
+        let own = match name {
+            "href" => href,
+            "rt" => rt,
+            "ct" => "0",
+            _ => return false,
+        };
+        value.strip_suffix('*').map_or(own == value, |start| own.starts_with(start))
     };
-    let links: Vec<String> =
-        CORE_LINKS.iter().filter(|link| matches(link)).map(|(href, rt)| format!("<{href}>;rt=\"{rt}\";ct=0")).collect();
-    Response::content(ResponseType::Content, links.join(",").as_bytes(), coap::LINK_FORMAT).in_block2(request)
+    let queries = request.queries();
+    let mut links = Vec::new();
+    for (href, rt) in [("/message", "telegram.message"), ("/update", "telegram.update")] {
+        if queries.iter().all(|query| matches(href, rt, query)) {
+            links.push(format!("<{href}>;rt=\"{rt}\";ct=0"));
+        }
+    }
+    Response::content(ResponseType::Content, &links.join(","), coap::LINK_FORMAT).in_block2(request)
 }
 
-/// Whether the form can be carried out.
+/// Whether the request can be carried out.
 fn judge_request(config: &Config, pinned: Option<&str>, what: Resource, request: &Request) -> Result<Work, Response> {
     if request.block2()?.is_some_and(|block| block.number > 0) {
-        return match what {
-            Resource::Message if request.payload.is_empty() => Ok(Work::Nothing),
-            _ => Err(Response::error(ResponseType::BadRequest, "No such block")),
-        };
+        let further = what == Resource::Message && request.payload.is_empty();
+        return if further { Ok(Work::Repeated(true)) } else { Err(bad_request("No such block")) };
     }
-    let form = Form::parse(&request.payload)?;
-    if form.url != config.url {
-        return Err(Response::error(ResponseType::Forbidden, "This gateway does not serve that url"));
+    let payload = String::from_utf8_lossy(&request.payload);
+    let [url, token, chat_ids, text] = fields(&payload);
+    if url.is_empty() || token.is_empty() {
+        return Err(bad_request(MISSING_FIELDS));
     }
     let served = match (&config.token, what) {
-        (Some(own), _) => own.is(&form.token.0),
-        (None, Resource::Update) => pinned.is_none_or(|bot| bot == form.token.bot_id()),
+        (Some(own), _) => own.is(token),
+        (None, Resource::Update) => pinned.is_none_or(|bot| Some(bot) == token.split(':').next()),
         (None, _) => true,
     };
-    if !served {
-        return Err(Response::error(ResponseType::Forbidden, "This gateway does not serve that token"));
+    if url != config.url || !served {
+        let what = if served { "url" } else { "token" };
+        return Err(Response::error(ResponseType::Forbidden, &format!("This gateway does not serve that {what}")));
     }
-    match what {
-        Resource::Message => form.check_message().map(Work::Message),
-        _ => form.check_token().map(|form| Work::Update(form.token)),
+    let token = Secret::token(token).ok_or(bad_request("Malformed token"))?;
+    if what == Resource::Update {
+        return Ok(Work::Update(token));
     }
-}
-
-/// The fields of a payload, which are not percent-encoded.
-struct Form {
-    url: String,
-    /// Perhaps not well-formed, see `check_token`; a secret from the start.
-    token: Secret,
-    chats: String,
-    text: String,
-    /// `chats`, parsed.
-    ids: Vec<ChatId>,
-}
-
-impl Form {
-    /// A key separates only where it stands at the start or behind `&`, and only once: a text may hold anything else.
-    fn parse(payload: &[u8]) -> Result<Form, Response> {
-        const KEYS: [&str; 4] = ["url=", "token=", "chat_ids=", "text="];
-        let payload = String::from_utf8_lossy(payload);
-        let payload = trim(&payload);
-        let mut starts: Vec<(usize, usize)> = Vec::new();
-        for (field, key) in KEYS.iter().enumerate() {
-            let behind = || payload.find(&format!("&{key}"));
-            if let Some(at) = payload.starts_with(key).then_some(0).or_else(behind) {
-                starts.insert(starts.partition_point(|start| start.0 < at), (at, field));
-            }
-        }
-        let mut values = [""; 4];
-        for (index, &(start, field)) in starts.iter().enumerate() {
-            let end = starts.get(index + 1).map_or(payload.len(), |next| next.0);
-            let start = start + KEYS[field].len() + usize::from(payload[start..].starts_with('&'));
-            values[field] = trim(&payload[start..end]);
-        }
-        let [url, token, chats, text] = values.map(str::to_string);
-        if url.is_empty() || token.is_empty() {
-            return Err(bad_request(MISSING_FIELDS));
-        }
-        Ok(Form { url, token: Secret(token), chats, text, ids: Vec::new() })
-    }
-
-    fn check_token(self) -> Result<Form, Response> {
-        Secret::token(&self.token.0).map(|token| Form { token, ..self }).ok_or(bad_request("Malformed token"))
-    }
-
-    fn check_message(self) -> Result<Form, Response> {
-        let mut ids = Vec::new();
-        for entry in self.chats.split(',').map(trim).filter(|entry| !entry.is_empty()) {
-            let id = ChatId::parse(entry).ok_or(bad_request("Malformed chat id"))?;
-            if !ids.contains(&id) {
-                ids.push(id);
-            }
-        }
-        match () {
-            () if ids.is_empty() || self.text.is_empty() => Err(bad_request(MISSING_FIELDS)),
-            () if ids.len() > USERS_MAX => Err(bad_request("Too many chat ids, at most 10")),
-            () if self.text.chars().count() > TEXT_MAX => Err(bad_request("Text too long, at most 4096 characters")),
-            () => Form { ids, ..self }.check_token(),
-        }
+    let chats = chats(chat_ids)?;
+    match text.chars().count() {
+        0 => Err(bad_request(MISSING_FIELDS)),
+        _ if chats.is_empty() => Err(bad_request(MISSING_FIELDS)),
+        _ if chats.len() > USERS_MAX => Err(bad_request("Too many chat ids, at most 10")),
+        length if length > TEXT_MAX => Err(bad_request("Text too long, at most 4096 characters")),
+        _ => Ok(Work::Message(Message { token, chats, text: text.to_string() })),
     }
 }
 
@@ -786,57 +668,58 @@ fn bad_request(reason: &str) -> Response {
     Response::error(ResponseType::BadRequest, reason)
 }
 
+/// What a mote wants to have sent.
+struct Message {
+    token: Secret,
+    chats: Vec<Value>,
+    text: String,
+}
+
+/// The values of url, token, chat_ids and text (empty: missing), which are not percent-encoded. A key separates only
+/// where it stands at the start or behind `&`, and only once: a text may hold anything else.
+fn fields(payload: &str) -> [&str; 4] {
+    const KEYS: [&str; 4] = ["url=", "token=", "chat_ids=", "text="];
+    let payload = trim(payload);
+    let starts = KEYS.map(|key| match payload.starts_with(key) {
+        true => Some((0, key.len())),
+        false => payload.find(&format!("&{key}")).map(|at| (at, at + 1 + key.len())),
+    });
+    let ends = |start| starts.iter().flatten().map(|next| next.0).filter(|next| *next > start).min();
+    starts.map(|found| match found {
+        Some((start, value)) => trim(&payload[value..ends(start).unwrap_or(payload.len())]),
+        None => "",
+    })
+}
+
 /// Firmware: payloads are padded with NUL, texts may end in a line feed.
 fn trim(text: &str) -> &str {
     text.trim_matches(|c: char| c == '\0' || c.is_whitespace())
 }
 
-/// Bot API, `chat_id`: "unique identifier for the target chat or username of the target channel".
-#[derive(Clone, Debug, PartialEq)]
-enum ChatId {
-    Number(i64),
-    Channel(String),
+/// Each chat once.
+fn chats(list: &str) -> Result<Vec<Value>, Response> {
+    let mut chats = Vec::new();
+    for entry in list.split(',').map(trim).filter(|entry| !entry.is_empty()) {
+        let id = chat_id(entry).ok_or(bad_request("Malformed chat id"))?;
+        if !chats.contains(&id) {
+            chats.push(id);
+        }
+    }
+    Ok(chats)
 }
 
-impl ChatId {
-    fn parse(text: &str) -> Option<ChatId> {
-        if let Some(name) = text.strip_prefix('@') {
-            let valid = (1..=32).contains(&name.len()) && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_');
-            return valid.then(|| ChatId::Channel(text.to_string()));
-        }
-        text.parse().ok().filter(|_| !text.starts_with('+')).map(ChatId::Number)
-    }
-
-    fn json(&self) -> Value {
-        match self {
-            ChatId::Number(id) => json!(id),
-            ChatId::Channel(name) => json!(name),
-        }
-    }
+/// Bot API, `chat_id`: "unique identifier for the target chat or username of the target channel", `@name`.
+fn chat_id(text: &str) -> Option<Value> {
+    let Some(name) = text.strip_prefix('@') else {
+        return text.parse::<i64>().ok().filter(|_| !text.starts_with('+')).map(Value::from);
+    };
+    let valid = (1..=32).contains(&name.len()) && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_');
+    valid.then(|| text.into())
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Requests that need Telegram
 // ---------------------------------------------------------------------------------------------------------------------
-
-/// How a request ended.
-struct Outcome {
-    response: Response,
-    /// The change up to which the mote has heard everything once it acknowledges the response.
-    delivers: Option<u64>,
-    /// For the log.
-    detail: String,
-}
-
-impl Outcome {
-    fn failed(detail: String) -> Outcome {
-        Outcome { response: Response::error(ResponseType::InternalServerError, ""), delivers: None, detail }
-    }
-
-    fn text(code: ResponseType, text: &[u8], detail: String) -> Outcome {
-        Outcome { response: Response::content(code, text, coap::TEXT_PLAIN), delivers: None, detail }
-    }
-}
 
 impl Gateway {
     /// A datagram that cannot be sent is one that was lost: CoAP retransmits.
@@ -848,10 +731,10 @@ impl Gateway {
         }
     }
 
-    fn respond(&self, request: &Request, outcome: Outcome) {
-        let response = outcome.response.in_block2(request);
-        log_outcome(request, &response, &outcome.detail);
-        let bytes = lock(&self.exchanges).respond(Instant::now(), request, response, outcome.delivers, coap::random());
+    fn respond(&self, request: &Request, response: Response, detail: &str) {
+        let response = response.in_block2(request);
+        log_outcome(request, &response, detail);
+        let bytes = lock(&self.exchanges).respond(Instant::now(), request, response, coap::random());
         self.transmit(request.peer, &bytes);
     }
 
@@ -868,107 +751,105 @@ impl Gateway {
     }
 }
 
-/// Sends the text to every chat that has not asked to be left alone.
-fn deliver_message(gateway: &Gateway, form: &Form, mote: IpAddr, deadline: Instant) -> Outcome {
-    let chats: Vec<&ChatId> = {
+/// Sends the text to every chat that has not asked to be left alone. The response, and what the log says of it.
+fn deliver_message(gateway: &Gateway, message: &Message, request: &Request, deadline: Instant) -> (Response, String) {
+    let Message { token, chats: listed, text } = message;
+    let mote = mote(request.peer);
+    let chats: Vec<&Value> = {
         let mut state = lock(&gateway.state);
-        if state.notice_restart(mote, &form.ids) {
+        if state.notice_restart(mote, listed) {
             info!("{mote} does not know its users any more: it will be told everything again");
         }
-        form.ids.iter().filter(|id| !state.is_removed(id)).collect()
+        listed.iter().filter(|id| !state.is_removed(id)).collect()
     };
-    let results = gateway.telegram.send_to_all(&form.token, &chats, &form.text, deadline);
-    for (chat, failure) in iter::zip(&chats, &results).filter_map(|(chat, result)| Some((chat, result.as_ref().err()?)))
-    {
-        warn!("sendMessage to {} failed: {}", chat.json(), failure.reason);
-        if let (Some(403), ChatId::Number(id)) = (failure.code, chat) {
-            let user = lock(&gateway.state).remove(*id, false); // not as an argument of info!, which may be off
+    let entry = gateway.journal.begin(request);
+    let results = gateway.telegram.send_to_all(token, &chats, text, deadline);
+    let failures = || iter::zip(&chats, &results).filter_map(|(chat, result)| Some((chat, result.as_ref().err()?)));
+    for (chat, failure) in failures() {
+        warn!("sendMessage to {chat} failed: {}", failure.reason);
+        if let (Some(403), Some(id)) = (failure.code, chat.as_i64()) {
+            let user = lock(&gateway.state).remove(id, false); // not as an argument of info!, which may be off
             info!("{user} is removed, for Telegram refuses messages to it");
         }
     }
     gateway.save().unwrap_or_else(|reason| error!("{reason}"));
-    let sent = results.iter().filter(|result| result.is_ok()).count();
+    let failed = failures().count();
+    let sent = chats.len() - failed;
     gateway.forwarded.fetch_add(sent as u64, Relaxed);
-    gateway.failures.fetch_add((results.len() - sent) as u64, Relaxed);
-    let detail = format!("{sent} of {} chats", form.ids.len());
-    match chats.is_empty() || sent > 0 {
-        true => Outcome::text(ResponseType::Content, MESSAGES_SENT, detail),
-        false => Outcome::failed(detail),
-    }
+    gateway.failures.fetch_add(failed as u64, Relaxed);
+    let done = chats.is_empty() || sent > 0;
+    gateway.journal.end(entry, done);
+    let response = if done { Response::text(ResponseType::Content, MESSAGES_SENT) } else { Response::failed() };
+    (response, format!("{sent} of {} chats", listed.len()))
 }
 
 /// Fetches what people wrote, then answers with what this mote has not acknowledged.
-fn fetch_update(gateway: &Gateway, token: &Secret, request: &Request, deadline: Instant) -> Outcome {
+fn fetch_update(gateway: &Gateway, token: &Secret, request: &Request, deadline: Instant) -> (Response, String) {
     if let Err(reason) = poll(gateway, token, deadline) {
         gateway.failures.fetch_add(1, Relaxed);
-        return Outcome::failed(reason);
+        return (Response::failed(), reason);
     }
     // A block that is not valid was answered before.
     let limit = request.block2().ok().flatten().map_or(REPLY_MAX, |block| block.size().min(REPLY_MAX));
     let (tokens, last, left) = lock(&gateway.state).tokens_for(mote(request.peer), limit);
-    match last {
-        None if left == 0 => Outcome::text(ResponseType::Valid, NO_UPDATES, String::new()),
-        None => Outcome::failed(format!("no change fits into blocks of {limit} bytes")),
-        Some(_) => {
-            let detail = format!("{tokens}, {left} left for the next poll");
-            let detail = if left == 0 { tokens.clone() } else { detail };
-            Outcome { delivers: last, ..Outcome::text(ResponseType::Content, tokens.as_bytes(), detail) }
+    match (last, left) {
+        (None, 0) => (Response::text(ResponseType::Valid, NO_UPDATES), String::new()),
+        (None, _) => (Response::failed(), format!("no change fits into blocks of {limit} bytes")),
+        _ => {
+            let rest = if left > 0 { format!(", {left} left for the next poll") } else { String::new() };
+            let response = Response::text(ResponseType::Content, &tokens);
+            (Response { delivers: last, ..response }, tokens + &rest)
         }
     }
 }
 
-/// Handles every waiting update. Progress is saved before it is confirmed to Telegram (by the next page's offset) and
-/// before anybody is answered.
+/// Handles every waiting update.
 fn poll(gateway: &Gateway, token: &Secret, deadline: Instant) -> Result<(), String> {
     let remaining = deadline.saturating_duration_since(Instant::now());
     let turn = gateway.polled.wait_timeout_while(lock(&gateway.polling), remaining, |busy| *busy);
-    let (mut busy, waited) = turn.unwrap_or_else(PoisonError::into_inner);
-    if waited.timed_out() {
+    let (mut busy, _) = turn.unwrap_or_else(PoisonError::into_inner);
+    if *busy {
         return Err("getUpdates: another request still waits for Telegram".to_string());
     }
     *busy = true;
     drop(busy);
-    let result = poll_pages(gateway, token, deadline);
+    let mut result = Ok(true);
+    while matches!(result, Ok(true)) {
+        result = poll_page(gateway, token, deadline);
+    }
     *lock(&gateway.polling) = false;
     gateway.polled.notify_one();
-    result
+    result.map(drop)
 }
 
-fn poll_pages(gateway: &Gateway, token: &Secret, deadline: Instant) -> Result<(), String> {
-    loop {
-        gateway.save()?; // Nothing to do, unless the last time it failed.
-        let offset = lock(&gateway.state).offset;
-        let parameters = json!({"offset": offset, "limit": PAGE, "timeout": 0, "allowed_updates": ["message"]});
-        let result = gateway
-            .telegram
-            .call(token, "getUpdates", &parameters, deadline)
-            .map_err(|failure| format!("getUpdates: {}", failure.reason))?;
-        let updates = result.as_array().ok_or("getUpdates: Telegram's answer is not a list")?;
-        {
-            let mut state = lock(&gateway.state);
-            if state.bot.as_deref().is_some_and(|bot| bot != token.bot_id()) {
-                return Err("getUpdates: another bot was served first".to_string());
-            }
-            state.bot = Some(token.bot_id().to_string());
-            updates.iter().for_each(|update| handle_update(&mut state, update, &gateway.config, unix_now()));
-            if updates.len() < PAGE {
-                state.started = 0;
-            }
+/// Whether there may be more. Progress is saved before it is confirmed to Telegram (by the next page's offset) and
+/// before anybody is answered.
+fn poll_page(gateway: &Gateway, token: &Secret, deadline: Instant) -> Result<bool, String> {
+    gateway.save()?; // Nothing to do, unless the last time it failed.
+    let offset = lock(&gateway.state).offset;
+    let parameters = json!({"offset": offset, "limit": PAGE, "timeout": 0, "allowed_updates": ["message"]});
+    let result = gateway.telegram.call(token, "getUpdates", &parameters, deadline);
+    let result = result.map_err(|failure| format!("getUpdates: {}", failure.reason))?;
+    let updates = result.as_array().ok_or("getUpdates: Telegram's answer is not a list")?;
+    {
+        let mut state = lock(&gateway.state);
+        if state.bot.as_deref().is_some_and(|bot| bot != token.bot_id()) {
+            return Err("getUpdates: another bot was served first".to_string());
         }
-        gateway.save()?;
-        let (answers, moved) = {
-            let mut state = lock(&gateway.state);
-            (std::mem::take(&mut state.answers), state.offset != offset)
-        };
-        for answer in answers {
-            if gateway.answers.try_send((token.clone(), answer)).is_err() {
-                warn!("too many answers wait to be sent: one is dropped");
-            }
-        }
-        if updates.len() < PAGE || !moved {
-            return Ok(());
+        state.bot = Some(token.bot_id().to_string());
+        updates.iter().for_each(|update| handle_update(&mut state, update, &gateway.config, unix_now()));
+        if updates.len() < PAGE {
+            state.started = 0;
         }
     }
+    gateway.save()?;
+    let mut state = lock(&gateway.state);
+    for answer in state.answers.drain(..) {
+        if gateway.answers.try_send((token.clone(), answer)).is_err() {
+            warn!("too many answers wait to be sent: one is dropped");
+        }
+    }
+    Ok(updates.len() >= PAGE && state.offset != offset)
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1009,9 +890,9 @@ impl Telegram {
             .timeout_resolve(Some(CONNECT_BUDGET))
             .input_buffer_size(8 << 10)
             .output_buffer_size(8 << 10)
-            .max_idle_connections(IDLE_CONNECTIONS)
-            .max_idle_connections_per_host(IDLE_CONNECTIONS)
-            .max_idle_age(IDLE_AGE)
+            .max_idle_connections(coap::IN_PROGRESS_MAX) // a message costs one round trip when it finds one
+            .max_idle_connections_per_host(coap::IN_PROGRESS_MAX)
+            .max_idle_age(REUSE)
             .user_agent(concat!("coap_websocket/", env!("CARGO_PKG_VERSION")))
             .build();
         let agent = ureq::Agent::with_parts(agent, DefaultConnector::default(), Addresses::default());
@@ -1019,9 +900,9 @@ impl Telegram {
     }
 
     /// One `sendMessage` for each chat, all at the same time; the results in the same order.
-    fn send_to_all(&self, token: &Secret, to: &[&ChatId], text: &str, deadline: Instant) -> Vec<Result<(), Failure>> {
-        let send = |chat: &ChatId| {
-            let parameters = json!({"chat_id": chat.json(), "text": text});
+    fn send_to_all(&self, token: &Secret, to: &[&Value], text: &str, deadline: Instant) -> Vec<Result<(), Failure>> {
+        let send = |chat: &Value| {
+            let parameters = json!({"chat_id": chat, "text": text});
             self.call(token, "sendMessage", &parameters, deadline).map(drop)
         };
         let Some((first, others)) = to.split_first() else { return Vec::new() };
@@ -1039,18 +920,15 @@ impl Telegram {
 
     /// Calls a method. Again only where the first call surely had no effect, and while the deadline allows it.
     fn call(&self, token: &Secret, method: &str, parameters: &Value, deadline: Instant) -> Result<Value, Failure> {
-        let mut attempt = 1;
-        loop {
-            let failure = match self.call_once(token, method, parameters, deadline) {
-                Ok(result) => return Ok(result),
-                Err(failure) => failure,
-            };
-            match failure.retry_after {
-                Some(pause) if attempt < ATTEMPTS && Instant::now() + pause < deadline => thread::sleep(pause),
-                _ => return Err(failure),
+        for _ in 1..ATTEMPTS {
+            match self.call_once(token, method, parameters, deadline) {
+                Err(Failure { retry_after: Some(pause), .. }) if Instant::now() + pause < deadline => {
+                    thread::sleep(pause);
+                }
+                result => return result,
             }
-            attempt += 1;
         }
+        self.call_once(token, method, parameters, deadline)
     }
 
     fn call_once(&self, token: &Secret, method: &str, parameters: &Value, deadline: Instant) -> Result<Value, Failure> {
@@ -1060,11 +938,8 @@ impl Telegram {
         }
         let bytes = parameters.to_string().into_bytes();
         let mut body = Body { bytes: &bytes, read: false };
-        let mut request = self
-            .agent
-            .post(format!("{}{}/{method}", self.url, token.0))
-            .header("content-type", "application/json")
-            .header("content-length", bytes.len());
+        let mut request = self.agent.post(format!("{}{}/{method}", self.url, token.0));
+        request = request.header("content-type", "application/json").header("content-length", bytes.len());
         // ureq caches the TLS configuration only for requests with the agent's own settings.
         if remaining + ATTEMPT_PAUSE < TELEGRAM_BUDGET {
             request = request.config().timeout_global(Some(remaining)).build();
@@ -1073,49 +948,15 @@ impl Telegram {
             let status = response.status().as_u16();
             Ok((status, response.body_mut().with_config().limit(BODY_MAX).read_to_vec()?))
         });
-        match answer {
-            Ok((status, body)) => Failure::or_result(status, &body, token),
-            Err(error) => Err(Failure {
-                reason: describe(&error),
-                code: None,
-                retry_after: (!body.read && certificate_error(&error).is_none()).then_some(ATTEMPT_PAUSE),
-            }),
-        }
-    }
-}
-
-/// The addresses that were looked up last. Without them a look-up, on a thread of its own, would precede every call.
-#[derive(Default)]
-struct Addresses {
-    resolver: DefaultResolver,
-    /// Host and port (the Bot API's or the proxy's, never both), when, and what was found.
-    known: Mutex<Option<(String, Instant, Vec<SocketAddr>)>>,
-}
-
-/// Asked for by `Resolver`.
-impl std::fmt::Debug for Addresses {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Addresses")
-    }
-}
-
-impl Resolver for Addresses {
-    fn resolve(
-        &self,
-        uri: &ureq::http::Uri,
-        config: &ureq::config::Config,
-        timeout: NextTimeout,
-    ) -> Result<ResolvedSocketAddrs, ureq::Error> {
-        let host = uri.authority().map_or_else(String::new, ToString::to_string);
-        let fresh = |(known, since, _): &&(String, Instant, _)| *known == host && since.elapsed() < ADDRESS_AGE;
-        if let Some((_, _, addresses)) = lock(&self.known).as_ref().filter(fresh) {
-            let mut found = self.empty();
-            addresses.iter().for_each(|address| found.push(*address));
-            return Ok(found);
-        }
-        let found = self.resolver.resolve(uri, config, timeout)?;
-        *lock(&self.known) = Some((host, Instant::now(), found.to_vec()));
-        Ok(found)
+        let result = answer.map_err(|error| Failure {
+            retry_after: (!body.read).then_some(ATTEMPT_PAUSE),
+            ..Failure::unknown(describe(&error))
+        });
+        let result = result.and_then(|(status, body)| Failure::or_result(status, &body));
+        result.map_err(|failure| {
+            let reason = failure.reason.replace(&token.0, "<token>");
+            Failure { reason: reason.chars().take(REASON_MAX).collect(), ..failure }
+        })
     }
 }
 
@@ -1140,7 +981,7 @@ impl Failure {
     }
 
     /// Success is `200` and `"ok": true`, nothing else.
-    fn or_result(status: u16, body: &[u8], token: &Secret) -> Result<Value, Failure> {
+    fn or_result(status: u16, body: &[u8]) -> Result<Value, Failure> {
         let Ok(mut answer) = serde_json::from_slice::<Value>(body) else {
             return Err(Failure::unknown(format!("HTTP {status} with a body that is not JSON")));
         };
@@ -1148,49 +989,144 @@ impl Failure {
             return Ok(answer["result"].take());
         }
         let code = answer["error_code"].as_u64().unwrap_or(status.into());
-        let description = answer["description"].as_str().unwrap_or("no description").replace(&token.0, "<token>");
-        let description: String = description.chars().take(DESCRIPTION_MAX).collect();
-        let seconds = answer["parameters"]["retry_after"].as_u64().filter(|_| code == 429);
-        let retry_after = seconds.filter(|&seconds| seconds < 60).map(Duration::from_secs);
-        Err(Failure { reason: format!("{code} {description}"), code: Some(code), retry_after })
+        let description = answer["description"].as_str().unwrap_or("no description");
+        let seconds = answer["parameters"]["retry_after"].as_u64().filter(|&seconds| code == 429 && seconds < 60);
+        let retry_after = seconds.map(Duration::from_secs);
+        Err(Failure { code: Some(code), retry_after, ..Failure::unknown(format!("{code} {description}")) })
     }
 }
 
-/// In words, and without what some of these errors hold: the URL, and so the token.
 fn describe(error: &ureq::Error) -> String {
     use rustls::CertificateError::{Expired, ExpiredContext, NotValidYet, NotValidYetContext};
-    match (certificate_error(error), error) {
-        (Some(Expired | ExpiredContext { .. } | NotValidYet | NotValidYetContext { .. }), _) => {
-            "the certificate is expired or not valid yet: is this machine's clock set?".to_string()
-        }
-        (Some(reason), _) => format!("the server's certificate is not trusted: {reason}"),
-        (None, ureq::Error::HostNotFound) => "cannot resolve the host name".to_string(),
-        (None, ureq::Error::Timeout(stage)) => format!("no answer in time ({stage})"),
-        (None, ureq::Error::Io(error)) => error.to_string(),
-        (None, ureq::Error::Rustls(error)) => error.to_string(),
-        (None, ureq::Error::ConnectionFailed) => "cannot connect".to_string(),
-        (None, ureq::Error::ConnectProxyFailed(_)) => "the proxy refuses to connect".to_string(),
-        (None, ureq::Error::BodyExceedsLimit(limit)) => format!("the answer is larger than {limit} bytes"),
-        (None, ureq::Error::Protocol(_)) => "the answer is not HTTP".to_string(),
-        _ => "the HTTPS call failed".to_string(),
+    let tls = match error {
+        ureq::Error::Rustls(error) => Some(error),
+        ureq::Error::Io(error) => error.get_ref().and_then(|inner| inner.downcast_ref()),
+        _ => None,
+    };
+    let Some(rustls::Error::InvalidCertificate(reason)) = tls else { return error.to_string() };
+    let outdated = matches!(reason, Expired | ExpiredContext { .. } | NotValidYet | NotValidYetContext { .. });
+    let hint = if outdated { " (is this machine's clock set?)" } else { "" };
+    format!("the server's certificate is not trusted: {reason}{hint}")
+}
+
+/// Addresses of the host (the Bot API's or the proxy's, never both), for ureq asks for them on every call, also when a
+/// connection is open. One look-up at a time: many would be as many threads, which nothing can end while DNS hangs.
+#[derive(Clone, Default)]
+struct Addresses(Arc<(Mutex<LookUp>, Condvar)>);
+
+#[derive(Default)]
+struct LookUp {
+    running: bool,
+    done: Option<Instant>,
+    /// The last that were found: good enough until newer ones are.
+    found: Vec<SocketAddr>,
+}
+
+/// Asked for by `Resolver`.
+impl fmt::Debug for Addresses {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Addresses")
     }
 }
 
-fn certificate_error(error: &ureq::Error) -> Option<&rustls::CertificateError> {
-    let error = match error {
-        ureq::Error::Rustls(error) => error,
-        ureq::Error::Io(error) => error.get_ref()?.downcast_ref()?,
-        _ => return None,
-    };
-    match error {
-        rustls::Error::InvalidCertificate(reason) => Some(reason),
-        _ => None,
+impl Resolver for Addresses {
+    fn resolve(
+        &self,
+        uri: &ureq::http::Uri,
+        config: &ureq::config::Config,
+        timeout: NextTimeout,
+    ) -> Result<ResolvedSocketAddrs, ureq::Error> {
+        let (shared, changed) = &*self.0;
+        let mut look_up = lock(shared);
+        if !look_up.running && look_up.done.is_none_or(|done| done.elapsed() >= REUSE) {
+            let host = uri.scheme().zip(uri.authority());
+            let host = host.and_then(|(scheme, authority)| DefaultResolver::host_and_port(scheme, authority));
+            let (host, own) = (host.ok_or(ureq::Error::HostNotFound)?, self.clone());
+            look_up.running = spawn("look-up", move || own.look_up(&host)).is_ok();
+        }
+        let wait = |look_up: &mut LookUp| look_up.running && look_up.found.is_empty();
+        let (look_up, _) =
+            changed.wait_timeout_while(look_up, *timeout.after, wait).unwrap_or_else(PoisonError::into_inner);
+        let mut wanted = self.empty();
+        config.ip_family().keep_wanted(look_up.found.iter().copied()).take(16).for_each(|address| wanted.push(address));
+        match (wanted.is_empty(), look_up.running) {
+            (false, _) => Ok(wanted),
+            (true, true) => Err(ureq::Error::Timeout(timeout.reason)),
+            (true, false) => Err(ureq::Error::HostNotFound),
+        }
+    }
+}
+
+impl Addresses {
+    fn look_up(&self, host: &str) {
+        let found: Vec<SocketAddr> = host.to_socket_addrs().map(Iterator::collect).unwrap_or_default();
+        let (shared, changed) = &*self.0;
+        let mut look_up = lock(shared);
+        look_up.running = false;
+        if !found.is_empty() {
+            (look_up.done, look_up.found) = (Some(Instant::now()), found);
+        }
+        changed.notify_all();
     }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // State: the change log, what each mote has acknowledged, Telegram's offset
 // ---------------------------------------------------------------------------------------------------------------------
+
+/// What a mote is told; `Display` is the token on the wire.
+#[derive(Clone, Debug, PartialEq)]
+enum Change {
+    /// Minutes.
+    Interval(u8),
+    /// LED feedback, 0 or 1.
+    Feedback(u8),
+    /// Name and chat.
+    User(String, i64),
+    Removed(i64),
+}
+
+impl Display for Change {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Change::Interval(minutes) => write!(f, "i{minutes}"),
+            Change::Feedback(on) => write!(f, "f{on}"),
+            Change::User(name, chat) => write!(f, "{name}:{chat}"),
+            Change::Removed(chat) => write!(f, "r{chat}"),
+        }
+    }
+}
+
+impl Change {
+    /// Back from the token.
+    fn parse(token: &str) -> Option<Change> {
+        if let Some((name, chat)) = token.split_once(':') {
+            return (wire_name(name, &[]) == name).then_some(Change::User(name.to_string(), chat.parse().ok()?));
+        }
+        let (kind, value) = token.split_at_checked(1)?;
+        match kind {
+            "i" => value.parse().ok().filter(|minutes| (1..=120).contains(minutes)).map(Change::Interval),
+            "f" => value.parse().ok().filter(|on| *on <= 1).map(Change::Feedback),
+            "r" => value.parse().ok().map(Change::Removed),
+            _ => None,
+        }
+    }
+
+    /// A change replaces the one before of the same key.
+    fn key(&self) -> (u8, i64) {
+        match self {
+            Change::Interval(_) => (0, 0),
+            Change::Feedback(_) => (1, 0),
+            Change::User(_, chat) | Change::Removed(chat) => (2, *chat),
+        }
+    }
+
+    /// Whether the firmware can hold it.
+    fn fits(&self) -> bool {
+        let (kind, chat) = self.key();
+        kind != 2 || fits_firmware(chat)
+    }
+}
 
 /// What outlives the process.
 #[derive(Default)]
@@ -1203,11 +1139,8 @@ struct State {
     offset: i64,
     /// Number of the latest change.
     sequence: u64,
-    /// The latest change of each key with its number.
-    interval: Option<(u64, u8)>,
-    feedback: Option<(u64, bool)>,
-    /// A user's name as the mote hears it; `None`: removed.
-    chats: BTreeMap<i64, (u64, Option<String>)>,
+    /// The latest change of each key with its number, in the order in which they happened.
+    changes: Vec<(u64, Change)>,
     /// The change up to which a mote has acknowledged everything; the longest silent first.
     motes: Vec<(IpAddr, u64)>,
     /// Not saved: answers to people, until what they say is saved.
@@ -1216,84 +1149,71 @@ struct State {
     suspects: BTreeMap<i64, (u32, u64)>,
 }
 
-/// What `register` found.
-#[derive(Debug, PartialEq)]
-enum Registration {
-    New,
-    Known,
-    Full,
-}
-
 impl State {
-    fn next(&mut self) -> u64 {
+    fn record(&mut self, change: Change) {
         self.sequence += 1;
-        self.sequence
+        self.changes.retain(|(_, known)| known.key() != change.key());
+        self.changes.push((self.sequence, change));
+        if self.removals() > REMOVALS_MAX
+            && let Some(oldest) = self.changes.iter().position(|(_, change)| matches!(change, Change::Removed(_)))
+        {
+            self.changes.remove(oldest);
+        }
     }
 
     fn users(&self) -> impl Iterator<Item = (i64, &str)> {
-        self.chats.iter().filter_map(|(id, (_, name))| Some((*id, name.as_deref()?)))
+        self.changes.iter().filter_map(|(_, change)| match change {
+            Change::User(name, chat) => Some((*chat, name.as_str())),
+            _ => None,
+        })
     }
 
-    fn is_removed(&self, chat: &ChatId) -> bool {
-        matches!(chat, ChatId::Number(id) if matches!(self.chats.get(id), Some((_, None))))
+    fn removals(&self) -> usize {
+        self.changes.iter().filter(|(_, change)| matches!(change, Change::Removed(_))).count()
     }
 
-    fn register(&mut self, chat: i64, name: &str) -> Registration {
+    fn is_removed(&self, chat: &Value) -> bool {
+        self.changes.iter().any(|(_, change)| matches!(change, Change::Removed(id) if chat == id))
+    }
+
+    /// What is said to a user who is new, or who cannot be one.
+    fn register(&mut self, chat: i64, name: &str) -> Option<String> {
         let known = self.users().any(|(id, _)| id == chat);
         if !known && self.users().count() >= USERS_MAX {
-            return Registration::Full;
+            return Some(format!("The list is full: {USERS_MAX} people are registered already."));
         }
         let taken: Vec<&str> = self.users().filter(|(id, _)| *id != chat).map(|(_, name)| name).collect();
         let name = wire_name(name, &taken);
         if self.users().all(|user| user != (chat, &name)) {
             info!("{name} ({chat}) is {}", if known { "the new name" } else { "registered" });
-            let change = (self.next(), Some(name));
-            self.chats.insert(chat, change);
+            self.record(Change::User(name, chat));
         }
-        if known { Registration::Known } else { Registration::New }
+        (!known).then(|| format!("You are registered.\n{HELP}"))
     }
 
     /// Whoever asks is told again (`again`), even if it was removed before. Returns the user for the log.
     fn remove(&mut self, chat: i64, again: bool) -> String {
-        let name = match self.chats.get(&chat) {
-            Some((_, None)) if !again => return chat.to_string(),
-            Some((_, Some(name))) => format!("{name} ({chat})"),
-            _ => chat.to_string(),
-        };
-        let change = (self.next(), None);
-        self.chats.insert(chat, change);
-        let removed = self.chats.iter().filter(|(_, (_, name))| name.is_none());
-        let oldest = removed.clone().min_by_key(|(_, (sequence, _))| *sequence).map(|(id, _)| *id);
-        if let (true, Some(oldest)) = (removed.count() > REMOVALS_MAX, oldest) {
-            self.chats.remove(&oldest);
+        let name = self.users().find(|(id, _)| *id == chat).map(|(_, name)| format!("{name} ({chat})"));
+        if again || !self.is_removed(&chat.into()) {
+            self.record(Change::Removed(chat));
         }
-        name
+        name.unwrap_or(chat.to_string())
     }
 
     /// The changes that a mote has not acknowledged, oldest first, as far as they fit into `limit` bytes; the number of
     /// the last of them; how many are left.
     fn tokens_for(&mut self, mote: IpAddr, limit: usize) -> (String, Option<u64>, usize) {
         let heard = self.acknowledged(mote);
-        let settings = [
-            self.interval.map(|(sequence, minutes)| (sequence, format!("i{minutes}"))),
-            self.feedback.map(|(sequence, on)| (sequence, format!("f{}", u8::from(on)))),
-        ];
-        let chats = self.chats.iter().filter(|(id, _)| fits_firmware(**id)).map(|(id, (sequence, name))| {
-            (*sequence, name.as_ref().map_or_else(|| format!("r{id}"), |name| format!("{name}:{id}")))
-        });
-        let mut changes = Vec::new();
-        for change in settings.into_iter().flatten().chain(chats).filter(|(sequence, _)| *sequence > heard) {
-            changes.insert(changes.partition_point(|earlier| *earlier < change), change);
-        }
-        let (mut reply, mut last, mut left) = (String::new(), None, changes.len());
-        for (sequence, token) in &changes {
+        let (mut reply, mut last, mut left) = (String::new(), None, 0);
+        for (sequence, change) in self.changes.iter().filter(|(sequence, change)| *sequence > heard && change.fits()) {
             let separator = if reply.is_empty() { "" } else { ";" };
-            if reply.len() + separator.len() + token.len() > limit {
-                break;
+            let token = format!("{separator}{change}");
+            if left > 0 || reply.len() + token.len() > limit {
+                left += 1;
+            } else {
+                reply.push_str(&token);
+                last = Some(*sequence);
             }
-            reply.push_str(separator);
-            reply.push_str(token);
-            (last, left) = (Some(*sequence), left - 1);
         }
         (reply, last, left)
     }
@@ -1317,11 +1237,16 @@ impl State {
     }
 
     /// Firmware that lost its RAM names other chats than those that it acknowledged. It is told everything again.
-    fn notice_restart(&mut self, mote: IpAddr, listed: &[ChatId]) -> bool {
+    fn notice_restart(&mut self, mote: IpAddr, listed: &[Value]) -> bool {
         let heard = self.acknowledged(mote);
-        let lost = self.chats.iter().any(|(id, (sequence, name))| {
-            *sequence <= heard && fits_firmware(*id) && name.is_some() != listed.contains(&ChatId::Number(*id))
-        });
+        let lost =
+            self.changes.iter().filter(|(sequence, change)| *sequence <= heard && change.fits()).any(|(_, change)| {
+                match change {
+                    Change::User(_, chat) => !listed.contains(&json!(chat)),
+                    Change::Removed(chat) => listed.contains(&json!(chat)),
+                    _ => false,
+                }
+            });
         if lost {
             self.motes.retain(|(address, _)| *address != mote);
         }
@@ -1329,74 +1254,40 @@ impl State {
     }
 
     fn to_json(&self) -> String {
-        let setting = |(sequence, value): (u64, u8)| json!({"sequence": sequence, "value": value});
-        let chats: Vec<Value> = self
-            .chats
-            .iter()
-            .map(|(id, (sequence, name))| json!({"id": id, "sequence": sequence, "name": name}))
-            .collect();
-        let motes: Vec<Value> =
-            self.motes.iter().map(|(ip, heard)| json!({"address": ip.to_string(), "acknowledged": heard})).collect();
-        let state = json!({
+        let changes: Vec<_> = self.changes.iter().map(|(sequence, change)| (sequence, change.to_string())).collect();
+        json!({
             "started": self.started,
             "bot": self.bot,
             "offset": self.offset,
             "sequence": self.sequence,
-            "interval": self.interval.map(setting),
-            "feedback": self.feedback.map(|(sequence, on)| setting((sequence, on.into()))),
-            "chats": chats,
-            "motes": motes,
-        });
-        state.to_string()
+            "changes": changes,
+            "motes": self.motes,
+        })
+        .to_string()
     }
 
     /// `None` if it is not what `to_json` writes.
     fn from_json(text: &str) -> Option<State> {
         let json: Value = serde_json::from_str(text).ok()?;
-        let sequence = json["sequence"].as_u64()?;
-        let number = |entry: &Value, key: &str| entry[key].as_u64().filter(|&number| number <= sequence);
-        let setting = |key: &str, range: std::ops::RangeInclusive<u64>| match &json[key] {
-            Value::Null => Some(None),
-            entry => {
-                let value = entry["value"].as_u64().filter(|value| range.contains(value))?;
-                Some(Some((number(entry, "sequence")?, u8::try_from(value).ok()?)))
-            }
-        };
-        let chat = |entry: &Value| {
-            let name = match &entry["name"] {
-                Value::Null => None,
-                name => Some(name.as_str().filter(|name| wire_name(name, &[]) == *name)?.to_string()),
-            };
-            Some((entry["id"].as_i64()?, (number(entry, "sequence")?, name)))
-        };
-        let mote = |entry: &Value| Some((entry["address"].as_str()?.parse().ok()?, number(entry, "acknowledged")?));
-        let mut chats = BTreeMap::new();
-        for entry in json["chats"].as_array()? {
-            let (id, change) = chat(entry)?;
-            chats.insert(id, change);
-        }
-        let bot = match &json["bot"] {
-            Value::Null => None,
-            bot => Some(bot.as_str()?.to_string()),
-        };
+        let tokens: Vec<(u64, String)> = serde_json::from_value(json["changes"].clone()).ok()?;
+        let change = |(sequence, token): &(u64, String)| Some((*sequence, Change::parse(token)?));
         let state = State {
             started: json["started"].as_u64()?,
-            bot,
+            bot: serde_json::from_value(json["bot"].clone()).ok()?,
             offset: json["offset"].as_i64()?,
-            sequence,
-            interval: setting("interval", 1..=120)?,
-            feedback: setting("feedback", 0..=1)?.map(|(sequence, value)| (sequence, value == 1)),
-            chats,
-            motes: json["motes"].as_array()?.iter().map(mote).collect::<Option<_>>()?,
+            sequence: json["sequence"].as_u64().filter(|sequence| *sequence < u64::MAX / 2)?,
+            changes: tokens.iter().map(change).collect::<Option<_>>()?,
+            motes: serde_json::from_value(json["motes"].clone()).ok()?,
             ..State::default()
         };
-        let settings = [state.interval.map(|change| change.0), state.feedback.map(|change| change.0)];
-        let numbers = settings.into_iter().flatten().chain(state.chats.values().map(|change| change.0));
-        let (users, removed) = (state.users().count(), state.chats.values().filter(|chat| chat.1.is_none()).count());
-        let bounded = users <= USERS_MAX && removed <= REMOVALS_MAX && state.motes.len() <= MOTES_MAX;
-        // Two of the same number or name: one of them would never reach the mote.
-        let distinct = all_distinct(numbers) && all_distinct(state.users().map(|(_, name)| name));
-        (bounded && distinct).then_some(state)
+        let numbers = state.changes.iter().map(|change| change.0).chain([state.sequence + 1]);
+        let heard = state.motes.iter().all(|(_, heard)| *heard <= state.sequence);
+        let (users, removals, motes) = (state.users().count(), state.removals(), state.motes.len());
+        let bounded = users <= USERS_MAX && removals <= REMOVALS_MAX && motes <= MOTES_MAX;
+        // Two changes of the same key or name: one of them would never reach the mote.
+        let distinct = all_distinct(state.changes.iter().map(|(_, change)| change.key()))
+            && all_distinct(state.users().map(|(_, name)| name));
+        (numbers.is_sorted_by(|a, b| a < b) && heard && bounded && distinct).then_some(state)
     }
 }
 
@@ -1477,6 +1368,56 @@ fn replace(path: &Path, text: &str) -> io::Result<()> {
     fs::rename(&new, path)
 }
 
+/// The messages that were begun lately, in a ring of lines beside `state.json`: a mote that repeats its request to a
+/// restarted gateway must not have it sent twice. Not synchronised to the disk, for no exchange outlives a reboot.
+struct Journal {
+    file: File,
+    /// What the process before began: digest of the request, Unix seconds until which it counts, 1 if it was sent.
+    before: Vec<[u64; 3]>,
+    next: AtomicU64,
+}
+
+/// Its line, digest and end of life.
+#[derive(Clone, Copy)]
+struct Entry(u64, u64, u64);
+
+impl Journal {
+    fn open(path: &Path) -> Result<Journal, String> {
+        let fault = |error| format!("cannot open {}: {error}", path.display());
+        let mut options = OpenOptions::new();
+        let mut file =
+            options.read(true).append(false).write(true).create(true).mode(0o600).open(path).map_err(fault)?;
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes).map_err(fault)?;
+        let numbers = |line: &str| line.split(' ').map_while(|number| number.parse().ok()).collect::<Vec<u64>>();
+        let text = String::from_utf8_lossy(&bytes);
+        let before: Vec<[u64; 3]> = text.lines().filter_map(|line| numbers(line).try_into().ok()).collect();
+        let oldest = (0..before.len()).min_by_key(|at| before[*at][1]);
+        let next = oldest.filter(|_| before.len() >= coap::SEEN_MAX).unwrap_or(before.len());
+        Ok(Journal { file, before, next: AtomicU64::new(next as u64) })
+    }
+
+    /// Whether a request that counts at this time, in Unix seconds, was sent; `None`: there was no such request.
+    fn find(&self, digest: u64, now: u64) -> Option<bool> {
+        let alive = now..=now + coap::EXCHANGE_LIFETIME.as_secs(); // a clock that was set takes nothing along
+        self.before.iter().find(|entry| entry[0] == digest && alive.contains(&entry[1])).map(|entry| entry[2] == 1)
+    }
+
+    fn begin(&self, request: &Request) -> Entry {
+        let line = self.next.fetch_add(1, Relaxed) % coap::SEEN_MAX as u64;
+        let entry = Entry(line, request.digest, unix_now() + request.lifetime().as_secs());
+        self.end(entry, false);
+        entry
+    }
+
+    fn end(&self, Entry(line, digest, until): Entry, sent: bool) {
+        let text = format!("{digest:020} {until:020} {}\n", u8::from(sent));
+        if let Err(error) = self.file.write_all_at(text.as_bytes(), line * text.len() as u64) {
+            warn!("cannot write the journal, so a restart may send twice: {error}");
+        }
+    }
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // What people write
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1489,116 +1430,77 @@ struct Answer {
     delete: Option<i64>,
 }
 
-/// Bot API, `Message`: what is read of it. Only private chats with an id that the firmware can hold count.
-struct Message<'a> {
-    id: i64,
-    chat: i64,
-    name: &'a str,
-    text: &'a str,
-    /// Unix seconds.
-    date: u64,
-}
-
-impl Message<'_> {
-    fn of(update: &Value) -> Option<Message<'_>> {
-        let message = &update["message"];
-        let chat = &message["chat"];
-        let names = [&chat["first_name"], &message["from"]["first_name"], &chat["username"]];
-        (chat["type"] == "private").then_some(Message {
-            id: message["message_id"].as_i64().unwrap_or_default(),
-            chat: chat["id"].as_i64().filter(|id| fits_firmware(*id))?,
-            name: names.into_iter().find_map(|name| name.as_str()).unwrap_or_default(),
-            text: message["text"].as_str().unwrap_or_default(),
-            date: message["date"].as_u64().unwrap_or_default(),
-        })
-    }
-}
-
 /// Progress before judgement: an update that cannot be understood must not come back.
 fn handle_update(state: &mut State, update: &Value, config: &Config, now: u64) {
     let Some(id) = update["update_id"].as_i64() else { return };
     state.offset = id.saturating_add(1);
-    match Message::of(update) {
-        Some(message) => {
-            let answer = judge(state, &message, config.password.as_ref(), now);
-            state.answers.push(answer);
-        }
+    match judge(state, &update["message"], config.password.as_ref(), now) {
+        Some(answer) => state.answers.push(answer),
         None => debug!("update {id} is no message in a private chat that the mote can hold"),
     }
 }
 
-fn judge(state: &mut State, message: &Message, password: Option<&Secret>, now: u64) -> Answer {
-    let words: Vec<&str> = message.text.split_whitespace().collect();
-    let first = words.first().unwrap_or(&"").to_ascii_lowercase();
-    let is_remove = first == "remove" && words.len() == 2 && words[1].eq_ignore_ascii_case("me");
-    let is_config = ["config", "/config"].contains(&first.as_str());
-    let is_help = (first == "help" && words.len() == 1) || ["/help", "/start"].contains(&first.as_str());
+/// Carries out a Bot API `Message`. `None`: it is not from a private chat with an id that the firmware can hold.
+fn judge(state: &mut State, message: &Value, password: Option<&Secret>, now: u64) -> Option<Answer> {
+    let chat =
+        message["chat"]["id"].as_i64().filter(|id| fits_firmware(*id) && message["chat"]["type"] == "private")?;
+    let names = [&message["chat"]["first_name"], &message["from"]["first_name"], &message["chat"]["username"]];
+    let name = names.into_iter().find_map(Value::as_str).unwrap_or_default();
+    let text = message["text"].as_str().unwrap_or_default();
+    let lower = text.to_ascii_lowercase();
+    let words: Vec<&str> = lower.split_whitespace().collect();
     // Written before the gateway was there: the sender could not know what it does.
-    let old = message.date < state.started;
-    if is_remove && !old {
-        let user = state.remove(message.chat, true); // not as an argument of info!, which may be off
+    let old = message["date"].as_u64().unwrap_or_default() < state.started;
+    let is_config = matches!(words[..], ["config" | "/config", ..]);
+    if words == ["remove", "me"] && !old {
+        let user = state.remove(chat, true); // not as an argument of info!, which may be off
         info!("{user} is removed, as asked");
         let text = "You are removed and get no more messages. Write anything to register again.";
-        return Answer { chat: message.chat, text: Some(text.to_string()), delete: None };
+        return Some(Answer { chat, text: Some(text.to_string()), delete: None });
     }
-    let registration = state.register(message.chat, message.name);
-    let full = format!("The list is full: {USERS_MAX} people are registered already.");
-    let welcome = match registration {
-        Registration::New => Some(format!("You are registered.\n{HELP}")),
-        Registration::Full => Some(full),
-        Registration::Known => None,
-    };
-    let done = match () {
-        () if is_config && !old => configure(state, message.chat, &words[1..], password, now),
-        () if is_config || registration == Registration::New => None,
-        () if is_help => Some(HELP.to_string()),
-        () if registration == Registration::Known => Some(format!("I do not understand that.\n{HELP}")),
-        () => None,
+    let welcome = state.register(chat, name);
+    let has_help = welcome.as_ref().is_some_and(|text| text.ends_with(HELP));
+    let done = match words[..] {
+        _ if is_config && old => None,
+        _ if is_config => configure(state, chat, text, password, now),
+        ["help"] | ["/help" | "/start", ..] if !has_help => Some(HELP.to_string()),
+        _ if welcome.is_some() => None,
+        _ => Some(format!("I do not understand that.\n{HELP}")),
     };
     let text: Vec<String> = welcome.into_iter().chain(done).collect();
-    Answer {
-        chat: message.chat,
+    Some(Answer {
+        chat,
         text: (!text.is_empty()).then(|| text.join("\n\n")),
         // Whether right or wrong: a wrong password may be nearly right.
-        delete: (is_config && words.len() > 1).then_some(message.id),
-    }
+        delete: message["message_id"].as_i64().filter(|_| is_config && words.len() > 1),
+    })
 }
 
-/// `config` with its arguments. `None`: ignored. Only a complete command is a guess at the password, and nothing is
-/// said about the rest of it unless the password is right.
-fn configure(state: &mut State, chat: i64, words: &[&str], password: Option<&Secret>, now: u64) -> Option<String> {
+/// Carries out `config …`. `None`: ignored. Only a complete command is a guess at the password, and nothing is said
+/// about the rest of it unless the password is right.
+fn configure(state: &mut State, chat: i64, text: &str, password: Option<&Secret>, now: u64) -> Option<String> {
     let Some(password) = password else {
         return Some("No password is set on the gateway, so nothing can be changed.".to_string());
     };
-    let (mut wrong, until) = state.suspects.get(&chat).copied().unwrap_or_default();
+    let (wrong, until) = state.suspects.get(&chat).copied().unwrap_or_default();
     if until > now {
         return None;
     }
-    let [guess, key, value] = *words else { return Some(CONFIG_FORM.to_string()) };
+    let words: Vec<&str> = text.split_whitespace().collect();
+    let [_, guess, key, value] = words[..] else { return Some(CONFIG_FORM.to_string()) };
     if !password.is(guess) {
-        wrong += 1;
-        let locked = wrong >= WRONG_PASSWORDS_MAX;
-        let entry = if locked { (0, now + LOCK_SECONDS) } else { (wrong, 0) };
-        if state.suspects.len() >= SUSPECTS_MAX && !state.suspects.contains_key(&chat) {
-            // Those that are not locked out go first.
-            let least = state.suspects.iter().min_by_key(|(_, (wrong, until))| (*until, *wrong)).map(|(id, _)| *id);
-            state.suspects.remove(&least.unwrap_or_default());
-        }
-        state.suspects.insert(chat, entry);
-        warn!("wrong password from chat {chat}{}", if locked { ": its config is ignored for an hour" } else { "" });
-        let hour = if locked { " Your config messages are ignored for an hour." } else { "" };
-        return Some(format!("Wrong password. Nothing was changed.{hour}"));
+        return Some(suspect(state, chat, wrong + 1, now));
     }
     state.suspects.remove(&chat);
-    let number = || value.parse::<u8>().ok().filter(|_| value.bytes().all(|b| b.is_ascii_digit()));
-    match (key.to_ascii_lowercase().as_str(), number()) {
+    let number = value.parse::<u8>().ok().filter(|_| !value.starts_with('+'));
+    match (key.to_ascii_lowercase().as_str(), number) {
         ("interval", Some(minutes @ 1..=120)) => {
-            state.interval = Some((state.next(), minutes));
+            state.record(Change::Interval(minutes));
             info!("interval is set to {minutes} minutes by chat {chat}");
             Some(format!("The interval is set to {minutes} minutes."))
         }
         ("feedback", Some(on @ 0..=1)) => {
-            state.feedback = Some((state.next(), on == 1));
+            state.record(Change::Feedback(on));
             info!("LED feedback is set to {on} by chat {chat}");
             Some(format!("The LED feedback is set to {on} ({}).", if on == 1 { "on" } else { "off" }))
         }
@@ -1606,20 +1508,29 @@ fn configure(state: &mut State, chat: i64, words: &[&str], password: Option<&Sec
     }
 }
 
+/// Counts a wrong password.
+fn suspect(state: &mut State, chat: i64, wrong: u32, now: u64) -> String {
+    let locked = wrong >= WRONG_PASSWORDS_MAX;
+    if state.suspects.len() >= SUSPECTS_MAX && !state.suspects.contains_key(&chat) {
+        // Those that are not locked out go first.
+        let least = state.suspects.iter().min_by_key(|(_, (wrong, until))| (*until, *wrong)).map(|(id, _)| *id);
+        state.suspects.remove(&least.unwrap_or_default());
+    }
+    state.suspects.insert(chat, if locked { (0, now + LOCK_SECONDS) } else { (wrong, 0) });
+    warn!("wrong password from chat {chat}{}", if locked { ": its config is ignored for an hour" } else { "" });
+    let hour = if locked { " Your config messages are ignored for an hour." } else { "" };
+    format!("Wrong password. Nothing was changed.{hour}")
+}
+
 /// One at a time and in order; best effort, for the mote has its answer already.
 fn write_to_people(gateway: &Gateway, queue: &Receiver<(Secret, Answer)>) {
-    for (token, answer) in queue {
-        let call = |method, parameters| {
-            let deadline = Instant::now() + TELEGRAM_BUDGET;
-            if let Err(failure) = gateway.telegram.call(&token, method, &parameters, deadline) {
-                warn!("{method} to {} failed: {}", answer.chat, failure.reason);
+    for (token, Answer { chat, text, delete }) in queue {
+        let text = text.map(|text| ("sendMessage", json!({"chat_id": chat, "text": text})));
+        let delete = delete.map(|message| ("deleteMessage", json!({"chat_id": chat, "message_id": message})));
+        for (method, parameters) in text.into_iter().chain(delete) {
+            if let Err(failure) = gateway.telegram.call(&token, method, &parameters, Instant::now() + TELEGRAM_BUDGET) {
+                warn!("{method} to {chat} failed: {}", failure.reason);
             }
-        };
-        if let Some(text) = &answer.text {
-            call("sendMessage", json!({"chat_id": answer.chat, "text": text}));
-        }
-        if let Some(message) = answer.delete {
-            call("deleteMessage", json!({"chat_id": answer.chat, "message_id": message}));
         }
     }
 }
@@ -1631,29 +1542,30 @@ fn write_to_people(gateway: &Gateway, queue: &Receiver<(Secret, Answer)>) {
 /// simple_logger decides what is logged; it has neither this line format nor a file, and panics when its pipe is gone.
 struct Log {
     filter: simple_logger::SimpleLogger,
-    file: Mutex<LogFile>,
-}
-
-struct LogFile {
     path: PathBuf,
     /// `None`: it cannot be opened; the console has the lines all the same.
-    file: Option<File>,
-    size: u64,
+    file: Mutex<Option<File>>,
 }
 
 fn start_log(config: &Config) -> Result<(), String> {
     // Off for the libraries, whatever RUST_LOG says: their records hold URLs, and so the token.
-    let filter = simple_logger::SimpleLogger::new()
-        .with_level(log::LevelFilter::Off)
-        .with_module_level("coap_websocket", config.level);
+    let filter = simple_logger::SimpleLogger::new().with_level(LevelFilter::Off);
+    let filter = filter.with_module_level("coap_websocket", config.level);
     log::set_max_level(filter.max_level());
-    let mut file = LogFile { path: config.log_path.clone(), file: None, size: 0 };
-    let opened = file.open();
-    log::set_boxed_logger(Box::new(Log { filter, file: Mutex::new(file) })).map_err(|error| error.to_string())?;
-    if let Err(error) = opened {
+    let (file, fault) = match open_log(&config.log_path) {
+        Ok(file) => (Some(file), None),
+        Err(error) => (None, Some(error)),
+    };
+    let log = Log { filter, path: config.log_path.clone(), file: Mutex::new(file) };
+    log::set_boxed_logger(Box::new(log)).map_err(|error| error.to_string())?;
+    if let Some(error) = fault {
         warn!("cannot open {}: {error}; the log goes to the console alone", config.log_path.display());
     }
     Ok(())
+}
+
+fn open_log(path: &Path) -> io::Result<File> {
+    OpenOptions::new().append(true).create(true).open(path)
 }
 
 impl log::Log for Log {
@@ -1662,36 +1574,23 @@ impl log::Log for Log {
     }
 
     fn log(&self, record: &log::Record) {
-        if self.enabled(record.metadata()) {
-            let text = escape(&record.args().to_string());
-            let line = format!("{} [{}] {text}\n", utc(unix_now()), record.level());
-            let _ = io::stdout().write_all(line.as_bytes());
-            lock(&self.file).append(&line);
+        if !self.enabled(record.metadata()) {
+            return;
         }
+        let line = format!("{} [{}] {}\n", utc(unix_now()), record.level(), escape(&record.args().to_string()));
+        let _ = io::stdout().write_all(line.as_bytes());
+        let mut open = lock(&self.file);
+        let Some(file) = open.as_mut() else { return };
+        if file.metadata().is_ok_and(|file| file.len() + line.len() as u64 > LOG_MAX) {
+            let _ = fs::rename(&self.path, beside(&self.path, ".1"));
+            if let Ok(new) = open_log(&self.path) {
+                *file = new;
+            }
+        }
+        let _ = file.write_all(line.as_bytes());
     }
 
     fn flush(&self) {}
-}
-
-impl LogFile {
-    fn open(&mut self) -> io::Result<()> {
-        let file = OpenOptions::new().append(true).create(true).open(&self.path)?;
-        self.size = file.metadata()?.len();
-        self.file = Some(file);
-        Ok(())
-    }
-
-    fn append(&mut self, line: &str) {
-        if self.file.is_some() && self.size + line.len() as u64 > LOG_MAX {
-            let _ = fs::rename(&self.path, beside(&self.path, ".1"));
-            let _ = self.open();
-        }
-        if let Some(file) = &mut self.file
-            && file.write_all(line.as_bytes()).is_ok()
-        {
-            self.size += line.len() as u64;
-        }
-    }
 }
 
 /// So that what comes from outside cannot forge a line.
@@ -1720,15 +1619,10 @@ fn utc(seconds: u64) -> String {
 }
 
 fn log_outcome(request: &Request, response: &Response, detail: &str) {
-    let mut line = format!("{} {} -> {}", request.peer, request, response.code());
-    let _ = write!(line, " in {} ms", request.at.elapsed().as_millis());
-    if !detail.is_empty() {
-        let _ = write!(line, ": {detail}");
-    }
-    match response.code() {
-        code if code.starts_with('5') => warn!("{line}"),
-        _ => info!("{line}"),
-    }
+    let level = if response.code().starts_with('5') { log::Level::Warn } else { log::Level::Info };
+    let (code, duration) = (response.code(), request.at.elapsed().as_millis());
+    let separator = if detail.is_empty() { "" } else { ": " };
+    log::log!(level, "{} {request} -> {code} in {duration} ms{separator}{detail}", request.peer);
 }
 
 fn heartbeat(gateway: &Gateway) {
@@ -1736,13 +1630,12 @@ fn heartbeat(gateway: &Gateway) {
     loop {
         thread::sleep(HEARTBEAT);
         let minutes = start.elapsed().as_secs() / 60;
+        let (hours, minutes) = (minutes / 60, minutes % 60);
+        let (forwarded, failures) = (gateway.forwarded.load(Relaxed), gateway.failures.load(Relaxed));
+        let users = lock(&gateway.state).users().count();
         info!(
-            "Server is still running: up {} h {} min, {} messages forwarded, {} failures, {} registered users",
-            minutes / 60,
-            minutes % 60,
-            gateway.forwarded.load(Relaxed),
-            gateway.failures.load(Relaxed),
-            lock(&gateway.state).users().count(),
+            "Server is still running: up {hours} h {minutes} min, {forwarded} messages forwarded, \
+            {failures} failures, {users} registered users"
         );
     }
 }
@@ -1751,31 +1644,10 @@ fn heartbeat(gateway: &Gateway) {
 fn notify(message: &str) {
     let Some(path) = env::var("NOTIFY_SOCKET").ok().filter(|path| !path.is_empty()) else { return };
     let address = match path.strip_prefix('@') {
-        Some(name) => std::os::unix::net::SocketAddr::from_abstract_name(name),
-        None => std::os::unix::net::SocketAddr::from_pathname(&path),
+        Some(name) => UnixAddr::from_abstract_name(name),
+        None => UnixAddr::from_pathname(&path),
     };
     let _ = address.and_then(|address| UnixDatagram::unbound()?.send_to_addr(message.as_bytes(), &address));
-}
-
-/// Tells systemd that the receive loop turns, at half of `$WATCHDOG_USEC` as sd_watchdog_enabled(3) advises.
-struct Watchdog {
-    period: Option<Duration>,
-    due: Instant,
-}
-
-impl Watchdog {
-    fn new() -> Watchdog {
-        let microseconds = env::var("WATCHDOG_USEC").ok().and_then(|text| text.parse().ok());
-        Watchdog { period: microseconds.map(|all: u64| Duration::from_micros(all / 2)), due: Instant::now() }
-    }
-
-    fn feed(&mut self, now: Instant) {
-        if let Some(period) = self.period.filter(|_| now >= self.due) {
-            notify("WATCHDOG=1");
-            // The loop turns once a TICK.
-            self.due = now + period.saturating_sub(TICK);
-        }
-    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1784,7 +1656,7 @@ impl Watchdog {
 
 /// Changes nothing: what people wrote is shown, not confirmed.
 fn check(config: &Config) -> Result<(), String> {
-    config.warnings.iter().for_each(|warning| say(&format!("warning: {}", escape(warning))));
+    config.warnings.iter().try_for_each(|warning| say(&format!("warning: {warning}")))?;
     let token = config.token.as_ref().ok_or("config.ini: no bot_token is set, so Telegram cannot be asked")?;
     let telegram = Telegram::new(config);
     let ask = |method, parameters| {
@@ -1793,105 +1665,94 @@ fn check(config: &Config) -> Result<(), String> {
     };
     let me = ask("getMe", json!({}))?;
     let (name, username) = (me["first_name"].as_str().unwrap_or("?"), me["username"].as_str().unwrap_or("?"));
-    say(&format!("bot: {} (@{})", escape(name), escape(username)));
-    say(&format!("password for config: {}", if config.password.is_some() { "set" } else { "not set" }));
+    say(&escape(&format!("bot: {name} (@{username})")))?;
+    say(&format!("password for config: {}", if config.password.is_some() { "set" } else { "not set" }))?;
 
     let path = &config.state_path;
-    match fs::read_to_string(path).map(|text| State::from_json(&text)) {
-        Ok(Some(state)) => {
-            let users: Vec<String> = state.users().map(|(id, name)| format!("{name} ({id})")).collect();
-            say(&format!("registered users: {}", if users.is_empty() { "none".to_string() } else { users.join(", ") }));
-        }
-        Ok(None) => say(&format!("registered users: unknown, {} is damaged", path.display())),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => say("registered users: none"),
-        Err(error) => say(&format!("registered users: unknown, cannot read {}: {error}", path.display())),
-    }
+    let users = match fs::read_to_string(path).map(|text| State::from_json(&text)) {
+        Ok(Some(state)) => state.users().map(|(id, name)| format!("{name} ({id})")).collect::<Vec<_>>().join(", "),
+        Ok(None) => format!("unknown, {} is damaged", path.display()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
+        Err(error) => format!("unknown, cannot read {}: {error}", path.display()),
+    };
+    say(&format!("registered users: {}", if users.is_empty() { "none" } else { &users }))?;
     let waiting = ask("getUpdates", json!({"limit": PAGE, "timeout": 0, "allowed_updates": ["message"]}))?;
-    let mut chats: Vec<(i64, String)> = Vec::new();
+    let mut chats: Vec<String> = Vec::new();
     for chat in waiting.as_array().into_iter().flatten().map(|update| &update["message"]["chat"]) {
-        if let Some(id) = chat["id"].as_i64().filter(|id| chats.iter().all(|(known, _)| known != id)) {
-            let name = chat["first_name"].as_str().or(chat["title"].as_str()).unwrap_or("?");
-            chats.push((id, escape(name)));
+        let name = chat["first_name"].as_str().or(chat["title"].as_str()).unwrap_or("?");
+        let line = format!("  {} {}", chat["id"], escape(name));
+        if chat["id"].is_i64() && !chats.contains(&line) {
+            chats.push(line);
         }
     }
-    say(if chats.is_empty() { "no chat has a message waiting" } else { "chats with a message waiting:" });
-    chats.iter().for_each(|(id, name)| say(&format!("  {id} {name}")));
-    Ok(())
+    say(if chats.is_empty() { "no chat has a message waiting" } else { "chats with a message waiting:" })?;
+    chats.iter().try_for_each(|line| say(line))
 }
 
-/// One `POST /message` as a mote would send it.
-fn send(config: &Config, chat: &str, text: &str, to: Option<String>) -> Result<(), String> {
+/// One `POST /message` as a mote would send it; to the gateway of this configuration if no `uri` is given.
+fn send(config: &Config, chat: &str, text: &str, uri: &str) -> Result<(), String> {
     let token = config.token.as_ref().ok_or("config.ini: no bot_token is set")?;
-    let own = SocketName(&config.address, config.port).to_string();
-    let to = to.as_deref().map_or(Ok(own.as_str()), |uri| {
-        uri.strip_prefix("coap://")
-            .map(|host| host.trim_end_matches('/'))
-            .ok_or(format!("`{uri}` is not a coap:// URI"))
-    })?;
-    let with_port = format!("{to}:{}", coap::PORT);
-    let host = if to.ends_with(']') || !to.contains(':') { with_port.as_str() } else { to };
-    // RFC 6874: a zone's `%` may be written `%25`; std wants the address with a zone without brackets.
-    let (name, port) = host.rsplit_once(':').unwrap_or_default();
-    let name = name.trim_matches(['[', ']']).replace("%25", "%");
-    let port: u16 = port.parse().map_err(|_| format!("`{to}` has no valid port"))?;
-    let peer = (name.as_str(), port)
-        .to_socket_addrs()
-        .ok()
-        .and_then(|mut addresses| addresses.next())
-        .ok_or(format!("cannot resolve `{to}`"))?;
-
+    let own = format!("coap://{}", config.name());
+    let to = if uri.is_empty() { &own } else { uri };
+    let peer =
+        address_of(to).ok_or(format!("cannot resolve `{}`, which is to be coap://host:port", to.escape_debug()))?;
     let payload = format!("url={}&token={}&chat_ids={chat}&text={text}", config.url, token.0);
-    let answer = exchange(peer, payload.as_bytes()).map_err(|error| match error.kind() {
+    let (code, payload) = exchange(peer, payload.as_bytes()).map_err(|error| match error.kind() {
         io::ErrorKind::WouldBlock => format!("no answer from {peer}"),
         _ => format!("cannot reach a gateway at {peer}: {error}"),
     })?;
-    let line = format!("{} {}", answer.0, escape(&String::from_utf8_lossy(&answer.1)));
-    if !answer.0.starts_with('2') {
-        return Err(format!("{} (the gateway's log tells why)", line.trim_end()));
+    let line = format!("{code} {}", escape(&String::from_utf8_lossy(&payload)));
+    match code.starts_with('2') {
+        true => say(&line),
+        false => Err(format!("{} (the gateway's log tells why)", line.trim_end())),
     }
-    say(&line);
-    Ok(())
+}
+
+/// Of a URI `coap://host[:port]`. RFC 6874: a zone's `%` may be written `%25`; std wants a zone without brackets.
+fn address_of(uri: &str) -> Option<SocketAddr> {
+    let host = uri.strip_prefix("coap://")?.trim_end_matches('/');
+    let has_port = host.contains(':') && !host.ends_with(']');
+    let (name, port) = if has_port { host.rsplit_once(':')? } else { (host, "") };
+    let port = if has_port { port.parse().ok()? } else { coap::PORT };
+    let name = name.trim_matches(['[', ']']).replace("%25", "%");
+    (name.as_str(), port).to_socket_addrs().ok()?.next()
 }
 
 /// A client's side of one exchange, RFC 7252 §4.2: code and payload of the response.
 fn exchange(peer: SocketAddr, payload: &[u8]) -> io::Result<(String, Vec<u8>)> {
-    let local = if peer.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
-    let socket = UdpSocket::bind(local)?;
+    let socket = UdpSocket::bind(if peer.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" })?;
     socket.connect(peer)?;
-    let seed = coap::random();
-    let request = coap::encode_request("message", payload, seed);
-    let (mut sent, mut timeout) = (0, coap::ACK_TIMEOUT);
-    let mut due = Instant::now();
+    let request = coap::encode_request("message", payload, coap::random());
     let mut buffer = [0; coap::DATAGRAM_MAX];
-    loop {
-        let now = Instant::now();
-        if now >= due {
-            if sent > coap::MAX_RETRANSMIT {
-                return Err(io::ErrorKind::WouldBlock.into());
-            }
-            socket.send(&request)?;
-            (sent, due, timeout) = (sent + 1, now + timeout, timeout * 2);
+    let (mut timeout, mut acknowledged) = (coap::ACK_TIMEOUT, false);
+    for _ in 0..=coap::MAX_RETRANSMIT {
+        if acknowledged {
+            break;
         }
-        socket.set_read_timeout(Some((due - now).max(Duration::from_millis(1))))?;
-        let length = match socket.recv(&mut buffer) {
-            Ok(length) => length,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
-            Err(error) => return Err(error),
-        };
-        match coap::decode_response(&buffer[..length], &request) {
-            Some(coap::Answer::Acknowledged) => {
+        socket.send(&request)?;
+        let mut due = Instant::now() + timeout;
+        timeout *= 2;
+        while let Some(wait) = due.checked_duration_since(Instant::now()).filter(|wait| !wait.is_zero()) {
+            socket.set_read_timeout(Some(wait))?;
+            let length = match socket.recv(&mut buffer) {
+                Ok(length) => length,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) => return Err(error),
+            };
+            match coap::decode_response(&buffer[..length], &request) {
                 // The gateway answers within 9 s; from here on, waiting is all there is to do.
-                (sent, due) = (coap::MAX_RETRANSMIT + 1, now + Duration::from_secs(15));
-            }
-            Some(coap::Answer::Response { code, payload, acknowledgement }) => {
-                if let Some(bytes) = acknowledgement {
-                    socket.send(&bytes)?;
+                Some((code, ..)) if code == "0.00" => {
+                    (acknowledged, due) = (true, Instant::now() + Duration::from_secs(15));
                 }
-                return Ok((code, payload));
+                Some((code, payload, acknowledgement)) => {
+                    socket.send(&acknowledgement)?;
+                    return Ok((code, payload));
+                }
+                None => {}
             }
-            None => {}
         }
     }
+    Err(io::ErrorKind::WouldBlock.into())
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1902,7 +1763,7 @@ fn exchange(peer: SocketAddr, payload: &[u8]) -> io::Result<(String, Vec<u8>)> {
 mod coap {
     use std::collections::VecDeque;
     use std::fmt;
-    use std::hash::{BuildHasher as _, Hasher as _, RandomState};
+    use std::hash::{BuildHasher as _, DefaultHasher, Hash as _, Hasher as _, RandomState};
     use std::net::SocketAddr;
     use std::time::{Duration, Instant};
 
@@ -1913,10 +1774,10 @@ mod coap {
     /// RFC 7252 §4.8, transmission parameters, and §4.8.2, what follows from them.
     pub const ACK_TIMEOUT: Duration = Duration::from_secs(2);
     pub const MAX_RETRANSMIT: u32 = 4;
-    const ACK_RANDOM_PERCENT: u32 = 50;
+    const ACK_RANDOM_PERCENT: u64 = 50;
     const MAX_LATENCY: Duration = Duration::from_secs(100);
     const MAX_TRANSMIT_SPAN: Duration = Duration::from_millis(
-        ACK_TIMEOUT.as_millis() as u64 * ((1 << MAX_RETRANSMIT) - 1) * (100 + ACK_RANDOM_PERCENT as u64) / 100,
+        ACK_TIMEOUT.as_millis() as u64 * ((1 << MAX_RETRANSMIT) - 1) * (100 + ACK_RANDOM_PERCENT) / 100,
     );
     pub const NON_LIFETIME: Duration = MAX_TRANSMIT_SPAN.saturating_add(MAX_LATENCY);
     pub const EXCHANGE_LIFETIME: Duration = NON_LIFETIME.saturating_add(MAX_LATENCY).saturating_add(ACK_TIMEOUT);
@@ -1985,8 +1846,10 @@ mod coap {
         pub at: Instant,
         pub code: u8,
         pub payload: Vec<u8>,
+        /// Of the peer and the whole datagram: a restarted mote uses message IDs again, for other requests. The same
+        /// after a restart of this program.
+        pub digest: u64,
         packet: Packet,
-        digest: u64,
     }
 
     /// For the log: method and path. No more of a path than could hold no token.
@@ -2004,6 +1867,11 @@ mod coap {
     impl Request {
         fn is_confirmable(&self) -> bool {
             self.packet.header.get_type() == MessageType::Confirmable
+        }
+
+        /// How long a duplicate of it may come.
+        pub fn lifetime(&self) -> Duration {
+            if self.is_confirmable() { EXCHANGE_LIFETIME } else { NON_LIFETIME }
         }
 
         fn strings(&self, option: u16) -> Vec<String> {
@@ -2028,13 +1896,10 @@ mod coap {
         }
 
         fn block(&self, option: u16) -> Result<Option<Block>, Response> {
-            match self.uint(option) {
-                Some(value) if value & 7 == 7 => Err(Response::error(ResponseType::BadRequest, "Reserved block size")),
-                value => Ok(value.map(|value| Block {
-                    number: (value >> 4) as usize,
-                    more: value & 8 != 0,
-                    exponent: (value & 7) as u8,
-                })),
+            let Some(value) = self.uint(option) else { return Ok(None) };
+            match (value & 7) as u8 {
+                7 => Err(Response::error(ResponseType::BadRequest, "Reserved block size")),
+                exponent => Ok(Some(Block { number: (value >> 4) as usize, more: value & 8 != 0, exponent })),
             }
         }
 
@@ -2043,22 +1908,33 @@ mod coap {
         }
     }
 
-    /// Code, payload and options of a response; message ID, type and token come from the exchange.
+    /// A response; message ID, type and token come from the exchange.
     #[derive(Debug)]
     pub struct Response {
-        code: ResponseType,
+        pub code: ResponseType,
         pub payload: Vec<u8>,
-        options: Vec<(u16, Vec<u8>)>,
+        pub options: Vec<(u16, Vec<u8>)>,
+        /// Comes back with the response's ACK.
+        pub delivers: Option<u64>,
     }
 
     impl Response {
-        /// A diagnostic payload, RFC 7252 §5.5.2. It leaves only inside an ACK, see `Exchanges::encode`.
-        pub fn error(code: ResponseType, reason: &str) -> Response {
-            Response { code, payload: reason.as_bytes().to_vec(), options: Vec::new() }
+        pub fn content(code: ResponseType, payload: &str, format: u32) -> Response {
+            let options = vec![(CONTENT_FORMAT, uint(format))];
+            Response { code, payload: payload.as_bytes().to_vec(), options, delivers: None }
         }
 
-        pub fn content(code: ResponseType, payload: &[u8], format: u32) -> Response {
-            Response { code, payload: payload.to_vec(), options: vec![(CONTENT_FORMAT, uint(format))] }
+        pub fn text(code: ResponseType, payload: &str) -> Response {
+            Response::content(code, payload, TEXT_PLAIN)
+        }
+
+        /// A diagnostic payload, RFC 7252 §5.5.2. It leaves only inside an ACK, see `encode`.
+        pub fn error(code: ResponseType, reason: &str) -> Response {
+            Response { options: Vec::new(), ..Response::text(code, reason) }
+        }
+
+        pub fn failed() -> Response {
+            Response::error(ResponseType::InternalServerError, "")
         }
 
         /// As in `2.05`.
@@ -2093,7 +1969,7 @@ mod coap {
         /// A reset, or the reply to a duplicate.
         Send(Vec<u8>),
         Request(Request),
-        /// The response that `respond` made has arrived, with what was said there to be delivered by it.
+        /// The response that `respond` made has arrived, with what it delivers.
         Acknowledged(Option<u64>),
         /// The response was answered with RST.
         Refused,
@@ -2101,11 +1977,8 @@ mod coap {
 
     /// A message that was acted on. RFC 7252 §4.5.
     struct Seen {
-        peer: SocketAddr,
-        /// Of the whole datagram: a restarted mote uses message IDs again, for other requests.
         digest: u64,
-        at: Instant,
-        lifetime: Duration,
+        expires: Instant,
         in_progress: bool,
         /// What a duplicate is answered with; for NON nothing.
         reply: Vec<u8>,
@@ -2131,9 +2004,9 @@ mod coap {
     }
 
     /// Everything about message types, message IDs and time.
+    #[derive(Default)]
     pub struct Exchanges {
-        next_message_id: u16,
-        hasher: RandomState,
+        last_message_id: u16,
         /// In the order in which they came.
         seen: VecDeque<Seen>,
         open: VecDeque<Open>,
@@ -2143,14 +2016,7 @@ mod coap {
 
     impl Exchanges {
         pub fn new(seed: u64) -> Exchanges {
-            Exchanges {
-                next_message_id: seed as u16,
-                hasher: RandomState::new(),
-                seen: VecDeque::new(),
-                open: VecDeque::new(),
-                assemblies: VecDeque::new(),
-                in_progress: 0,
-            }
+            Exchanges { last_message_id: seed as u16, ..Exchanges::default() }
         }
 
         /// Judges a datagram, but remembers nothing: `reply` or `accept` does, when it is acted on.
@@ -2159,30 +2025,29 @@ mod coap {
                 Ok(packet) => packet,
                 Err(reset) => return reset.map_or(Event::Nothing, Event::Send),
             };
-            let message_id = packet.header.message_id;
-            if matches!(packet.header.get_type(), MessageType::Acknowledgement | MessageType::Reset) {
+            let (kind, message_id) = (packet.header.get_type(), packet.header.message_id);
+            if matches!(kind, MessageType::Acknowledgement | MessageType::Reset) {
                 let open = self.open.iter().position(|open| open.peer == peer && open.message_id == message_id);
                 return match open.and_then(|at| self.open.remove(at)) {
                     None => Event::Nothing,
-                    Some(_) if packet.header.get_type() == MessageType::Reset => Event::Refused,
+                    Some(_) if kind == MessageType::Reset => Event::Refused,
                     Some(open) => Event::Acknowledged(open.delivers),
                 };
             }
-            let digest = self.hasher.hash_one(datagram);
-            let alive = |seen: &&Seen| seen.in_progress || now.saturating_duration_since(seen.at) < seen.lifetime;
-            let twin = self.seen.iter().find(|seen| seen.digest == digest && seen.peer == peer && alive(seen));
+            let mut hasher = DefaultHasher::new();
+            (peer, datagram).hash(&mut hasher);
+            let digest = hasher.finish();
+            let twin = self.seen.iter().find(|seen| seen.digest == digest && (seen.in_progress || now < seen.expires));
             if let Some(twin) = twin {
                 return Event::Send(twin.reply.clone());
             }
-            let code = datagram[1];
-            let request = Request { peer, at: now, code, payload: std::mem::take(&mut packet.payload), packet, digest };
+            let (code, payload) = (datagram[1], std::mem::take(&mut packet.payload));
+            let request = Request { peer, at: now, code, payload, digest, packet };
             match check_options(&request.packet) {
                 Ok(()) => Event::Request(request),
                 // RFC 7252 §5.4.1: a NON with an unrecognised critical option is rejected, and RST is optional.
-                Err(response) if response.code == ResponseType::BadOption && !request.is_confirmable() => {
-                    Event::Nothing
-                }
-                Err(response) => Event::Send(self.reply(&request, response)),
+                Err(fault) if fault.code == ResponseType::BadOption && !request.is_confirmable() => Event::Nothing,
+                Err(fault) => Event::Send(self.reply(&request, fault)),
             }
         }
 
@@ -2214,22 +2079,11 @@ mod coap {
             ack
         }
 
-        /// The separate response to an accepted request. RFC 7252 §5.2.2. `delivers` comes back with its ACK; `random`
-        /// spreads the retransmissions.
-        pub fn respond(
-            &mut self,
-            now: Instant,
-            request: &Request,
-            response: Response,
-            delivers: Option<u64>,
-            random: u64,
-        ) -> Vec<u8> {
+        /// The separate response to an accepted request. RFC 7252 §5.2.2. `random` spreads the retransmissions.
+        pub fn respond(&mut self, now: Instant, request: &Request, response: Response, random: u64) -> Vec<u8> {
             self.in_progress -= 1;
-            let own = |seen: &&mut Seen| seen.in_progress && seen.digest == request.digest && seen.peer == request.peer;
-            if let Some(seen) = self.seen.iter_mut().find(own) {
-                seen.in_progress = false;
-            }
-            let message_id = self.message_id();
+            self.seen.iter_mut().filter(|seen| seen.digest == request.digest).for_each(|seen| seen.in_progress = false);
+            let (message_id, delivers) = (self.message_id(), response.delivers);
             if !request.is_confirmable() {
                 return encode(MessageType::NonConfirmable, message_id, request, response);
             }
@@ -2237,16 +2091,16 @@ mod coap {
             if self.open.len() >= OPEN_MAX {
                 self.open.pop_front();
             }
-            let steps = (ACK_TIMEOUT * ACK_RANDOM_PERCENT / 100).as_micros() + 1;
-            let spread = Duration::from_micros(((u128::from(random) * steps) >> u64::BITS) as u64);
-            let timeout = ACK_TIMEOUT + spread;
+            let spread = ACK_TIMEOUT.as_millis() as u64 * ACK_RANDOM_PERCENT / 100;
+            let timeout = ACK_TIMEOUT + Duration::from_millis(random % (spread + 1));
+            let (peer, due) = (request.peer, now + timeout);
             self.open.push_back(Open {
-                peer: request.peer,
+                peer,
                 message_id,
                 bytes: bytes.clone(),
                 retransmitted: 0,
                 timeout,
-                due: now + timeout,
+                due,
                 delivers,
             });
             bytes
@@ -2255,28 +2109,18 @@ mod coap {
         /// What is to be sent again now, and when the next is due.
         pub fn due(&mut self, now: Instant) -> (Vec<(SocketAddr, Vec<u8>)>, Option<Instant>) {
             let mut resend = Vec::new();
-            self.open.retain_mut(|open| {
-                if open.due > now {
-                    return true;
-                }
-                if open.retransmitted == MAX_RETRANSMIT {
-                    return false;
-                }
+            self.open.retain(|open| open.due > now || open.retransmitted < MAX_RETRANSMIT);
+            for open in self.open.iter_mut().filter(|open| open.due <= now) {
                 resend.push((open.peer, open.bytes.clone()));
                 open.retransmitted += 1;
                 open.timeout *= 2;
                 open.due = now + open.timeout;
-                true
-            });
+            }
             (resend, self.open.iter().map(|open| open.due).min())
         }
 
         /// Puts the whole body into a request whose last block has come. `Err` is the answer to all other blocks.
         pub fn assemble(&mut self, request: &mut Request) -> Result<(), Response> {
-            let too_large = || Response {
-                options: vec![(SIZE1, uint(BODY_MAX as u32))],
-                ..Response::error(ResponseType::RequestEntityTooLarge, "At most 8192 bytes")
-            };
             let Some(block) = request.block(BLOCK1)? else {
                 return if request.payload.len() > BODY_MAX { Err(too_large()) } else { Ok(()) };
             };
@@ -2288,14 +2132,14 @@ mod coap {
                 Some(known) if known.body.len() == block.number * block.size() => known.body,
                 _ => return Err(Response::error(ResponseType::RequestEntityIncomplete, "A block is missing")),
             };
-            let full = request.payload.len() == block.size();
-            if request.payload.len() > block.size() || (block.more && !full) {
+            let length = request.payload.len();
+            if length > block.size() || (block.more && length < block.size()) {
                 return Err(Response::error(ResponseType::BadRequest, "A block is not of its size"));
             }
-            if body.len() + request.payload.len() > BODY_MAX {
+            if body.len() + length > BODY_MAX {
                 return Err(too_large());
             }
-            body.extend_from_slice(&request.payload);
+            body.append(&mut request.payload);
             if !block.more {
                 request.payload = body;
                 return Ok(());
@@ -2308,48 +2152,48 @@ mod coap {
         }
 
         fn message_id(&mut self) -> u16 {
-            self.next_message_id = self.next_message_id.wrapping_add(1);
-            self.next_message_id
+            self.last_message_id = self.last_message_id.wrapping_add(1);
+            self.last_message_id
         }
 
         fn remember(&mut self, request: &Request, reply: Vec<u8>, in_progress: bool) {
-            let lifetime = if request.is_confirmable() { EXCHANGE_LIFETIME } else { NON_LIFETIME };
-            let (peer, digest, at) = (request.peer, request.digest, request.at);
-            let over = |seen: &Seen| at.saturating_duration_since(seen.at) >= EXCHANGE_LIFETIME;
-            while self.seen.front().is_some_and(|seen| !seen.in_progress && over(seen)) {
-                self.seen.pop_front();
-            }
+            self.seen.retain(|seen| seen.in_progress || request.at < seen.expires);
             if self.seen.len() >= SEEN_MAX
                 && let Some(oldest) = self.seen.iter().position(|seen| !seen.in_progress)
             {
                 self.seen.remove(oldest);
             }
-            self.seen.push_back(Seen { peer, digest, at, lifetime, in_progress, reply });
+            let expires = request.at + request.lifetime();
+            self.seen.push_back(Seen { digest: request.digest, expires, in_progress, reply });
         }
+    }
+
+    fn too_large() -> Response {
+        let options = vec![(SIZE1, uint(BODY_MAX as u32))];
+        Response { options, ..Response::error(ResponseType::RequestEntityTooLarge, "At most 8192 bytes") }
     }
 
     /// RFC 7252 §3 and §4.2/4.3: `Err` is the RST that a malformed or unexpected CON gets. The codec is laxer than the
     /// RFC, so what it reads must be what it would write: that leaves no marker without payload, for one.
     fn parse(datagram: &[u8]) -> Result<Packet, Option<Vec<u8>>> {
         let [first, code, high, low, ..] = *datagram else { return Err(None) };
-        if first >> 6 != 1 {
-            return Err(None);
-        }
-        let kind = first >> 4 & 3;
-        let reject = || (kind == 0).then(|| empty(MessageType::Reset, u16::from_be_bytes([high, low])));
-        let packet = Packet::from_bytes(datagram).map_err(|_| reject())?;
+        let (version, kind) = (first >> 6, first >> 4 & 3);
+        let reset = (kind == 0).then(|| empty(MessageType::Reset, u16::from_be_bytes([high, low])));
         let as_expected = match (kind, code >> 5) {
+            _ if version != 1 => return Err(None),
             (2 | 3, _) if code == 0 => datagram.len() == 4,
             (0 | 1, 0) => code != 0,
             (2, 2 | 4 | 5) => true,
             _ => false,
         };
-        let same = packet.to_bytes_unlimited().is_ok_and(|bytes| bytes == datagram);
-        if as_expected && same { Ok(packet) } else { Err(reject()) }
+        let same = |packet: &Packet| packet.to_bytes_unlimited().is_ok_and(|bytes| bytes == datagram);
+        Packet::from_bytes(datagram).ok().filter(|packet| as_expected && same(packet)).ok_or(reset)
     }
 
     /// RFC 7252 §5.4: critical options must be known, of a valid length, and not repeated where they may not be.
     fn check_options(packet: &Packet) -> Result<(), Response> {
+        let bad_option =
+            |number, fault| Response::error(ResponseType::BadOption, &format!("Option {number} is {fault}"));
         for (&number, values) in packet.options().filter(|(number, _)| *number % 2 == 1) {
             let (shortest, longest, repeatable) = match number {
                 3 | PROXY_SCHEME => (1, 255, false), // 3: Uri-Host
@@ -2357,13 +2201,11 @@ mod coap {
                 URI_PATH | URI_QUERY => (0, 255, true),
                 BLOCK1 | BLOCK2 => (0, 3, false),
                 PROXY_URI => (1, 1034, false),
-                _ => {
-                    return Err(Response::error(ResponseType::BadOption, &format!("Option {number} is not supported")));
-                }
+                _ => return Err(bad_option(number, "not supported")),
             };
             let valid = values.iter().all(|value| (shortest..=longest).contains(&value.len()));
             if !valid || (values.len() > 1 && !repeatable) {
-                return Err(Response::error(ResponseType::BadOption, &format!("Option {number} is malformed")));
+                return Err(bad_option(number, "malformed"));
             }
         }
         if [PROXY_URI, PROXY_SCHEME].iter().any(|number| packet.get_option((*number).into()).is_some()) {
@@ -2388,52 +2230,49 @@ mod coap {
             let more = response.code == ResponseType::Continue;
             response.options.push((BLOCK1, Block { more, ..block }.value()));
         }
+        let code = MessageClass::Response(response.code);
+        message(kind, code, message_id, request.packet.get_token(), response.options, &response.payload)
+    }
+
+    fn message(
+        kind: MessageType,
+        code: MessageClass,
+        message_id: u16,
+        token: &[u8],
+        options: Vec<(u16, Vec<u8>)>,
+        payload: &[u8],
+    ) -> Vec<u8> {
         let mut packet = Packet::new();
         packet.header.set_version(1);
         packet.header.set_type(kind);
-        packet.header.code = MessageClass::Response(response.code);
+        packet.header.code = code;
         packet.header.message_id = message_id;
-        packet.set_token(request.packet.get_token().to_vec());
-        for (number, value) in response.options {
+        packet.set_token(token.to_vec());
+        for (number, value) in options {
             packet.add_option(number.into(), value);
         }
-        packet.payload = response.payload;
+        packet.payload = payload.to_vec();
         packet.to_bytes_unlimited().unwrap_or_default() // fails only over a size limit
     }
 
     /// A client's `POST`: CON, with message ID and token out of `seed`.
     pub fn encode_request(path: &str, payload: &[u8], seed: u64) -> Vec<u8> {
-        let mut packet = Packet::new();
-        packet.header.set_version(1);
-        packet.header.code = POST.into();
-        packet.header.message_id = seed as u16;
-        packet.set_token(seed.to_be_bytes()[..4].to_vec());
-        packet.add_option(URI_PATH.into(), path.as_bytes().to_vec());
-        packet.payload = payload.to_vec();
-        packet.to_bytes_unlimited().unwrap_or_default()
+        let (token, options) = (&seed.to_be_bytes()[..4], vec![(URI_PATH, path.as_bytes().to_vec())]);
+        message(MessageType::Confirmable, POST.into(), seed as u16, token, options, payload)
     }
 
-    /// What a client receives for its request.
-    pub enum Answer {
-        Acknowledged,
-        Response { code: String, payload: Vec<u8>, acknowledgement: Option<Vec<u8>> },
-    }
-
+    /// What a client receives for its request: code (`0.00`: the empty ACK), payload, and the ACK to send (or nothing).
     /// `None`: not for this request.
-    pub fn decode_response(datagram: &[u8], request: &[u8]) -> Option<Answer> {
-        let own = Packet::from_bytes(request).ok()?;
-        let packet = Packet::from_bytes(datagram).ok()?;
-        let message_id = packet.header.message_id;
-        if packet.header.code == MessageClass::Empty {
-            let acknowledges = packet.header.get_type() == MessageType::Acknowledgement;
-            return (acknowledges && message_id == own.header.message_id).then_some(Answer::Acknowledged);
-        }
-        let confirmable = packet.header.get_type() == MessageType::Confirmable;
-        (packet.get_token() == own.get_token()).then(|| Answer::Response {
-            code: packet.header.get_code(),
-            payload: packet.payload.clone(),
-            acknowledgement: confirmable.then(|| empty(MessageType::Acknowledgement, message_id)),
-        })
+    pub fn decode_response(datagram: &[u8], request: &[u8]) -> Option<(String, Vec<u8>, Vec<u8>)> {
+        let (own, packet) = (Packet::from_bytes(request).ok()?, Packet::from_bytes(datagram).ok()?);
+        let (kind, message_id) = (packet.header.get_type(), packet.header.message_id);
+        let own = match packet.header.code {
+            MessageClass::Empty => kind == MessageType::Acknowledgement && message_id == own.header.message_id,
+            _ => packet.get_token() == own.get_token(),
+        };
+        let confirmable = kind == MessageType::Confirmable;
+        let ack = if confirmable { empty(MessageType::Acknowledgement, message_id) } else { Vec::new() };
+        own.then(|| (packet.header.get_code(), packet.payload, ack))
     }
 }
 

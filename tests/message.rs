@@ -369,6 +369,44 @@ fn no_way_to_telegram() {
     assert_eq!(other.seen().connections, 0, "the redirect was not followed");
 }
 
+/// A mote that repeats its request to a restarted gateway hears how it ended, and the text is not sent again: one that
+/// was answered, one that was being sent, and the last block of a long one.
+#[test]
+fn a_restart_sends_nothing_twice() {
+    let (api, mut gateway) = start();
+    let mote = Mote::new(gateway.address());
+    let answered = mote.post("message", message(&api, "5", "answered"));
+    mote.separate(&answered).expect("2.05", SENT);
+    let body = message(&api, "5", "in blocks");
+    let block = |number: u32| {
+        let (start, end) = (number as usize * 64, body.len().min((number as usize + 1) * 64));
+        mote.post("message", &body[start..end]).option(27, support::block(number, end < body.len(), 64))
+    };
+    let last = (body.len() as u32 - 1) / 64;
+    for number in 0..last {
+        let block = block(number);
+        mote.piggybacked(&block).expect_code("2.31");
+    }
+    let blocks = block(last);
+    mote.separate(&blocks).expect("2.05", SENT);
+    api.fail(next(1, "sendMessage").to(6), Fault::Hang);
+    let begun = mote.post("message", message(&api, "6", "begun"));
+    mote.begin(&begun);
+    api.wait_for("the call", |seen| seen.count("sendMessage") == 3);
+    for _ in 0..2 {
+        gateway.kill9();
+        gateway.restart();
+        for (request, code) in [(&answered, "2.05"), (&blocks, "2.05"), (&begun, "5.00")] {
+            mote.separate(request).expect_code(code);
+        }
+    }
+    assert_eq!((api.texts_to(5), api.texts_to(6)), (vec!["answered".into(), "in blocks".into()], vec!["begun".into()]));
+    // A restarted mote may use its message ID and token again, for another text.
+    let other = Message { payload: message(&api, "5", "other").into(), ..answered };
+    mote.separate(&other).expect("2.05", SENT);
+    assert_eq!(api.count("sendMessage"), 4);
+}
+
 /// Where a request surely did not reach Telegram, it is sent again; each text arrives once.
 #[test]
 fn retries() {

@@ -519,7 +519,7 @@ fn the_state_file() {
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
         .collect();
     files.sort();
-    assert_eq!(files, [".env", "coap_server.log", "config.ini", "state.json"], "nothing else is left");
+    assert_eq!(files, [".env", "coap_server.log", "config.ini", "state.journal", "state.json"], "nothing else is left");
 }
 
 /// A damaged state is set aside, with an error in the log, and the gateway serves.
