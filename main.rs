@@ -273,7 +273,7 @@ struct Setting {
 /// sections belong to the firmware's build.
 fn settings(path: &Path, content: &str, ini: bool) -> Result<BTreeMap<String, Setting>, String> {
     let mut found = BTreeMap::<String, Setting>::new();
-    let mut section = None;
+    let mut section = if ini { None } else { Some("telegram") };
     let content = content.strip_prefix('\u{feff}').unwrap_or(content);
     for (number, line) in (1..).zip(content.lines().map(str::trim)) {
         let fault = |reason: &str| format!("{}:{number}: {reason}", path.display());
@@ -284,16 +284,15 @@ fn settings(path: &Path, content: &str, ini: bool) -> Result<BTreeMap<String, Se
             section = Some(name.strip_suffix(']').ok_or(fault("`[` without `]`"))?.trim());
             continue;
         }
+        match section {
+            None => return Err(fault("stands before the first section; put [telegram] above it")),
+            Some("telegram") => {}
+            Some(_) => continue,
+        }
         let (name, value) = line.strip_prefix("export ").unwrap_or(line).split_once('=').unwrap_or_default();
         let (name, value) = (name.trim(), value.trim());
         if name.is_empty() || name.contains(|c: char| c.is_whitespace() || c.is_control()) {
             return Err(fault("not `NAME=value`"));
-        }
-        if ini && section.is_none() {
-            return Err(fault("stands before the first section; put [telegram] above it"));
-        }
-        if ini && section != Some("telegram") {
-            continue;
         }
         let name = if ini { name.to_ascii_lowercase() } else { name.to_string() };
         let quoted = ['"', '\''].iter().find_map(|&quote| value.strip_prefix(quote)?.strip_suffix(quote));
@@ -384,7 +383,7 @@ struct Gateway {
     socket: UdpSocket,
     /// Never locked across I/O, so that the receive loop never waits.
     exchanges: Mutex<Exchanges>,
-    /// Never locked across I/O either; see `save`.
+    /// Never locked across I/O either, but for lines of the log; see `save`.
     state: Mutex<State>,
     /// What `state.json` holds; locked while it is written.
     saved: Mutex<String>,
@@ -535,7 +534,8 @@ fn dispatch(gateway: &Arc<Gateway>, mut request: Request) {
     };
     let acknowledgement = lock(&gateway.exchanges).accept(&request);
     gateway.transmit(request.peer, &acknowledgement);
-    let (worker, accepted) = (Arc::clone(gateway), request.clone());
+    let request = Arc::new(request);
+    let (worker, accepted) = (Arc::clone(gateway), Arc::clone(&request));
     let started = spawn("request", move || {
         let deadline = accepted.at + TELEGRAM_BUDGET;
         let (response, detail) = match work {
@@ -1840,7 +1840,6 @@ mod coap {
     }
 
     /// A request that nobody has acted on.
-    #[derive(Clone)]
     pub struct Request {
         pub peer: SocketAddr,
         pub at: Instant,

@@ -155,7 +155,7 @@ fn ini() {
         ("", ""),
         ("\u{feff}[telegram]\r\n BOT_token = 1:a=b \r\n", "c.ini:2 bot_token=1:a=b"),
         ("# a\n;b\n\n[ telegram ]\nurl='x'\nip_family=\n", "c.ini:6 ip_family=|c.ini:5 url=x"),
-        ("[other]\nbot_token=1\n[telegram]\nurl=2\n[more]\nurl=3\nurl=4\n", "c.ini:4 url=2"),
+        ("[other]\nbot_token=1\na b\n[telegram]\nurl=2\n[more]\nurl=3\nurl=4\n", "c.ini:5 url=2"),
         ("[telegram]\nk\u{7}=1\n", "c.ini:2: not `NAME=value`"),
         ("[Telegram]\nurl=1\n", ""),
         ("\n[telegram\n", "c.ini:2: `[` without `]`"),
