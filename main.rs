@@ -1386,7 +1386,7 @@ impl Journal {
         let fault = |error| format!("cannot open {}: {error}", path.display());
         let mut options = OpenOptions::new();
         let mut file =
-            options.read(true).append(false).write(true).create(true).mode(0o600).open(path).map_err(fault)?;
+            options.read(true).write(true).create(true).truncate(false).mode(0o600).open(path).map_err(fault)?;
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes).map_err(fault)?;
         let numbers = |line: &str| line.split(' ').map_while(|number| number.parse().ok()).collect::<Vec<u64>>();
