@@ -999,6 +999,7 @@ impl Failure {
 fn describe(error: &ureq::Error) -> String {
     use rustls::CertificateError::{Expired, ExpiredContext, NotValidYet, NotValidYetContext};
     let tls = match error {
+        ureq::Error::Timeout(stage) => return format!("no answer in time ({stage})"),
         ureq::Error::Rustls(error) => Some(error),
         ureq::Error::Io(error) => error.get_ref().and_then(|inner| inner.downcast_ref()),
         _ => None,
