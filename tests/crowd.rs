@@ -3,7 +3,6 @@
 
 mod support;
 
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -95,22 +94,18 @@ fn telegram_hangs() {
     let gateway = Gateway::with(Setup::ipv4(&api));
     api.fail(every(""), Fault::Hang);
     let idle = gateway.threads();
-    let over = AtomicBool::new(false);
     let (codes, threads, mut pings) = thread::scope(|scope| {
-        let pings = scope.spawn(|| {
-            let mote = mote(MOTES, &gateway);
-            let mut times = Vec::new();
-            while !over.load(Relaxed) {
-                let start = Instant::now();
-                assert!(mote.ping(PATIENCE), "a ping is lost");
-                times.push(start.elapsed());
-                thread::sleep(Duration::from_millis(75));
-            }
-            times
-        });
-        let (codes, threads) = crowd(&api, &gateway);
-        over.store(true, Relaxed);
-        (codes, threads, pings.join().unwrap())
+        let crowd = scope.spawn(|| crowd(&api, &gateway));
+        let mote = mote(MOTES, &gateway);
+        let mut pings = Vec::new();
+        while !crowd.is_finished() {
+            let start = Instant::now();
+            assert!(mote.ping(PATIENCE), "a ping is lost");
+            pings.push(start.elapsed());
+            thread::sleep(Duration::from_millis(75));
+        }
+        let (codes, threads) = crowd.join().unwrap();
+        (codes, threads, pings)
     });
     pings.sort_unstable();
     println!("{} pings: median {:?}, worst {:?}", pings.len(), pings[pings.len() / 2], pings[pings.len() - 1]);
