@@ -14,7 +14,7 @@ const SENT: &str = "Messages sent successfully";
 /// A thread lives a moment longer than the request that it works for.
 const THREADS_MAX: u64 = 2 * 32;
 /// 8 MB; an unoptimised gateway has larger code and larger stacks.
-const RSS_MAX_KIB: u64 = if cfg!(debug_assertions) { 20_000_000 } else { 8_000_000 } / 1024;
+const RSS_MAX_KIB: u64 = if cfg!(debug_assertions) { 18_000_000 } else { 8_000_000 } / 1024;
 
 /// One crowd after the other, also when all tests run.
 static TURN: Mutex<()> = Mutex::new(());
