@@ -220,21 +220,9 @@ fn round_trips() {
     }
 }
 
-/// The retransmission of RFC 7252 §4.2, its random part being `jitter`. That one is slept, for the kernel rounds a
-/// socket's long time limits so much that the motes would all come in step.
-fn persist(mote: &Mote, request: &Message, jitter: u64) -> Option<Message> {
-    for doubled in [1, 2, 4, 8, 16] {
-        mote.send(request);
-        if mote.try_receive(Duration::from_secs(2 * doubled)).is_some() {
-            return mote.try_receive(PATIENCE);
-        }
-        thread::sleep(Duration::from_millis(jitter * doubled));
-    }
-    None
-}
-
 /// So many motes within a second, each with its own address and with the retransmission of RFC 7252.
 fn burst() {
+    allow_sockets();
     let api = BotApi::start();
     let gateway = Gateway::with(Setup::ipv4(&api));
     api.set_round_trip(ROUND_TRIP);
@@ -248,8 +236,7 @@ fn burst() {
             let request = mote.request(Con, POST, "message").payload(&payload);
             thread::sleep(Duration::from_millis(number as u64));
             let begun = Instant::now();
-            let response = persist(&mote, &request, number as u64).expect("an answer");
-            mote.acknowledge(&response);
+            let response = mote.persist(&request, Duration::from_millis(number as u64)).expect("an answer");
             (response.code() == "2.05").then(|| begun.elapsed())
         };
         let mote = |number| thread::Builder::new().stack_size(128 << 10).spawn_scoped(scope, move || run(number));

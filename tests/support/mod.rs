@@ -82,6 +82,12 @@ pub fn within(limit: Duration, mut done: impl FnMut() -> bool) -> bool {
     }
 }
 
+/// Lets this process have the sockets of 1,000 motes: 1,024 open files are allowed to it, usually.
+pub fn allow_sockets() {
+    let limit = process::Command::new("prlimit").args(["--nofile=4096:", "--pid", &process::id().to_string()]).status();
+    assert!(limit.is_ok_and(|status| status.success()), "prlimit (Debian: util-linux) allows no 4,096 open files");
+}
+
 /// Runs every case of a table on a thread of its own, because most cases only wait; fails naming the cases that failed.
 pub fn in_parallel<Case: Sync>(cases: &[(&str, Case)], check: impl Fn(&Case) + Sync) {
     let failed: Vec<&str> = thread::scope(|scope| {
