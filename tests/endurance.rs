@@ -33,8 +33,8 @@ const SEEN_MAX: usize = 4096;
 const HANG_EACH: usize = 500;
 
 #[test]
-fn some_hundred_cycles() {
-    endure(300);
+fn two_hundred_cycles() {
+    endure(200);
 }
 
 #[test]
@@ -54,10 +54,12 @@ fn endure(cycles: usize) {
         fs::write(directory.join("state.json"), state.to_string()).unwrap();
     });
     let idle = gateway.threads();
+    let mut people = People { random: Numbers(seed), wanted: Settings::default(), written: BTreeMap::new() };
+    RESIDENTS.for_each(|chat| people.register(&api, chat));
     let world = World {
         api,
         gateway,
-        people: Mutex::new(People::new(seed)),
+        people: Mutex::new(people),
         outages: AtomicUsize::new(0),
         outage: Mutex::new(()),
         poll_faults: AtomicUsize::new(0),
@@ -211,10 +213,6 @@ struct People {
 }
 
 impl People {
-    fn new(seed: u64) -> Self {
-        Self { random: Numbers(seed), wanted: Settings::default(), written: BTreeMap::new() }
-    }
-
     fn write(&mut self, api: &BotApi, chat: i64, text: &str) {
         api.person_writes(chat, &format!("P{}", chat % 1_000_000_000), text);
         *self.written.entry(chat).or_default() += 1;
@@ -245,7 +243,7 @@ impl People {
     /// Everybody is known, as many as possible are registered, and each setting was changed.
     fn fill_the_list(&mut self, api: &BotApi) {
         GUESTS.for_each(|chat| self.remove(api, chat));
-        RESIDENTS.chain(GUESTS).for_each(|chat| self.register(api, chat));
+        GUESTS.for_each(|chat| self.register(api, chat));
         [1, 0].into_iter().for_each(|on| self.set_feedback(api, RESIDENTS.start, on));
         [119, 120].into_iter().for_each(|minutes| self.set_interval(api, RESIDENTS.start, minutes));
     }
@@ -261,7 +259,6 @@ impl People {
             }
             0..3 => self.remove(api, guest),
             3..6 => self.register(api, guest),
-            _ if !self.wanted.users.contains_key(&resident) => self.register(api, resident),
             6 | 7 => self.set_interval(api, resident, number),
             8 => self.set_feedback(api, resident, number % 2),
             _ => self.write(api, resident, &format!("config {PASSWORD} interval {}", number + 21)),
