@@ -140,6 +140,7 @@ fn directories() {
     let mote = Mote::new(gateway.address());
     api.person_writes(ADA, "Ada", &format!("config {PASSWORD} interval 5"));
     assert_eq!(poll(&mote, &api), "Ada:1234567890;i5");
+    gateway.settle();
     let files = |directory: &std::path::Path| -> BTreeSet<String> {
         fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
     };

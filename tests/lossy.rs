@@ -79,12 +79,22 @@ impl Drop for Relay {
     }
 }
 
-/// 200 messages, all at once: no text twice, and none lost whose request arrived.
 #[test]
-fn no_text_is_lost_or_doubled() {
+fn some_texts() {
+    no_text_is_lost_or_doubled(40);
+}
+
+#[test]
+#[ignore = "a minute; run with cargo test --release --test lossy -- --ignored"]
+fn two_hundred_texts() {
+    no_text_is_lost_or_doubled(200);
+}
+
+/// So many messages, all at once: no text twice, and none lost whose request arrived.
+fn no_text_is_lost_or_doubled(count: u64) {
     let (api, gateway) = start();
     let answered: Vec<String> = thread::scope(|scope| {
-        let motes: Vec<_> = (0..200)
+        let motes: Vec<_> = (0..count)
             .map(|number| {
                 let (api, address) = (&api, gateway.address());
                 scope.spawn(move || {
@@ -105,7 +115,7 @@ fn no_text_is_lost_or_doubled() {
     assert_eq!(texts.len(), sent, "a text was sent twice");
     assert!(answered.iter().all(|text| texts.contains(text)), "a text that was answered 2.05 is lost");
     // Five requests or five responses in a row are lost once in 200 times each, so nearly all must have come.
-    assert!(answered.len() >= 190, "{} of 200 are answered", answered.len());
+    assert!(answered.len() as u64 * 20 >= count * 19, "{} of {count} are answered", answered.len());
 }
 
 /// What the firmware keeps of the tokens that it hears.

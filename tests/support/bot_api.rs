@@ -63,6 +63,7 @@ impl Fault {
 pub struct When {
     method: String,
     chat: Option<String>,
+    text: Option<String>,
     times: usize,
 }
 
@@ -73,13 +74,19 @@ pub fn every(method: &str) -> When {
 
 /// The next `times` calls of a method; of any method if it is empty.
 pub fn next(times: usize, method: &str) -> When {
-    When { method: method.to_string(), chat: None, times }
+    When { method: method.to_string(), chat: None, text: None, times }
 }
 
 impl When {
     /// Only those for this chat.
     pub fn to(mut self, chat: impl ToString) -> Self {
         self.chat = Some(chat.to_string());
+        self
+    }
+
+    /// Only those with this text.
+    pub fn saying(mut self, text: &str) -> Self {
+        self.text = Some(text.to_string());
         self
     }
 }
@@ -559,14 +566,20 @@ impl State {
     /// The first fault planned for this call, counted down.
     fn fault(&mut self, method: &str, parameters: &Map<String, Value>) -> Option<Fault> {
         let chat = chat_of(parameters);
+        let text = parameters.get("text").and_then(Value::as_str);
         let fits = |when: &When| {
-            when.times > 0
-                && (when.method.is_empty() || when.method == method)
+            (when.method.is_empty() || when.method == method)
                 && (when.chat.is_none() || when.chat == chat)
+                && (when.text.is_none() || when.text.as_deref() == text)
         };
-        let (when, fault) = self.faults.iter_mut().find(|(when, _)| fits(when))?;
+        let at = self.faults.iter().position(|(when, _)| fits(when))?;
+        let (when, fault) = &mut self.faults[at];
         when.times = when.times.saturating_sub(usize::from(when.times != usize::MAX));
-        Some(fault.clone())
+        let (spent, fault) = (when.times == 0, fault.clone());
+        if spent {
+            self.faults.remove(at);
+        }
+        Some(fault)
     }
 }
 

@@ -1,14 +1,15 @@
 //! The real gateway, run in a directory and an environment of its own.
 
 use std::fs::{self, File};
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 use std::{env, process, thread};
 
-use super::{BotApi, Mote, TempDir, within};
+use super::{BotApi, Mote, PATIENCE, TempDir, within};
 
 /// `PASSWORD` of every gateway unless told otherwise.
 pub const PASSWORD: &str = "correct-horse-battery";
@@ -24,13 +25,17 @@ pub fn binary() -> PathBuf {
 }
 
 /// A UDP port that nothing uses. It is chosen outside the range from which the system takes ports by itself, so that
-/// no socket of another test can take it before the gateway does.
+/// no socket of another test can take it before the gateway does. The TCP port of the same number is held as long as
+/// this process runs: that keeps other test programs off, also while a gateway is restarted.
 pub fn free_udp_port() -> u16 {
     static NEXT: AtomicU16 = AtomicU16::new(0);
+    static HELD: Mutex<Vec<TcpListener>> = Mutex::new(Vec::new());
     let start = (process::id() * 37 % 10_000) as u16;
     for _ in 0..10_000 {
         let port = 20_000 + (start + NEXT.fetch_add(1, Ordering::Relaxed)) % 12_000;
+        let Ok(held) = TcpListener::bind(("127.0.0.1", port)) else { continue };
         if UdpSocket::bind(("::1", port)).is_ok() && UdpSocket::bind(("127.0.0.1", port)).is_ok() {
+            HELD.lock().unwrap().push(held);
             return port;
         }
     }
@@ -213,7 +218,8 @@ impl Gateway {
 
     /// Gives the gateway time to write down the last acknowledgement, which it does after the fact.
     pub fn settle(&self) {
-        std::thread::sleep(Duration::from_millis(200));
+        assert!(Mote::new(self.address()).ping(PATIENCE), "what came before the ping is received now");
+        thread::sleep(Duration::from_millis(500));
     }
 
     /// Ends the gateway at once, in the middle of whatever it does.
