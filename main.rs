@@ -86,8 +86,6 @@ const HEARTBEAT: Duration = Duration::from_secs(15 * 60);
 /// Longest sleep of the receive loop: a response that another thread has just opened is retransmitted 2 s later at the
 /// earliest, so it is seen in time.
 const TICK: Duration = Duration::from_secs(1);
-/// Of a thread: TLS needs about 100 KiB in an unoptimised build.
-const STACK: usize = 512 << 10;
 
 const MESSAGES_SENT: &str = "Messages sent successfully";
 const NO_UPDATES: &str = "No Updates";
@@ -407,7 +405,7 @@ fn unix_now() -> u64 {
 }
 
 fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> Result<(), String> {
-    let started = thread::Builder::new().name(name.to_string()).stack_size(STACK).spawn(run);
+    let started = thread::Builder::new().name(name.to_string()).spawn(run);
     started.map(drop).map_err(|error| format!("cannot start a thread: {error}"))
 }
 
@@ -476,7 +474,7 @@ fn bind(config: &Config) -> Result<UdpSocket, String> {
 
 fn receive_loop(gateway: &Arc<Gateway>) -> ! {
     let mut datagram = [0; coap::DATAGRAM_MAX];
-    let mut watched = None;
+    let (mut watched, mut busy) = (None, false);
     loop {
         let now = Instant::now();
         if watched.is_none_or(|last| now.saturating_duration_since(last) >= TICK) {
@@ -488,13 +486,31 @@ fn receive_loop(gateway: &Arc<Gateway>) -> ! {
         let sleep = next.map_or(TICK, |due| due.saturating_duration_since(now)).clamp(Duration::from_millis(1), TICK);
         let _ = gateway.socket.set_read_timeout(Some(sleep));
         match gateway.socket.recv_from(&mut datagram) {
-            Ok((length, peer)) => receive(gateway, peer, &datagram[..length]),
-            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+            Ok((length, peer)) => {
+                receive(gateway, peer, &datagram[..length]);
+                busy = true;
+            }
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
+                if std::mem::take(&mut busy) {
+                    release_memory();
+                }
+            }
             Err(error) => {
                 warn!("cannot receive: {error}");
                 thread::sleep(TICK);
             }
         }
+    }
+}
+
+/// glibc keeps what a crowd of threads needed: after 32 messages to ten chats at once, half of 14 MB.
+fn release_memory() {
+    #[cfg(target_env = "gnu")]
+    {
+        unsafe extern "C" {
+            safe fn malloc_trim(keep: usize) -> std::ffi::c_int;
+        }
+        malloc_trim(0);
     }
 }
 
@@ -888,8 +904,8 @@ impl Telegram {
             .timeout_global(Some(TELEGRAM_BUDGET))
             .timeout_connect(Some(CONNECT_BUDGET))
             .timeout_resolve(Some(CONNECT_BUDGET))
-            .input_buffer_size(8 << 10)
-            .output_buffer_size(8 << 10)
+            .input_buffer_size(4 << 10)
+            .output_buffer_size(4 << 10)
             .max_idle_connections(coap::IN_PROGRESS_MAX) // a message costs one round trip when it finds one
             .max_idle_connections_per_host(coap::IN_PROGRESS_MAX)
             .max_idle_age(REUSE)
@@ -907,7 +923,7 @@ impl Telegram {
         };
         let Some((first, others)) = to.split_first() else { return Vec::new() };
         thread::scope(|scope| {
-            let start = |&chat| thread::Builder::new().stack_size(STACK).spawn_scoped(scope, move || send(chat));
+            let start = |&chat| thread::Builder::new().spawn_scoped(scope, move || send(chat));
             let threads: Vec<_> = others.iter().map(start).collect();
             let own = send(first);
             let join = |thread: io::Result<thread::ScopedJoinHandle<'_, _>>| match thread {
