@@ -2437,6 +2437,9 @@ mod coap {
     }
 }
 
+#[cfg(any(test, fuzzing))]
+#[path = "tests/unit/fuzz.rs"]
+pub mod fuzz;
 #[cfg(test)]
 #[path = "tests/unit/mod.rs"]
 mod tests;
