@@ -90,7 +90,7 @@ struct World {
     /// Separate CON responses without ACK or RST: peer, datagram, what it delivers, copies sent.
     open: Vec<(SocketAddr, Vec<u8>, Option<u64>, u32)>,
     /// Bodies of which some blocks came, the latest touched last.
-    bodies: Vec<(SocketAddr, Vec<Vec<u8>>, Vec<u8>, Instant)>,
+    bodies: Vec<(SocketAddr, String, Vec<u8>, Instant)>,
 }
 
 fn peer(number: u8) -> SocketAddr {
@@ -305,8 +305,9 @@ impl World {
     }
 }
 
-fn path(message: &Datagram) -> Vec<Vec<u8>> {
-    message.options.iter().filter(|(number, _)| *number == URI_PATH).map(|(_, value)| value.clone()).collect()
+fn path(message: &Datagram) -> String {
+    let segments = message.options.iter().filter(|(number, _)| *number == URI_PATH);
+    segments.map(|(_, value)| format!("/{}", String::from_utf8_lossy(value))).collect()
 }
 
 /// One datagram, and what it is when it comes again.
