@@ -116,7 +116,8 @@ fn damage(bytes: &mut Vec<u8>, whole: &[Vec<u8>], random: &mut Numbers) {
         let at = random.below(near).min(bytes.len());
         let end = (at + random.below(9)).min(bytes.len());
         match random.below(10) {
-            0 | 1 if at < bytes.len() => bytes[at] ^= 1 << random.below(8),
+            0 if at < bytes.len() => bytes[at] ^= 1 << random.below(8),
+            1 if at < bytes.len() => bytes[at] = b'\n', // in a path it would begin a line of the log
             2 => bytes.truncate(at),
             3 => drop(bytes.splice(at..at, random.next().to_be_bytes().into_iter().take(1 + end - at))),
             4 => drop(bytes.drain(at..end)),
