@@ -2292,6 +2292,9 @@ mod coap {
     }
 }
 
+#[cfg(any(test, fuzzing))]
+#[path = "tests/unit/fuzz.rs"]
+pub mod fuzz;
 #[cfg(test)]
 #[path = "tests/unit/mod.rs"]
 mod tests;

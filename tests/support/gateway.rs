@@ -321,7 +321,10 @@ impl Drop for Gateway {
     fn drop(&mut self) {
         self.kill9();
         if thread::panicking() {
-            eprintln!("--- log of the gateway of the failed test:\n{}{}", self.log(), self.output());
+            let output = self.output();
+            let lines: Vec<&str> = output.lines().collect();
+            let last = &lines[lines.len().saturating_sub(500)..];
+            eprintln!("--- the gateway of the failed test wrote, at the end:\n{}", last.join("\n"));
             return;
         }
         self.assert_no_secret();

@@ -126,7 +126,7 @@ impl Message {
         if *code == 0 && bytes.len() > 4 {
             return None;
         }
-        let mut number = 0;
+        let mut number: u16 = 0;
         while let [first, tail @ ..] = rest {
             if *first == 0xff {
                 message.payload = tail.to_vec();
@@ -135,7 +135,7 @@ impl Message {
             let (delta, tail) = extended(first >> 4, tail)?;
             let (length, tail) = extended(first & 15, tail)?;
             let (value, tail) = tail.split_at_checked(usize::from(length))?;
-            number += delta;
+            number = number.checked_add(delta)?;
             message.options.push((number, value.to_vec()));
             rest = tail;
         }
@@ -210,7 +210,9 @@ fn nibble(value: u16) -> (u8, Vec<u8>) {
 fn extended(nibble: u8, bytes: &[u8]) -> Option<(u16, &[u8])> {
     match nibble {
         13 => bytes.split_first().map(|(byte, rest)| (u16::from(*byte) + 13, rest)),
-        14 => bytes.split_first_chunk().map(|(two, rest)| (u16::from_be_bytes(*two) + 269, rest)),
+        14 => {
+            bytes.split_first_chunk().and_then(|(two, rest)| Some((u16::from_be_bytes(*two).checked_add(269)?, rest)))
+        }
         15 => None,
         _ => Some((nibble.into(), bytes)),
     }
