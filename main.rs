@@ -1297,7 +1297,7 @@ impl State {
             motes: serde_json::from_value(json["motes"].clone()).ok()?,
             ..State::default()
         };
-        let numbers = state.changes.iter().map(|change| change.0).chain([state.sequence + 1]);
+        let numbers = iter::once(0).chain(state.changes.iter().map(|change| change.0)).chain([state.sequence + 1]);
         let heard = state.motes.iter().all(|(_, heard)| *heard <= state.sequence);
         let (users, removals, motes) = (state.users().count(), state.removals(), state.motes.len());
         let bounded = users <= USERS_MAX && removals <= REMOVALS_MAX && motes <= MOTES_MAX;

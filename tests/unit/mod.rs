@@ -594,6 +594,7 @@ fn damaged_state() {
         ("/changes", changes(&mut (1..=11).map(|id| format!("r{id}")))),
         ("/changes/0", json!([1, 5])),
         ("/changes/0/0", json!("1")),
+        ("/changes/0/0", json!(0)), // told to nobody
         ("/changes/0/0", json!(3)), // two of one number
         ("/changes/0/0", json!(4)), // out of order
         ("/changes/3/0", json!(10)),
