@@ -280,7 +280,7 @@ type Failure = (Break, usize, &'static [&'static str]);
 /// Row 26: one message, what Telegram does, and what the log says about it (any of these).
 #[test]
 fn failures() {
-    let cases: [(&str, Failure); 21] = [
+    let cases: [(&str, Failure); 22] = [
         ("400", (|api| api.unknown_chat(5), 1, &["chat not found"])),
         ("401", (|api| api.fail(every(""), Fault::error(401, "Unauthorized")), 1, &["Unauthorized"])),
         ("404", (|api| api.fail(every(""), Fault::error(404, "Not Found")), 1, &["Not Found"])),
@@ -304,6 +304,17 @@ fn failures() {
         (
             "ok, but 500",
             (|api| api.fail(every(""), Fault::Answer(500, r#"{"ok":true,"result":{}}"#.into())), 1, &["500"]),
+        ),
+        (
+            "the token in the description, cut in two",
+            (
+                |api| {
+                    let description = format!("{TOKEN}{}{TOKEN}", "x".repeat(196 - TOKEN.len()));
+                    api.fail(every(""), Fault::error(400, &description));
+                },
+                1,
+                &["400 <token>xxx"],
+            ),
         ),
         ("empty body", (|api| api.fail(every(""), Fault::Answer(200, String::new())), 1, &[])),
         ("closed", (|api| api.fail(every(""), Fault::CloseUnanswered), 1, &[])),

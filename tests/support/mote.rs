@@ -413,9 +413,9 @@ impl Mote {
     }
 
     /// A whole exchange over a lossy link: the request is retransmitted as RFC 7252 §4.2 says, starting with
-    /// `ack_timeout`, until it is acknowledged or answered; every copy of the response is acknowledged until the link
-    /// was quiet for a moment. None if the exchange fails.
-    pub fn reliable(&self, request: &Message, ack_timeout: Duration) -> Option<Message> {
+    /// `ack_timeout`, until it is acknowledged or answered; then the response may take so long as `patience`. None if
+    /// the exchange fails.
+    pub fn reliable(&self, request: &Message, ack_timeout: Duration, patience: Duration) -> Option<Message> {
         let mut timeout = ack_timeout;
         let mut acknowledged = false;
         for _ in 0..=4 {
@@ -445,7 +445,7 @@ impl Mote {
         if !acknowledged {
             return None;
         }
-        let end = Instant::now() + Duration::from_secs(93); // MAX_TRANSMIT_WAIT of the other side
+        let end = Instant::now() + patience;
         while let Some(message) = self.try_receive(end.saturating_duration_since(Instant::now())) {
             if matches!(message.kind, Con | Non) && message.token == request.token {
                 self.acknowledge(&message);
