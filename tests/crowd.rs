@@ -102,7 +102,7 @@ fn every_mote_is_served() {
 /// Telegram takes every text and answers none: the gateway stays awake, tells those motes that it works for, and serves
 /// again as soon as Telegram does.
 #[test]
-#[ignore = "minutes; run with `cargo test --release --test crowd -- --ignored`"]
+#[ignore = "takes minutes: cargo test --release --test crowd -- --include-ignored"]
 fn telegram_hangs() {
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let api = BotApi::start();

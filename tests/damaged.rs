@@ -24,7 +24,7 @@ fn some_damaged_datagrams() {
 }
 
 #[test]
-#[ignore = "a million datagrams take minutes; run with cargo test --release --test damaged -- --ignored --nocapture"]
+#[ignore = "takes minutes: cargo test --release --test damaged -- --include-ignored"]
 fn a_million_damaged_datagrams() {
     bombard(1_000_000);
 }

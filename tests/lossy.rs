@@ -87,13 +87,13 @@ fn some_texts() {
 }
 
 #[test]
-#[ignore = "a minute; run with cargo test --release --test lossy -- --ignored"]
+#[ignore = "takes minutes: cargo test --release --test lossy -- --include-ignored"]
 fn two_hundred_texts() {
     no_text_is_lost_or_doubled(200, false);
 }
 
 #[test]
-#[ignore = "a quarter of a minute; run with cargo test --release --test lossy -- --ignored"]
+#[ignore = "takes minutes: cargo test --release --test lossy -- --include-ignored"]
 fn two_hundred_texts_and_a_kill() {
     no_text_is_lost_or_doubled(200, true);
 }
