@@ -10,7 +10,8 @@
 //! * `GET /.well-known/core`: RFC 6690.
 //!
 //! Threads: the receive loop (`serve`), which never waits for Telegram; one for each request that needs Telegram, with
-//! one more for each further chat; one that writes to people; one for the heartbeat. What they share is `Gateway`.
+//! one more for each further chat; one that writes to people; one for the heartbeat; short ones that save, and look up
+//! addresses. What they share is `Gateway`.
 //!
 //! The file reads top-down. A datagram travels `serve` → `coap::Exchanges::receive` → `dispatch` → `deliver_message` or
 //! `fetch_update` → `Exchanges::respond`; what people write travels `poll` → `judge` → `State` → `State::tokens_for`.
@@ -46,12 +47,14 @@ use ureq::unversioned::transport::{DefaultConnector, NextTimeout};
 /// Telegram must have answered by then, counted from the request's arrival: the mote is answered within 9 s (its client
 /// stops waiting 10 s after the empty ACK), and half a second is left for a slow SD card.
 const TELEGRAM_BUDGET: Duration = Duration::from_millis(8500);
-/// Share of it for one connection (TCP and TLS, over all addresses of the host): leaves time for a second attempt.
+/// Share of it for one connection (TCP and TLS, over all addresses of the host), and for a look-up of them: leaves time
+/// for a second attempt.
 const CONNECT_BUDGET: Duration = Duration::from_secs(5);
 /// Calls that surely did not reach Telegram, and HTTP 429, are tried this often in all.
 const ATTEMPTS: u32 = 3;
 const ATTEMPT_PAUSE: Duration = Duration::from_millis(500);
-/// How long idle connections (Telegram closes them after about a minute itself) and addresses of the host are kept.
+/// How long idle connections are kept (Telegram closes them after about a minute itself), and after which its host is
+/// looked up anew.
 const REUSE: Duration = Duration::from_secs(60);
 /// Of one answer of the Bot API: 100 updates of 4,096 characters, each `\uXXXX`, with the message replied to.
 const BODY_MAX: u64 = 8 << 20;
@@ -169,10 +172,8 @@ impl Secret {
 
     /// Compares in a time that depends on the guess alone.
     fn is(&self, guess: &str) -> bool {
-        let (own, guess) = (self.0.as_bytes(), guess.as_bytes());
-        let unlike = guess.iter().enumerate().fold(own.len() ^ guess.len(), |unlike, (at, byte)| {
-            unlike | usize::from(byte ^ own.get(at % own.len().max(1)).unwrap_or(&0))
-        });
+        let pairs = guess.bytes().zip(self.0.bytes().cycle());
+        let unlike = pairs.fold(self.0.len() ^ guess.len(), |unlike, (a, b)| unlike | usize::from(a ^ b));
         std::hint::black_box(unlike) == 0
     }
 }
@@ -440,7 +441,7 @@ fn serve(config: Config) -> Result<(), String> {
         config,
     });
     // At once: what people write from now on must not count as older than the first start after a crash.
-    gateway.save()?;
+    gateway.save().unwrap_or_else(|reason| error!("{reason}"));
     let (writer, heart) = (Arc::clone(&gateway), Arc::clone(&gateway));
     spawn("answers", move || write_to_people(&writer, &queue))?;
     spawn("heartbeat", move || heartbeat(&heart))?;
@@ -606,6 +607,7 @@ enum Resource {
 /// Path, method and formats. RFC 7252 §5.10 and §5.8.
 fn route(request: &Request) -> Result<Resource, Response> {
     use ResponseType::{MethodNotAllowed, NotAcceptable, NotFound, UnsupportedContentFormat};
+    request.check_options()?;
     let (resource, method, format) = match request.path().as_str() {
         "message" => (Resource::Message, coap::POST, coap::TEXT_PLAIN),
         "update" => (Resource::Update, coap::POST, coap::TEXT_PLAIN),
@@ -636,7 +638,7 @@ fn discovery(request: &Request) -> Response {
         };
         value.strip_suffix('*').map_or(own == value, |start| own.starts_with(start))
     };
-    let queries = request.queries();
+    let queries = request.strings(coap::URI_QUERY);
     let mut links = Vec::new();
     for (href, rt) in [("/message", "telegram.message"), ("/update", "telegram.update")] {
         if queries.iter().all(|query| matches(href, rt, query)) {
@@ -648,7 +650,7 @@ fn discovery(request: &Request) -> Response {
 
 /// Whether the request can be carried out.
 fn judge_request(config: &Config, pinned: Option<&str>, what: Resource, request: &Request) -> Result<Work, Response> {
-    if request.block2()?.is_some_and(|block| block.number > 0) {
+    if request.block(coap::BLOCK2)?.is_some_and(|block| block.number > 0) {
         let further = what == Resource::Message && request.payload.is_empty();
         return if further { Ok(Work::Repeated(true)) } else { Err(bad_request("No such block")) };
     }
@@ -674,8 +676,8 @@ fn judge_request(config: &Config, pinned: Option<&str>, what: Resource, request:
     match text.chars().count() {
         0 => Err(bad_request(MISSING_FIELDS)),
         _ if chats.is_empty() => Err(bad_request(MISSING_FIELDS)),
-        _ if chats.len() > USERS_MAX => Err(bad_request("Too many chat ids, at most 10")),
-        length if length > TEXT_MAX => Err(bad_request("Text too long, at most 4096 characters")),
+        _ if chats.len() > USERS_MAX => Err(bad_request(&format!("Too many chat ids, at most {USERS_MAX}"))),
+        length if length > TEXT_MAX => Err(bad_request(&format!("Text too long, at most {TEXT_MAX} characters"))),
         _ => Ok(Work::Message(Message { token, chats, text: text.to_string() })),
     }
 }
@@ -806,7 +808,7 @@ fn fetch_update(gateway: &Gateway, token: &Secret, request: &Request, deadline: 
         return (Response::failed(), reason);
     }
     // A block that is not valid was answered before.
-    let limit = request.block2().ok().flatten().map_or(REPLY_MAX, |block| block.size().min(REPLY_MAX));
+    let limit = request.block(coap::BLOCK2).ok().flatten().map_or(REPLY_MAX, |block| block.size().min(REPLY_MAX));
     let (tokens, last, left) = lock(&gateway.state).tokens_for(mote(request.peer), limit);
     match (last, left) {
         (None, 0) => (Response::text(ResponseType::Valid, NO_UPDATES), String::new()),
@@ -841,17 +843,20 @@ fn poll(gateway: &Gateway, token: &Secret, deadline: Instant) -> Result<(), Stri
 /// Whether there may be more. Progress is saved before it is confirmed to Telegram (by the next page's offset) and
 /// before anybody is answered.
 fn poll_page(gateway: &Gateway, token: &Secret, deadline: Instant) -> Result<bool, String> {
-    gateway.save()?; // Nothing to do, unless the last time it failed.
-    let offset = lock(&gateway.state).offset;
+    gateway.save()?; // Mostly there is nothing to do: the last time it failed, or a mote restarted.
+    let (bot, offset) = {
+        let state = lock(&gateway.state);
+        (state.bot.clone(), state.offset)
+    };
+    if bot.is_some_and(|bot| bot != token.bot_id()) {
+        return Err("getUpdates: another bot was served first".to_string());
+    }
     let parameters = json!({"offset": offset, "limit": PAGE, "timeout": 0, "allowed_updates": ["message"]});
     let result = gateway.telegram.call(token, "getUpdates", &parameters, deadline);
     let result = result.map_err(|failure| format!("getUpdates: {}", failure.reason))?;
     let updates = result.as_array().ok_or("getUpdates: Telegram's answer is not a list")?;
     {
         let mut state = lock(&gateway.state);
-        if state.bot.as_deref().is_some_and(|bot| bot != token.bot_id()) {
-            return Err("getUpdates: another bot was served first".to_string());
-        }
         state.bot = Some(token.bot_id().to_string());
         updates.iter().for_each(|update| handle_update(&mut state, update, &gateway.config, unix_now()));
         if updates.len() < PAGE {
@@ -957,7 +962,7 @@ impl Telegram {
         let mut request = self.agent.post(format!("{}{}/{method}", self.url, token.0));
         request = request.header("content-type", "application/json").header("content-length", bytes.len());
         // ureq caches the TLS configuration only for requests with the agent's own settings.
-        if remaining + ATTEMPT_PAUSE < TELEGRAM_BUDGET {
+        if remaining + Duration::from_millis(100) < TELEGRAM_BUDGET {
             request = request.config().timeout_global(Some(remaining)).build();
         }
         let answer = request.send(ureq::SendBody::from_reader(&mut body)).and_then(|mut response| {
@@ -1028,22 +1033,15 @@ fn describe(error: &ureq::Error) -> String {
 
 /// Addresses of the host (the Bot API's or the proxy's, never both), for ureq asks for them on every call, also when a
 /// connection is open. One look-up at a time: many would be as many threads, which nothing can end while DNS hangs.
-#[derive(Clone, Default)]
+#[derive(Clone, Debug, Default)]
 struct Addresses(Arc<(Mutex<LookUp>, Condvar)>);
 
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct LookUp {
     running: bool,
     done: Option<Instant>,
     /// The last that were found: good enough until newer ones are.
     found: Vec<SocketAddr>,
-}
-
-/// Asked for by `Resolver`.
-impl fmt::Debug for Addresses {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Addresses")
-    }
 }
 
 impl Resolver for Addresses {
@@ -1162,8 +1160,8 @@ struct State {
     motes: Vec<(IpAddr, u64)>,
     /// Not saved: answers to people, until what they say is saved.
     answers: Vec<Answer>,
-    /// Not saved: wrong passwords in a row, and the time (Unix seconds) until which `config` is ignored.
-    suspects: BTreeMap<i64, (u32, u64)>,
+    /// Not saved: chat, wrong passwords in a row, and the time (Unix seconds) until which its `config` is ignored.
+    suspects: Vec<(i64, u32, u64)>,
 }
 
 impl State {
@@ -1256,14 +1254,12 @@ impl State {
     /// Firmware that lost its RAM names other chats than those that it acknowledged. It is told everything again.
     fn notice_restart(&mut self, mote: IpAddr, listed: &[Value]) -> bool {
         let heard = self.acknowledged(mote);
-        let lost =
-            self.changes.iter().filter(|(sequence, change)| *sequence <= heard && change.fits()).any(|(_, change)| {
-                match change {
-                    Change::User(_, chat) => !listed.contains(&json!(chat)),
-                    Change::Removed(chat) => listed.contains(&json!(chat)),
-                    _ => false,
-                }
-            });
+        let mut told = self.changes.iter().filter(|(sequence, change)| *sequence <= heard && change.fits());
+        let lost = told.any(|(_, change)| match change {
+            Change::User(_, chat) => !listed.contains(&json!(chat)),
+            Change::Removed(chat) => listed.contains(&json!(chat)),
+            _ => false,
+        });
         if lost {
             self.motes.retain(|(address, _)| *address != mote);
         }
@@ -1382,14 +1378,16 @@ fn replace(path: &Path, text: &str) -> io::Result<()> {
     let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
     file.write_all(text.as_bytes())?;
     file.sync_all()?;
-    fs::rename(&new, path)
+    fs::rename(&new, path)?;
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    File::open(folder.unwrap_or(Path::new(".")))?.sync_all()
 }
 
 /// The messages that were begun lately, in a ring of lines beside `state.json`: a mote that repeats its request to a
 /// restarted gateway must not have it sent twice. Not synchronised to the disk, for no exchange outlives a reboot.
 struct Journal {
     file: File,
-    /// What the process before began: digest of the request, Unix seconds until which it counts, 1 if it was sent.
+    /// What the processes before began: digest of the request, Unix seconds until which it counts, 1 if it was sent.
     before: Vec<[u64; 3]>,
     next: AtomicU64,
 }
@@ -1416,8 +1414,7 @@ impl Journal {
 
     /// Whether a request that counts at this time, in Unix seconds, was sent; `None`: there was no such request.
     fn find(&self, digest: u64, now: u64) -> Option<bool> {
-        let alive = now..=now + coap::EXCHANGE_LIFETIME.as_secs(); // a clock that was set takes nothing along
-        self.before.iter().find(|entry| entry[0] == digest && alive.contains(&entry[1])).map(|entry| entry[2] == 1)
+        self.before.iter().find(|entry| entry[0] == digest && entry[1] >= now).map(|entry| entry[2] == 1)
     }
 
     fn begin(&self, request: &Request) -> Entry {
@@ -1499,16 +1496,17 @@ fn configure(state: &mut State, chat: i64, text: &str, password: Option<&Secret>
     let Some(password) = password else {
         return Some("No password is set on the gateway, so nothing can be changed.".to_string());
     };
-    let (wrong, until) = state.suspects.get(&chat).copied().unwrap_or_default();
-    if until > now {
-        return None;
+    let known = state.suspects.iter().find(|suspect| suspect.0 == chat);
+    let (_, wrong, until) = known.copied().unwrap_or_default();
+    if (now + 1..=now + LOCK_SECONDS).contains(&until) {
+        return None; // and a clock that was set back locks nobody out
     }
     let words: Vec<&str> = text.split_whitespace().collect();
     let [_, guess, key, value] = words[..] else { return Some(CONFIG_FORM.to_string()) };
+    state.suspects.retain(|suspect| suspect.0 != chat);
     if !password.is(guess) {
         return Some(suspect(state, chat, wrong + 1, now));
     }
-    state.suspects.remove(&chat);
     let number = value.parse::<u8>().ok().filter(|_| !value.starts_with('+'));
     match (key.to_ascii_lowercase().as_str(), number) {
         ("interval", Some(minutes @ 1..=120)) => {
@@ -1528,12 +1526,13 @@ fn configure(state: &mut State, chat: i64, text: &str, password: Option<&Secret>
 /// Counts a wrong password.
 fn suspect(state: &mut State, chat: i64, wrong: u32, now: u64) -> String {
     let locked = wrong >= WRONG_PASSWORDS_MAX;
-    if state.suspects.len() >= SUSPECTS_MAX && !state.suspects.contains_key(&chat) {
+    if state.suspects.len() >= SUSPECTS_MAX {
         // Those that are not locked out go first.
-        let least = state.suspects.iter().min_by_key(|(_, (wrong, until))| (*until, *wrong)).map(|(id, _)| *id);
-        state.suspects.remove(&least.unwrap_or_default());
+        let weight = |at: &usize| (state.suspects[*at].2 > now, state.suspects[*at].1);
+        let least = (0..SUSPECTS_MAX).min_by_key(weight).unwrap_or_default();
+        state.suspects.remove(least);
     }
-    state.suspects.insert(chat, if locked { (0, now + LOCK_SECONDS) } else { (wrong, 0) });
+    state.suspects.push(if locked { (chat, 0, now + LOCK_SECONDS) } else { (chat, wrong, 0) });
     warn!("wrong password from chat {chat}{}", if locked { ": its config is ignored for an hour" } else { "" });
     let hour = if locked { " Your config messages are ignored for an hour." } else { "" };
     format!("Wrong password. Nothing was changed.{hour}")
@@ -1569,15 +1568,11 @@ fn start_log(config: &Config) -> Result<(), String> {
     let filter = simple_logger::SimpleLogger::new().with_level(LevelFilter::Off);
     let filter = filter.with_module_level("coap_websocket", config.level);
     log::set_max_level(filter.max_level());
-    let (file, fault) = match open_log(&config.log_path) {
-        Ok(file) => (Some(file), None),
-        Err(error) => (None, Some(error)),
-    };
-    let log = Log { filter, path: config.log_path.clone(), file: Mutex::new(file) };
+    let (path, file) = (config.log_path.clone(), open_log(&config.log_path));
+    let fault = file.as_ref().err().map(|error| format!("cannot open {}: {error}", path.display()));
+    let log = Log { filter, path, file: Mutex::new(file.ok()) };
     log::set_boxed_logger(Box::new(log)).map_err(|error| error.to_string())?;
-    if let Some(error) = fault {
-        warn!("cannot open {}: {error}; the log goes to the console alone", config.log_path.display());
-    }
+    fault.iter().for_each(|fault| warn!("{fault}; the log goes to the console alone"));
     Ok(())
 }
 
@@ -1599,7 +1594,7 @@ impl log::Log for Log {
         let mut open = lock(&self.file);
         let Some(file) = open.as_mut() else { return };
         if file.metadata().is_ok_and(|file| file.len() + line.len() as u64 > LOG_MAX) {
-            let _ = fs::rename(&self.path, beside(&self.path, ".1"));
+            let _ = fs::rename(&self.path, beside(&self.path, ".1")).or_else(|_| file.set_len(0));
             if let Ok(new) = open_log(&self.path) {
                 *file = new;
             }
@@ -1612,14 +1607,8 @@ impl log::Log for Log {
 
 /// So that what comes from outside cannot forge a line.
 fn escape(text: &str) -> String {
-    let mut escaped = String::with_capacity(text.len());
-    for c in text.chars() {
-        match c.is_control() || matches!(c, '\u{2028}' | '\u{2029}') {
-            true => escaped.extend(c.escape_default()),
-            false => escaped.push(c),
-        }
-    }
-    escaped
+    let forges = |c: char| c.is_control() || matches!(c, '\u{2028}' | '\u{2029}');
+    text.chars().map(|c| if forges(c) { c.escape_default().to_string() } else { c.into() }).collect()
 }
 
 /// `2026-01-31 12:00:00` of Unix seconds. Days to a date: H. Hinnant, "chrono-Compatible Low-Level Date Algorithms".
@@ -1741,11 +1730,9 @@ fn exchange(peer: SocketAddr, payload: &[u8]) -> io::Result<(String, Vec<u8>)> {
     socket.connect(peer)?;
     let request = coap::encode_request("message", payload, coap::random());
     let mut buffer = [0; coap::DATAGRAM_MAX];
-    let (mut timeout, mut acknowledged) = (coap::ACK_TIMEOUT, false);
-    for _ in 0..=coap::MAX_RETRANSMIT {
-        if acknowledged {
-            break;
-        }
+    let (mut timeout, mut left) = (coap::ACK_TIMEOUT, coap::MAX_RETRANSMIT + 1);
+    while left > 0 {
+        left -= 1;
         socket.send(&request)?;
         let mut due = Instant::now() + timeout;
         timeout *= 2;
@@ -1759,7 +1746,7 @@ fn exchange(peer: SocketAddr, payload: &[u8]) -> io::Result<(String, Vec<u8>)> {
             match coap::decode_response(&buffer[..length], &request) {
                 // The gateway answers within 9 s; from here on, waiting is all there is to do.
                 Some((code, ..)) if code == "0.00" => {
-                    (acknowledged, due) = (true, Instant::now() + Duration::from_secs(15));
+                    (left, due) = (0, Instant::now() + Duration::from_secs(15));
                 }
                 Some((code, payload, acknowledgement)) => {
                     socket.send(&acknowledgement)?;
@@ -1805,7 +1792,7 @@ mod coap {
     pub const DATAGRAM_MAX: usize = BODY_MAX + (1 << 10);
     /// Requests that wait for Telegram: bounds threads and memory.
     pub const IN_PROGRESS_MAX: usize = 32;
-    /// Remembered messages. A mesh of 1,000 motes that all send four messages in `EXCHANGE_LIFETIME` fits.
+    /// Remembered messages, also in the journal. A mesh of 1,000 motes that all send four messages in `EXCHANGE_LIFETIME` fits.
     pub const SEEN_MAX: usize = 4096;
     /// Responses that wait for their ACK; the oldest is given up.
     const OPEN_MAX: usize = 1024;
@@ -1818,9 +1805,9 @@ mod coap {
     pub const POST: u8 = 2;
     const URI_PATH: u16 = 11;
     pub const CONTENT_FORMAT: u16 = 12;
-    const URI_QUERY: u16 = 15;
+    pub const URI_QUERY: u16 = 15;
     pub const ACCEPT: u16 = 17;
-    const BLOCK2: u16 = 23;
+    pub const BLOCK2: u16 = 23;
     const BLOCK1: u16 = 27;
     const PROXY_URI: u16 = 35;
     const PROXY_SCHEME: u16 = 39;
@@ -1868,7 +1855,7 @@ mod coap {
         packet: Packet,
     }
 
-    /// For the log: method and path. No more of a path than could hold no token.
+    /// For the log: method and path. Only the start of a path, up to a colon: somebody may have put the token there.
     impl fmt::Display for Request {
         fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
             let path: String = self.path().chars().take(24).take_while(|c| *c != ':').collect();
@@ -1890,7 +1877,7 @@ mod coap {
             if self.is_confirmable() { EXCHANGE_LIFETIME } else { NON_LIFETIME }
         }
 
-        fn strings(&self, option: u16) -> Vec<String> {
+        pub fn strings(&self, option: u16) -> Vec<String> {
             let values = self.packet.get_option(option.into()).into_iter().flatten();
             values.map(|value| String::from_utf8_lossy(value).into_owned()).collect()
         }
@@ -1900,10 +1887,6 @@ mod coap {
             self.strings(URI_PATH).iter().map(|segment| segment.replace('/', "%2F")).collect::<Vec<_>>().join("/")
         }
 
-        pub fn queries(&self) -> Vec<String> {
-            self.strings(URI_QUERY)
-        }
-
         /// The first value; one that is too long for its option is ignored as RFC 7252 §5.4.3 asks of elective ones.
         pub fn uint(&self, option: u16) -> Option<u32> {
             let value = self.packet.get_first_option(option.into())?;
@@ -1911,7 +1894,7 @@ mod coap {
             (value.len() <= limit).then(|| value.iter().fold(0, |all, byte| all << 8 | u32::from(*byte)))
         }
 
-        fn block(&self, option: u16) -> Result<Option<Block>, Response> {
+        pub fn block(&self, option: u16) -> Result<Option<Block>, Response> {
             let Some(value) = self.uint(option) else { return Ok(None) };
             match (value & 7) as u8 {
                 7 => Err(Response::error(ResponseType::BadRequest, "Reserved block size")),
@@ -1919,8 +1902,28 @@ mod coap {
             }
         }
 
-        pub fn block2(&self) -> Result<Option<Block>, Response> {
-            self.block(BLOCK2)
+        /// RFC 7252 §5.4: critical options must be known, of a valid length, and not repeated where they may not be.
+        pub fn check_options(&self) -> Result<(), Response> {
+            let bad_option =
+                |number, fault| Response::error(ResponseType::BadOption, &format!("Option {number} is {fault}"));
+            for (&number, values) in self.packet.options().filter(|(number, _)| *number % 2 == 1) {
+                let (shortest, longest, repeatable) = match number {
+                    3 | PROXY_SCHEME => (1, 255, false), // 3: Uri-Host
+                    7 | ACCEPT => (0, 2, false),         // 7: Uri-Port
+                    URI_PATH | URI_QUERY => (0, 255, true),
+                    BLOCK1 | BLOCK2 => (0, 3, false),
+                    PROXY_URI => (1, 1034, false),
+                    _ => return Err(bad_option(number, "not supported")),
+                };
+                let valid = values.iter().all(|value| (shortest..=longest).contains(&value.len()));
+                if !valid || (values.len() > 1 && !repeatable) {
+                    return Err(bad_option(number, "malformed"));
+                }
+            }
+            if [PROXY_URI, PROXY_SCHEME].iter().any(|number| self.packet.get_option((*number).into()).is_some()) {
+                return Err(Response::error(ResponseType::ProxyingNotSupported, "This is no proxy"));
+            }
+            Ok(())
         }
     }
 
@@ -1960,7 +1963,7 @@ mod coap {
 
         /// Cuts the payload to the block that the request asks for. RFC 7959 §2.4.
         pub fn in_block2(mut self, request: &Request) -> Response {
-            let block = match request.block2() {
+            let block = match request.block(BLOCK2) {
                 Err(error) => return error,
                 Ok(None) => return self,
                 Ok(Some(block)) => block,
@@ -2027,7 +2030,6 @@ mod coap {
         seen: VecDeque<Seen>,
         open: VecDeque<Open>,
         assemblies: VecDeque<Assembly>,
-        in_progress: usize,
     }
 
     impl Exchanges {
@@ -2059,17 +2061,16 @@ mod coap {
             }
             let (code, payload) = (datagram[1], std::mem::take(&mut packet.payload));
             let request = Request { peer, at: now, code, payload, digest, packet };
-            match check_options(&request.packet) {
-                Ok(()) => Event::Request(request),
+            match request.check_options() {
                 // RFC 7252 §5.4.1: a NON with an unrecognised critical option is rejected, and RST is optional.
                 Err(fault) if fault.code == ResponseType::BadOption && !request.is_confirmable() => Event::Nothing,
-                Err(fault) => Event::Send(self.reply(&request, fault)),
+                _ => Event::Request(request),
             }
         }
 
         /// Whether one more request may wait for Telegram.
         pub fn has_room(&self) -> bool {
-            self.in_progress < IN_PROGRESS_MAX
+            self.seen.iter().filter(|seen| seen.in_progress).count() < IN_PROGRESS_MAX
         }
 
         /// Answers at once: inside the ACK for CON, with a NON for NON.
@@ -2090,14 +2091,12 @@ mod coap {
                 true => empty(MessageType::Acknowledgement, request.packet.header.message_id),
                 false => Vec::new(),
             };
-            self.in_progress += 1;
             self.remember(request, ack.clone(), true);
             ack
         }
 
         /// The separate response to an accepted request. RFC 7252 §5.2.2. `random` spreads the retransmissions.
         pub fn respond(&mut self, now: Instant, request: &Request, response: Response, random: u64) -> Vec<u8> {
-            self.in_progress -= 1;
             self.seen.iter_mut().filter(|seen| seen.digest == request.digest).for_each(|seen| seen.in_progress = false);
             let (message_id, delivers) = (self.message_id(), response.delivers);
             if !request.is_confirmable() {
@@ -2110,15 +2109,8 @@ mod coap {
             let spread = ACK_TIMEOUT.as_millis() as u64 * ACK_RANDOM_PERCENT / 100;
             let timeout = ACK_TIMEOUT + Duration::from_millis(random % (spread + 1));
             let (peer, due) = (request.peer, now + timeout);
-            self.open.push_back(Open {
-                peer,
-                message_id,
-                bytes: bytes.clone(),
-                retransmitted: 0,
-                timeout,
-                due,
-                delivers,
-            });
+            let open = Open { peer, message_id, bytes: bytes.clone(), retransmitted: 0, timeout, due, delivers };
+            self.open.push_back(open);
             bytes
         }
 
@@ -2186,7 +2178,10 @@ mod coap {
 
     fn too_large() -> Response {
         let options = vec![(SIZE1, uint(BODY_MAX as u32))];
-        Response { options, ..Response::error(ResponseType::RequestEntityTooLarge, "At most 8192 bytes") }
+        Response {
+            options,
+            ..Response::error(ResponseType::RequestEntityTooLarge, &format!("At most {BODY_MAX} bytes"))
+        }
     }
 
     /// RFC 7252 §3 and §4.2/4.3: `Err` is the RST that a malformed or unexpected CON gets. The codec is laxer than the
@@ -2204,30 +2199,6 @@ mod coap {
         };
         let same = |packet: &Packet| packet.to_bytes_unlimited().is_ok_and(|bytes| bytes == datagram);
         Packet::from_bytes(datagram).ok().filter(|packet| as_expected && same(packet)).ok_or(reset)
-    }
-
-    /// RFC 7252 §5.4: critical options must be known, of a valid length, and not repeated where they may not be.
-    fn check_options(packet: &Packet) -> Result<(), Response> {
-        let bad_option =
-            |number, fault| Response::error(ResponseType::BadOption, &format!("Option {number} is {fault}"));
-        for (&number, values) in packet.options().filter(|(number, _)| *number % 2 == 1) {
-            let (shortest, longest, repeatable) = match number {
-                3 | PROXY_SCHEME => (1, 255, false), // 3: Uri-Host
-                7 | ACCEPT => (0, 2, false),         // 7: Uri-Port
-                URI_PATH | URI_QUERY => (0, 255, true),
-                BLOCK1 | BLOCK2 => (0, 3, false),
-                PROXY_URI => (1, 1034, false),
-                _ => return Err(bad_option(number, "not supported")),
-            };
-            let valid = values.iter().all(|value| (shortest..=longest).contains(&value.len()));
-            if !valid || (values.len() > 1 && !repeatable) {
-                return Err(bad_option(number, "malformed"));
-            }
-        }
-        if [PROXY_URI, PROXY_SCHEME].iter().any(|number| packet.get_option((*number).into()).is_some()) {
-            return Err(Response::error(ResponseType::ProxyingNotSupported, "This is no proxy"));
-        }
-        Ok(())
     }
 
     fn empty(kind: MessageType, message_id: u16) -> Vec<u8> {
@@ -2250,24 +2221,19 @@ mod coap {
         message(kind, code, message_id, request.packet.get_token(), response.options, &response.payload)
     }
 
-    fn message(
-        kind: MessageType,
-        code: MessageClass,
-        message_id: u16,
-        token: &[u8],
-        options: Vec<(u16, Vec<u8>)>,
-        payload: &[u8],
-    ) -> Vec<u8> {
+    type Options = Vec<(u16, Vec<u8>)>;
+
+    fn message(kind: MessageType, code: MessageClass, id: u16, token: &[u8], options: Options, body: &[u8]) -> Vec<u8> {
         let mut packet = Packet::new();
         packet.header.set_version(1);
         packet.header.set_type(kind);
         packet.header.code = code;
-        packet.header.message_id = message_id;
+        packet.header.message_id = id;
         packet.set_token(token.to_vec());
         for (number, value) in options {
             packet.add_option(number.into(), value);
         }
-        packet.payload = payload.to_vec();
+        packet.payload = body.to_vec();
         packet.to_bytes_unlimited().unwrap_or_default() // fails only over a size limit
     }
 

@@ -203,6 +203,8 @@ fn options() {
         }
         assert_eq!(api.count("sendMessage"), served, "{options:?}");
     }
+    let logged = |text| gateway.log().contains(text);
+    assert!(logged("-> 4.02 in 0 ms: Option 65 is not supported") && logged("-> 5.05 in 0 ms: This is no proxy"));
     let non = |number: u16| mote.request(Non, POST, "message").option(number, "x").payload(message(&api, "5", "x"));
     mote.send(&non(65));
     mote.expect_silence(QUIET);

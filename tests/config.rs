@@ -542,3 +542,36 @@ fn idle() {
     assert!(woken <= 5, "{woken} times in 3 s");
     assert!(gateway.threads() <= 3, "{} threads", gateway.threads());
 }
+
+/// A gateway that starts with a full disk forwards what it can: the state can be read, and nothing has changed.
+#[test]
+fn a_full_disk() {
+    let api = BotApi::start();
+    let mut gateway = Gateway::start(&api);
+    gateway.settle();
+    gateway.kill9();
+    fs::remove_file(gateway.directory().join("state.json")).unwrap();
+    std::os::unix::fs::symlink("/dev/full", gateway.directory().join("state.new")).unwrap();
+    gateway.restart();
+    let mote = Mote::new(gateway.address());
+    mote.post_separate("message", message(&api, "5", "x")).expect_code("2.05");
+    api.person_writes(ADA, "Ada", "hi");
+    mote.post_separate("update", update(&api)).expect("5.00", "");
+    assert_eq!(api.waiting_updates(), 1, "confirmed although it was not saved");
+    let log = gateway.log();
+    assert!(log.contains("[ERROR] cannot write state.json: No space left on device"), "{log}");
+}
+
+/// A log that cannot be moved begins anew.
+#[test]
+fn a_log_that_cannot_be_moved() {
+    let api = BotApi::start();
+    let gateway = Gateway::prepared(Setup::new(&api), |directory| {
+        fs::create_dir_all(directory.join("coap_server.log.1/x")).unwrap();
+        fs::write(directory.join("coap_server.log"), vec![b'x'; 1 << 20]).unwrap();
+    });
+    let mote = Mote::new(gateway.address());
+    (0..50).for_each(|_| drop(mote.post_piggybacked("nowhere", "x")));
+    let length = fs::metadata(gateway.directory().join("coap_server.log")).unwrap().len();
+    assert!((100..100_000).contains(&length), "{length} bytes");
+}

@@ -593,3 +593,22 @@ fn tampered_state_files() {
         });
     }
 }
+
+/// Without a configured token, two bots ask at once before one is pinned: the second one's updates are not confirmed
+/// with the first one's offset.
+#[test]
+fn two_bots_at_once() {
+    let api = BotApi::start();
+    let gateway = Gateway::with(Setup::new(&api).config(&format!("[telegram]\nurl = {}\n", api.url())));
+    api.person_writes(ADA, "Ada", "hi");
+    api.set_round_trip(Duration::from_millis(200));
+    let (one, two) = (Mote::new(gateway.address()), Mote::new(gateway.address()));
+    let first = one.post("update", update(&api));
+    let second = two.post("update", update(&api).replace(TOKEN, "987654321:other"));
+    one.begin(&first);
+    two.begin(&second);
+    one.response(&first).expect("2.05", "Ada:1234567890");
+    two.response(&second).expect("5.00", "");
+    let calls = api.seen().calls("getUpdates");
+    assert!(calls.iter().all(|call| call.token == TOKEN), "{calls:?}");
+}
