@@ -1749,7 +1749,9 @@ fn exchange(peer: SocketAddr, payload: &[u8]) -> io::Result<(String, Vec<u8>)> {
                     (left, due) = (0, Instant::now() + Duration::from_secs(15));
                 }
                 Some((code, payload, acknowledgement)) => {
-                    socket.send(&acknowledgement)?;
+                    if !acknowledgement.is_empty() {
+                        socket.send(&acknowledgement)?;
+                    }
                     return Ok((code, payload));
                 }
                 None => {}
