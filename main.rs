@@ -2037,6 +2037,7 @@ mod coap {
         seen: VecDeque<Seen>,
         open: VecDeque<Open>,
         assemblies: VecDeque<Assembly>,
+        in_progress: usize,
     }
 
     impl Exchanges {
@@ -2077,7 +2078,7 @@ mod coap {
 
         /// Whether one more request may wait for Telegram.
         pub fn has_room(&self) -> bool {
-            self.seen.iter().filter(|seen| seen.in_progress).count() < IN_PROGRESS_MAX
+            self.in_progress < IN_PROGRESS_MAX
         }
 
         /// Answers at once: inside the ACK for CON, with a NON for NON.
@@ -2098,13 +2099,17 @@ mod coap {
                 true => empty(MessageType::Acknowledgement, request.packet.header.message_id),
                 false => Vec::new(),
             };
+            self.in_progress += 1;
             self.remember(request, ack.clone(), true);
             ack
         }
 
         /// The separate response to an accepted request. RFC 7252 §5.2.2. `random` spreads the retransmissions.
         pub fn respond(&mut self, now: Instant, request: &Request, response: Response, random: u64) -> Vec<u8> {
-            self.seen.iter_mut().filter(|seen| seen.digest == request.digest).for_each(|seen| seen.in_progress = false);
+            self.in_progress -= 1;
+            if let Some(seen) = self.seen.iter_mut().rev().find(|seen| seen.digest == request.digest) {
+                seen.in_progress = false;
+            }
             let (message_id, delivers) = (self.message_id(), response.delivers);
             if !request.is_confirmable() {
                 return encode(MessageType::NonConfirmable, message_id, request, response);
@@ -2172,7 +2177,9 @@ mod coap {
         }
 
         fn remember(&mut self, request: &Request, reply: Vec<u8>, in_progress: bool) {
-            self.seen.retain(|seen| seen.in_progress || request.at < seen.expires);
+            while self.seen.front().is_some_and(|seen| !seen.in_progress && seen.expires <= request.at) {
+                self.seen.pop_front();
+            }
             if self.seen.len() >= SEEN_MAX
                 && let Some(oldest) = self.seen.iter().position(|seen| !seen.in_progress)
             {
