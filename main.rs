@@ -666,7 +666,7 @@ fn judge_request(config: &Config, pinned: Option<&str>, what: Resource, request:
     }
     let served = match (&config.token, what) {
         (Some(own), _) => own.is(token),
-        (None, Resource::Update) => pinned.is_none_or(|bot| Some(bot) == token.split(':').next()),
+        (None, Resource::Update) => pinned.is_none_or(|bot| bot == Secret(token.to_string()).bot_id()),
         (None, _) => true,
     };
     if url != config.url || !served {
@@ -679,8 +679,7 @@ fn judge_request(config: &Config, pinned: Option<&str>, what: Resource, request:
     }
     let chats = chats(chat_ids)?;
     match text.chars().count() {
-        0 => Err(bad_request(MISSING_FIELDS)),
-        _ if chats.is_empty() => Err(bad_request(MISSING_FIELDS)),
+        length if length == 0 || chats.is_empty() => Err(bad_request(MISSING_FIELDS)),
         _ if chats.len() > USERS_MAX => Err(bad_request(&format!("Too many chat ids, at most {USERS_MAX}"))),
         length if length > TEXT_MAX => Err(bad_request(&format!("Text too long, at most {TEXT_MAX} characters"))),
         _ => Ok(Work::Message(Message { token, chats, text: text.to_string() })),
@@ -848,7 +847,7 @@ fn poll(gateway: &Gateway, token: &Secret, deadline: Instant) -> Result<(), Stri
 /// Whether there may be more. Progress is saved before it is confirmed to Telegram (by the next page's offset) and
 /// before anybody is answered.
 fn poll_page(gateway: &Gateway, token: &Secret, deadline: Instant) -> Result<bool, String> {
-    gateway.save()?; // Mostly there is nothing to do: the last time it failed, or a mote restarted.
+    gateway.save()?; // Nothing to do, unless it failed the last time or a mote restarted meanwhile.
     let (bot, offset) = {
         let state = lock(&gateway.state);
         (state.bot.clone(), state.offset)
@@ -1934,12 +1933,15 @@ mod coap {
         }
     }
 
+    /// Numbers and values.
+    type Options = Vec<(u16, Vec<u8>)>;
+
     /// A response; message ID, type and token come from the exchange.
     #[derive(Debug)]
     pub struct Response {
         pub code: ResponseType,
         pub payload: Vec<u8>,
-        pub options: Vec<(u16, Vec<u8>)>,
+        pub options: Options,
         /// Comes back with the response's ACK.
         pub delivers: Option<u64>,
     }
@@ -2069,11 +2071,12 @@ mod coap {
             }
             let (code, payload) = (datagram[1], std::mem::take(&mut packet.payload));
             let request = Request { peer, at: now, code, payload, digest, packet };
-            match request.check_options() {
-                // RFC 7252 §5.4.1: a NON with an unrecognised critical option is rejected, and RST is optional.
-                Err(fault) if fault.code == ResponseType::BadOption && !request.is_confirmable() => Event::Nothing,
-                _ => Event::Request(request),
+            // RFC 7252 §5.4.1: a NON with an unrecognised critical option is rejected, and RST is optional.
+            let bad_option = |fault: Response| fault.code == ResponseType::BadOption;
+            if !request.is_confirmable() && request.check_options().is_err_and(bad_option) {
+                return Event::Nothing;
             }
+            Event::Request(request)
         }
 
         /// Whether one more request may wait for Telegram.
@@ -2234,8 +2237,6 @@ mod coap {
         let code = MessageClass::Response(response.code);
         message(kind, code, message_id, request.packet.get_token(), response.options, &response.payload)
     }
-
-    type Options = Vec<(u16, Vec<u8>)>;
 
     fn message(kind: MessageType, code: MessageClass, id: u16, token: &[u8], options: Options, body: &[u8]) -> Vec<u8> {
         let mut packet = Packet::new();
