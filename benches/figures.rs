@@ -44,7 +44,11 @@ fn milliseconds(time: Duration) -> String {
 fn spread(times: &mut [Duration]) -> String {
     times.sort_unstable();
     let (median, high) = (times[times.len() / 2], times[times.len() * 99 / 100]);
-    format!("{} median, {} p99", milliseconds(median), milliseconds(high))
+    format!(
+        "{} median, {} p99",
+        milliseconds(median),
+        milliseconds(high)
+    )
 }
 
 fn median(times: &mut [Duration]) -> Duration {
@@ -56,7 +60,12 @@ fn median(times: &mut [Duration]) -> Duration {
 /// 10 ms here.
 fn cpu_time(pid: u32) -> Duration {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-    let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+    let fields: Vec<&str> = stat
+        .rsplit_once(')')
+        .unwrap()
+        .1
+        .split_whitespace()
+        .collect();
     let ticks: u64 = fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap();
     Duration::from_millis(10 * ticks)
 }
@@ -66,14 +75,19 @@ fn wakeups(pid: u32) -> u64 {
     let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
     let of = |task: io::Result<fs::DirEntry>| {
         let status = fs::read_to_string(task.unwrap().path().join("status")).unwrap_or_default();
-        let line = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
         line.map_or(0, |count| count.trim().parse().unwrap())
     };
     tasks.map(of).sum()
 }
 
 fn size_and_start() {
-    row("Size of the binary", format!("{} bytes", fs::metadata(binary()).unwrap().len()));
+    row(
+        "Size of the binary",
+        format!("{} bytes", fs::metadata(binary()).unwrap().len()),
+    );
     let api = BotApi::start();
     let mut gateway = Gateway::stopped(Setup::new(&api));
     let mut times: Vec<Duration> = (0..10)
@@ -85,12 +99,21 @@ fn size_and_start() {
             start.elapsed()
         })
         .collect();
-    row("Start to first answered ping", milliseconds(median(&mut times)));
+    row(
+        "Start to first answered ping",
+        milliseconds(median(&mut times)),
+    );
     thread::sleep(Duration::from_secs(1));
     let before = wakeups(gateway.pid());
     thread::sleep(Duration::from_secs(5));
-    row("Idle wakeups per second", format!("{:.1}", (wakeups(gateway.pid()) - before) as f64 / 5.0));
-    row("RSS idle, threads", format!("{} KiB, {}", gateway.rss_kib(), gateway.threads()));
+    row(
+        "Idle wakeups per second",
+        format!("{:.1}", (wakeups(gateway.pid()) - before) as f64 / 5.0),
+    );
+    row(
+        "RSS idle, threads",
+        format!("{} KiB, {}", gateway.rss_kib(), gateway.threads()),
+    );
 }
 
 /// A message's delay until its empty ACK and until its response, which is acknowledged.
@@ -129,12 +152,21 @@ fn cost_of_a_message() {
     row("Message latency", spread(&mut answers));
     row("Latency of the bare HTTPS call", spread(&mut calls));
     let share = median(&mut answers).saturating_sub(median(&mut calls));
-    row("Gateway's own share of the latency (median)", milliseconds(share));
+    row(
+        "Gateway's own share of the latency (median)",
+        milliseconds(share),
+    );
     row("CPU time of a message", milliseconds(own));
     row("CPU time of the bare HTTPS call", milliseconds(other));
-    row("Ratio", format!("{:.2}", own.as_secs_f64() / other.as_secs_f64()));
+    row(
+        "Ratio",
+        format!("{:.2}", own.as_secs_f64() / other.as_secs_f64()),
+    );
     let new = api.seen().connections - connections;
-    row(&format!("Connections used by {MESSAGES} messages, opened meanwhile"), format!("1, {new}"));
+    row(
+        &format!("Connections used by {MESSAGES} messages, opened meanwhile"),
+        format!("1, {new}"),
+    );
     within(Duration::from_secs(2), || gateway.threads() <= threads);
     let after = format!("{} KiB, {}", gateway.rss_kib(), gateway.threads());
     row(&format!("RSS after {MESSAGES} messages, threads"), after);
@@ -150,10 +182,23 @@ struct Bare {
 impl Bare {
     fn start(api: &BotApi) -> Self {
         let mut command = Command::new(env::current_exe().unwrap());
-        command.args(["bare", &format!("{}{TOKEN}/sendMessage", api.url())]).arg(api.ca_path());
-        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-        let (input, output) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
-        Self { child, input, output }
+        command
+            .args(["bare", &format!("{}{TOKEN}/sendMessage", api.url())])
+            .arg(api.ca_path());
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let (input, output) = (
+            child.stdin.take().unwrap(),
+            BufReader::new(child.stdout.take().unwrap()),
+        );
+        Self {
+            child,
+            input,
+            output,
+        }
     }
 
     /// Duration of the call, without the way to the other process.
@@ -199,7 +244,11 @@ fn answer_with_bare_calls(url: &str, ca: &str) {
     for _ in io::stdin().lines() {
         let start = Instant::now();
         let body = serde_json::json!({"chat_id": 5, "text": TEXT}).to_string();
-        let mut response = agent.post(url).header("content-type", "application/json").send(&body).unwrap();
+        let mut response = agent
+            .post(url)
+            .header("content-type", "application/json")
+            .send(&body)
+            .unwrap();
         response.body_mut().read_to_vec().unwrap();
         println!("{}", start.elapsed().as_nanos());
     }
@@ -212,7 +261,11 @@ fn round_trips() {
         let mote = Mote::new(gateway.address());
         let trips = || {
             let (_, time) = timed_message(&mote, &api, chats);
-            format!("{:.2} ({})", time.as_secs_f64() / ROUND_TRIP.as_secs_f64(), milliseconds(time))
+            format!(
+                "{:.2} ({})",
+                time.as_secs_f64() / ROUND_TRIP.as_secs_f64(),
+                milliseconds(time)
+            )
         };
         row(&format!("Round trips of 50 ms, {name}, cold"), trips());
         row(&format!("Round trips of 50 ms, {name}, warm"), trips());
@@ -232,14 +285,23 @@ fn burst() {
     let (mut times, mut peak) = (Vec::new(), 0);
     thread::scope(|scope| {
         let run = |number: usize| {
-            let mote = Mote::at(&format!("127.0.{}.{}", 1 + number / 250, 1 + number % 250), gateway.address());
+            let mote = Mote::at(
+                &format!("127.0.{}.{}", 1 + number / 250, 1 + number % 250),
+                gateway.address(),
+            );
             let request = mote.request(Con, POST, "message").payload(&payload);
             thread::sleep(Duration::from_millis(number as u64));
             let begun = Instant::now();
-            let response = mote.persist(&request, Duration::from_millis(number as u64)).expect("an answer");
+            let response = mote
+                .persist(&request, Duration::from_millis(number as u64))
+                .expect("an answer");
             (response.code() == "2.05").then(|| begun.elapsed())
         };
-        let mote = |number| thread::Builder::new().stack_size(128 << 10).spawn_scoped(scope, move || run(number));
+        let mote = |number| {
+            thread::Builder::new()
+                .stack_size(128 << 10)
+                .spawn_scoped(scope, move || run(number))
+        };
         let motes: Vec<_> = (0..BURST).map(|number| mote(number).unwrap()).collect();
         while motes.iter().any(|mote| !mote.is_finished()) {
             peak = peak.max(gateway.threads());
@@ -248,9 +310,22 @@ fn burst() {
         times.extend(motes.into_iter().filter_map(|mote| mote.join().unwrap()));
     });
     let name = format!("Burst of {BURST} messages, 50 ms away");
-    row(&name, format!("{} answered 2.05 in {:.1} s", times.len(), start.elapsed().as_secs_f64()));
+    row(
+        &name,
+        format!(
+            "{} answered 2.05 in {:.1} s",
+            times.len(),
+            start.elapsed().as_secs_f64()
+        ),
+    );
     row("… each", spread(&mut times));
-    row("… connections opened, threads at most", format!("{}, {peak}", api.seen().connections));
+    row(
+        "… connections opened, threads at most",
+        format!("{}, {peak}", api.seen().connections),
+    );
     within(Duration::from_secs(2), || gateway.threads() <= threads);
-    row("… RSS and threads afterwards", format!("{} KiB, {}", gateway.rss_kib(), gateway.threads()));
+    row(
+        "… RSS and threads afterwards",
+        format!("{} KiB, {}", gateway.rss_kib(), gateway.threads()),
+    );
 }

@@ -21,8 +21,16 @@ fn main() -> ExitCode {
     let api = BotApi::start();
     let gateway = Gateway::start(&api);
     println!("Telegram's Bot API is played by {}", api.url());
-    println!("The gateway listens on          coap://{}", gateway.address());
-    let mut story = Story { mote: Mote::new(gateway.address()), api: &api, told: 0, missing: Vec::new() };
+    println!(
+        "The gateway listens on          coap://{}",
+        gateway.address()
+    );
+    let mut story = Story {
+        mote: Mote::new(gateway.address()),
+        api: &api,
+        told: 0,
+        missing: Vec::new(),
+    };
     story.tell();
     let missing = story.missing;
     if missing.is_empty() {
@@ -38,15 +46,29 @@ fn main() -> ExitCode {
 /// `cargo run --example` builds the example, but not the program that it needs.
 fn build_gateway() {
     let example = env::current_exe().expect("path of this executable");
-    let profile = example.parent().and_then(Path::parent).expect("target/<profile>/examples/");
+    let profile = example
+        .parent()
+        .and_then(Path::parent)
+        .expect("target/<profile>/examples/");
     let name = match profile.file_name().and_then(|name| name.to_str()) {
         Some("debug") | None => "dev",
         Some(name) => name,
     };
     let mut cargo = Command::new(env::var_os("CARGO").unwrap_or(env!("CARGO").into()));
-    cargo.args(["build", "--quiet", "--bin", "coap_websocket", "--profile", name]);
-    cargo.arg("--manifest-path").arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.toml"));
-    cargo.arg("--target-dir").arg(profile.parent().expect("target/"));
+    cargo.args([
+        "build",
+        "--quiet",
+        "--bin",
+        "coap_websocket",
+        "--profile",
+        name,
+    ]);
+    cargo
+        .arg("--manifest-path")
+        .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.toml"));
+    cargo
+        .arg("--target-dir")
+        .arg(profile.parent().expect("target/"));
     let built = cargo.status().expect("run cargo");
     assert!(built.success(), "the gateway does not build");
 }
@@ -73,8 +95,13 @@ impl Story<'_> {
         title("The mote asks again: a new user, another interval, one more user.");
         self.poll("Ada:1234567890;i5;Bob:2345678901");
         self.bot_writes(3);
-        let deleted = self.api.wait_until(Duration::from_secs(5), |seen| !seen.deleted.is_empty());
-        self.check(deleted && self.api.seen().deleted == [(ADA.to_string(), secret)], "the password leaves the chat");
+        let deleted = self
+            .api
+            .wait_until(Duration::from_secs(5), |seen| !seen.deleted.is_empty());
+        self.check(
+            deleted && self.api.seen().deleted == [(ADA.to_string(), secret)],
+            "the password leaves the chat",
+        );
         println!("bot   -> Telegram  deletes Ada's message with the password");
 
         title("Bob has seen enough.");
@@ -82,12 +109,25 @@ impl Story<'_> {
         self.poll("r2345678901");
         self.bot_writes(1);
 
-        title("The mote reports its temperature to all. Its list is an old one: Bob is still on it.");
-        let report = form(&self.api.url(), TOKEN, "1234567890,2345678901", "CPU Temperature: 25.00 °C\n");
+        title(
+            "The mote reports its temperature to all. Its list is an old one: Bob is still on it.",
+        );
+        let report = form(
+            &self.api.url(),
+            TOKEN,
+            "1234567890,2345678901",
+            "CPU Temperature: 25.00 °C\n",
+        );
         let answer = self.exchange("message", &report);
         self.check(answer.code() == "2.05", "the report is accepted");
         self.bot_writes(1);
-        let reports = |chat: i64| self.api.texts_to(chat).iter().filter(|text| text.contains("25.00 °C")).count();
+        let reports = |chat: i64| {
+            self.api
+                .texts_to(chat)
+                .iter()
+                .filter(|text| text.contains("25.00 °C"))
+                .count()
+        };
         let (ada, bob) = (reports(ADA), reports(BOB));
         self.check(ada == 1, "Ada gets the report, once");
         self.check(bob == 0, "Bob gets no report any more");
@@ -101,28 +141,43 @@ impl Story<'_> {
 
     /// Somebody writes to the bot.
     fn writes(&self, chat: i64, name: &str, text: &str) -> i64 {
-        println!("{name:<5} -> bot       {:?}", text.replace(PASSWORD, "<password>"));
+        println!(
+            "{name:<5} -> bot       {:?}",
+            text.replace(PASSWORD, "<password>")
+        );
         self.api.person_writes(chat, name, text)
     }
 
     /// Shows what the bot has written since the last time, when it is as much as expected.
     fn bot_writes(&mut self, count: usize) {
         let (known, wanted) = (self.told, self.told + count);
-        let came = self.api.wait_until(Duration::from_secs(5), |seen| seen.sent.len() >= wanted);
+        let came = self
+            .api
+            .wait_until(Duration::from_secs(5), |seen| seen.sent.len() >= wanted);
         thread::sleep(Duration::from_millis(100)); // time for one too many
         let sent = self.api.seen().sent;
         for sent in &sent[known..] {
-            let name = if sent.chat == ADA.to_string() { "Ada" } else { "Bob" };
+            let name = if sent.chat == ADA.to_string() {
+                "Ada"
+            } else {
+                "Bob"
+            };
             println!("bot   -> {name:<9} {:?}", sent.text);
         }
         self.told = sent.len();
-        self.check(came && sent.len() == wanted, &format!("the bot writes {count} texts (not {})", sent.len() - known));
+        self.check(
+            came && sent.len() == wanted,
+            &format!("the bot writes {count} texts (not {})", sent.len() - known),
+        );
     }
 
     /// The mote asks for news.
     fn poll(&mut self, expected: &str) {
         let answer = self.exchange("update", &update(self.api));
-        self.check(answer.text() == expected, &format!("the mote hears {expected:?}"));
+        self.check(
+            answer.text() == expected,
+            &format!("the mote hears {expected:?}"),
+        );
     }
 
     /// One POST of the mote: the request, the empty ACK, the response when Telegram has answered, and its ACK.

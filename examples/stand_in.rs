@@ -33,14 +33,23 @@ fn main() {
         eprintln!("{error}\n{USAGE}");
         process::exit(2);
     });
-    let host = options.names.first().cloned().unwrap_or_else(|| "localhost".to_string());
+    let host = options
+        .names
+        .first()
+        .cloned()
+        .unwrap_or_else(|| "localhost".to_string());
     let api = BotApi::with(options);
     match api.address().port() {
         443 => say(&format!("url=https://{host}/bot")),
         port => say(&format!("url=https://{host}:{port}/bot")),
     }
     thread::scope(|scope| {
-        scope.spawn(|| io::stdin().lines().map_while(Result::ok).for_each(|line| obey(&api, &line)));
+        scope.spawn(|| {
+            io::stdin()
+                .lines()
+                .map_while(Result::ok)
+                .for_each(|line| obey(&api, &line))
+        });
         let mut shown = 0;
         loop {
             api.wait_until(Duration::from_secs(3600), |seen| seen.calls.len() > shown);
@@ -59,7 +68,9 @@ fn options(mut arguments: impl Iterator<Item = String>) -> Result<BotApiOptions,
         let value = arguments.next().ok_or(format!("{name} needs a value"))?;
         match name.as_str() {
             "--listen" => {
-                options.listen = value.parse().map_err(|_| format!("not ADDR:PORT: {value}"))?;
+                options.listen = value
+                    .parse()
+                    .map_err(|_| format!("not ADDR:PORT: {value}"))?;
                 listen = true;
             }
             "--ca" => options.ca_path = Some(value.into()),
@@ -68,7 +79,11 @@ fn options(mut arguments: impl Iterator<Item = String>) -> Result<BotApiOptions,
             _ => return Err(format!("unknown argument {name}")),
         }
     }
-    if listen && options.ca_path.is_some() { Ok(options) } else { Err("--listen and --ca are needed".to_string()) }
+    if listen && options.ca_path.is_some() {
+        Ok(options)
+    } else {
+        Err("--listen and --ca are needed".to_string())
+    }
 }
 
 fn obey(api: &BotApi, line: &str) {

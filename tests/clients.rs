@@ -16,7 +16,10 @@ const SENT: &str = "Messages sent successfully";
 /// Whether a test must end because its client is missing. What `println!` says is not shown of a test that passes, so the
 /// reason goes past it.
 fn skipped(client: &str, there: bool) -> bool {
-    assert!(there || env::var_os("REQUIRE_CLIENTS").is_none(), "{client} is not installed");
+    assert!(
+        there || env::var_os("REQUIRE_CLIENTS").is_none(),
+        "{client} is not installed"
+    );
     if !there {
         let _ = io::stderr().write_all(format!("skipped: {client} is not installed\n").as_bytes());
     }
@@ -26,13 +29,21 @@ fn skipped(client: &str, there: bool) -> bool {
 // --- libcoap ---
 
 fn without_libcoap() -> bool {
-    skipped("coap-client-notls", Command::new("coap-client-notls").output().is_ok())
+    skipped(
+        "coap-client-notls",
+        Command::new("coap-client-notls").output().is_ok(),
+    )
 }
 
 /// What `coap-client` prints: payloads to its standard output, error responses to its standard error.
 fn libcoap(gateway: &Gateway, arguments: &[&str], path: &str) -> String {
     let uri = format!("coap://{}/{path}", gateway.address());
-    let output = Command::new("coap-client-notls").args(["-B", "20"]).args(arguments).arg(uri).output().unwrap();
+    let output = Command::new("coap-client-notls")
+        .args(["-B", "20"])
+        .args(arguments)
+        .arg(uri)
+        .output()
+        .unwrap();
     String::from_utf8(output.stdout).unwrap() + &String::from_utf8(output.stderr).unwrap()
 }
 
@@ -70,8 +81,15 @@ fn libcoap_polls_and_discovers() {
     assert_eq!(libcoap(&gateway, &poll, "update"), "Ada:1234567890\n");
     assert_eq!(libcoap(&gateway, &poll, "update"), "No Updates\n");
     let links = libcoap(&gateway, &["-m", "get"], ".well-known/core");
-    assert!(links.contains("</message>;rt=") && links.contains("</update>;rt="), "{links}");
-    assert_eq!(libcoap(&gateway, &["-b", "16", "-m", "get"], ".well-known/core"), links, "in blocks of 16");
+    assert!(
+        links.contains("</message>;rt=") && links.contains("</update>;rt="),
+        "{links}"
+    );
+    assert_eq!(
+        libcoap(&gateway, &["-b", "16", "-m", "get"], ".well-known/core"),
+        links,
+        "in blocks of 16"
+    );
 }
 
 #[test]
@@ -81,9 +99,17 @@ fn libcoap_is_told_what_is_wrong() {
     }
     let (_api, gateway) = start();
     for (options, path, expected) in [
-        (["-m", "get", "-e", ""], "message", "4.05 Method not allowed\n"),
+        (
+            ["-m", "get", "-e", ""],
+            "message",
+            "4.05 Method not allowed\n",
+        ),
         (["-m", "post", "-e", "x"], "nope", "4.04 No such resource\n"),
-        (["-m", "post", "-e", "x"], "message", "4.00 Missing required fields\n"),
+        (
+            ["-m", "post", "-e", "x"],
+            "message",
+            "4.00 Missing required fields\n",
+        ),
     ] {
         assert_eq!(libcoap(&gateway, &options, path), expected, "{path}");
     }
@@ -97,20 +123,39 @@ fn python() -> Command {
 
 fn without_aiocoap() -> bool {
     let import = python().args(["-c", "import aiocoap"]).output();
-    skipped("aiocoap", import.is_ok_and(|output| output.status.success()))
+    skipped(
+        "aiocoap",
+        import.is_ok_and(|output| output.status.success()),
+    )
 }
 
 /// The responses to these requests, made one after the other from one endpoint: see `clients.py`.
 fn aiocoap(requests: &[Value]) -> Vec<Value> {
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/clients.py");
     let [input, output] = [Stdio::piped(), Stdio::piped()];
-    let mut child = python().arg(script).stdin(input).stdout(output).spawn().unwrap();
-    let lines: String = requests.iter().flat_map(|request| [request.to_string(), "\n".into()]).collect();
-    child.stdin.take().unwrap().write_all(lines.as_bytes()).unwrap();
+    let mut child = python()
+        .arg(script)
+        .stdin(input)
+        .stdout(output)
+        .spawn()
+        .unwrap();
+    let lines: String = requests
+        .iter()
+        .flat_map(|request| [request.to_string(), "\n".into()])
+        .collect();
+    child
+        .stdin
+        .take()
+        .unwrap()
+        .write_all(lines.as_bytes())
+        .unwrap();
     let output = child.wait_with_output().unwrap();
     assert!(output.status.success(), "clients.py: {}", output.status);
     let lines = String::from_utf8(output.stdout).unwrap();
-    let responses: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let responses: Vec<Value> = lines
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
     assert_eq!(responses.len(), requests.len());
     responses
 }
@@ -126,7 +171,11 @@ fn aiocoap_delivers_each_text_once() {
     }
     let (api, gateway) = start();
     // Block borders fall into the middle of its characters.
-    let long: String = "Wärme 25.00 °C & Pumpe=an 🙂; ".chars().cycle().take(4000).collect();
+    let long: String = "Wärme 25.00 °C & Pumpe=an 🙂; "
+        .chars()
+        .cycle()
+        .take(4000)
+        .collect();
     let (short, long) = ("by aiocoap ä & = ;", long.trim());
     let cases = [
         (1, true, 1024, short),
@@ -143,7 +192,11 @@ fn aiocoap_delivers_each_text_once() {
     });
     assert_eq!(aiocoap(&requests), vec![json!(["2.05", SENT]); cases.len()]);
     for (chat, confirmable, block, text) in cases {
-        assert_eq!(api.texts_to(chat), [text], "confirmable {confirmable}, blocks of {block}");
+        assert_eq!(
+            api.texts_to(chat),
+            [text],
+            "confirmable {confirmable}, blocks of {block}"
+        );
     }
 }
 
@@ -159,7 +212,8 @@ fn aiocoap_polls_and_discovers() {
     unconfirmed["confirmable"] = false.into();
     let core = json!({"method": "GET", "uri": uri(&gateway, ".well-known/core")});
     let in_blocks_of_16 = json!({"method": "GET", "uri": uri(&gateway, ".well-known/core"), "options": [[BLOCK2, []]]});
-    let filtered = json!({"method": "GET", "uri": uri(&gateway, ".well-known/core?rt=telegram.u*")});
+    let filtered =
+        json!({"method": "GET", "uri": uri(&gateway, ".well-known/core?rt=telegram.u*")});
     let links = [
         json!(["/message", [["rt", "telegram.message"], ["ct", "0"]]]),
         json!(["/update", [["rt", "telegram.update"], ["ct", "0"]]]),
@@ -172,7 +226,17 @@ fn aiocoap_polls_and_discovers() {
         json!(["2.05", links]),
         json!(["2.05", links[1..]]),
     ];
-    assert_eq!(aiocoap(&[unconfirmed, poll.clone(), poll, core, in_blocks_of_16, filtered]), expected);
+    assert_eq!(
+        aiocoap(&[
+            unconfirmed,
+            poll.clone(),
+            poll,
+            core,
+            in_blocks_of_16,
+            filtered
+        ]),
+        expected
+    );
 }
 
 /// What a request has, and the code and diagnostic text that it is answered with.
@@ -186,21 +250,54 @@ fn aiocoap_is_told_what_is_wrong() {
     let too_large = message(&api, "5", &"x".repeat(9000));
     let (json, unknown) = (json!(uint(50)), 65001);
     let cases = [
-        (json!({"payload": "x"}), json!(["4.00", "Missing required fields"])),
-        (json!({"options": [[unknown, [1]]]}), json!(["4.02", "Option 65001 is not supported"])),
-        (json!({"options": [[unknown, [1]]], "confirmable": false, "patience": 1}), Value::Null),
-        (json!({"payload": other_token}), json!(["4.03", "This gateway does not serve that token"])),
-        (json!({"uri": uri(&gateway, "nope")}), json!(["4.04", "No such resource"])),
-        (json!({"method": "GET"}), json!(["4.05", "Method not allowed"])),
-        (json!({"options": [[ACCEPT, json]]}), json!(["4.06", "Not available in this format"])),
-        (json!({"payload": too_large, "block": 64}), json!(["4.13", "At most 8192 bytes"])),
-        (json!({"options": [[CONTENT_FORMAT, json]]}), json!(["4.15", "Only text/plain"])),
-        (json!({"options": [[PROXY_SCHEME, b"coap"]]}), json!(["5.05", "This is no proxy"])),
+        (
+            json!({"payload": "x"}),
+            json!(["4.00", "Missing required fields"]),
+        ),
+        (
+            json!({"options": [[unknown, [1]]]}),
+            json!(["4.02", "Option 65001 is not supported"]),
+        ),
+        (
+            json!({"options": [[unknown, [1]]], "confirmable": false, "patience": 1}),
+            Value::Null,
+        ),
+        (
+            json!({"payload": other_token}),
+            json!(["4.03", "This gateway does not serve that token"]),
+        ),
+        (
+            json!({"uri": uri(&gateway, "nope")}),
+            json!(["4.04", "No such resource"]),
+        ),
+        (
+            json!({"method": "GET"}),
+            json!(["4.05", "Method not allowed"]),
+        ),
+        (
+            json!({"options": [[ACCEPT, json]]}),
+            json!(["4.06", "Not available in this format"]),
+        ),
+        (
+            json!({"payload": too_large, "block": 64}),
+            json!(["4.13", "At most 8192 bytes"]),
+        ),
+        (
+            json!({"options": [[CONTENT_FORMAT, json]]}),
+            json!(["4.15", "Only text/plain"]),
+        ),
+        (
+            json!({"options": [[PROXY_SCHEME, b"coap"]]}),
+            json!(["5.05", "This is no proxy"]),
+        ),
     ];
     let usual = json!({"uri": uri(&gateway, "message"), "payload": message(&api, "5", "x")});
     let requests = cases.clone().map(|(different, _)| {
         let mut request = usual.clone();
-        request.as_object_mut().unwrap().extend(different.as_object().unwrap().clone());
+        request
+            .as_object_mut()
+            .unwrap()
+            .extend(different.as_object().unwrap().clone());
         request
     });
     for ((different, expected), response) in iter::zip(&cases, aiocoap(&requests)) {

@@ -43,7 +43,11 @@ fn malformed_and_stray_messages() {
         ("one byte", "40", SILENCE),
         ("three bytes", "400212", SILENCE),
         ("token length 9", "49021239010203040506070809", "70001239"),
-        ("token length 15", "4f02123a0102030405060708090a0b0c0d0e0f", "7000123a"),
+        (
+            "token length 15",
+            "4f02123a0102030405060708090a0b0c0d0e0f",
+            "7000123a",
+        ),
         ("NON, token length 9", "59021239010203040506070809", SILENCE),
         ("truncated token", "4802123b0102", "7000123b"),
         ("NON, truncated token", "5802123b0102", SILENCE),
@@ -52,11 +56,27 @@ fn malformed_and_stray_messages() {
         ("reserved option length", "4002123d0f", "7000123d"),
         ("truncated option value", "4002123eb76d6573", "7000123e"),
         ("truncated option delta", "4002123fd0", "7000123f"),
-        ("truncated option delta, 2 bytes", "40021240e001", "70001240"),
+        (
+            "truncated option delta, 2 bytes",
+            "40021240e001",
+            "70001240",
+        ),
         ("truncated option length", "40021241bd", "70001241"),
-        ("truncated option length, 2 bytes", "40021242be01", "70001242"),
-        ("payload marker without payload", "40021243b76d657373616765ff", "70001243"),
-        ("NON, marker without payload", "50021243b76d657373616765ff", SILENCE),
+        (
+            "truncated option length, 2 bytes",
+            "40021242be01",
+            "70001242",
+        ),
+        (
+            "payload marker without payload",
+            "40021243b76d657373616765ff",
+            "70001243",
+        ),
+        (
+            "NON, marker without payload",
+            "50021243b76d657373616765ff",
+            SILENCE,
+        ),
         ("empty with a token", "4100124401", "70001244"),
         ("empty with an option", "40001245b161", "70001245"),
         ("empty with a payload", "40001246ff61", "70001246"),
@@ -67,17 +87,21 @@ fn malformed_and_stray_messages() {
         ("NON, reserved class 1", "50211247", SILENCE),
         ("a response that nobody asked for", "4045124a", "7000124a"),
     ];
-    in_parallel(&cases.map(|(name, sent, expected)| (name, (sent, expected))), |(sent, expected)| {
-        let mote = Mote::new(gateway.address());
-        mote.send_raw(&hex(sent));
-        let limit = if expected.is_empty() { QUIET } else { PATIENCE };
-        assert_eq!(mote.receive_raw(limit).unwrap_or_default(), hex(expected));
-    });
+    in_parallel(
+        &cases.map(|(name, sent, expected)| (name, (sent, expected))),
+        |(sent, expected)| {
+            let mote = Mote::new(gateway.address());
+            mote.send_raw(&hex(sent));
+            let limit = if expected.is_empty() { QUIET } else { PATIENCE };
+            assert_eq!(mote.receive_raw(limit).unwrap_or_default(), hex(expected));
+        },
+    );
     // What follows a malformed message is served, also from the same mote.
     let mote = Mote::new(gateway.address());
     mote.send_raw(&hex(&format!("4002124bf0{path}")));
     assert_eq!(mote.receive(), Message::new(Rst, 0, 0x124b));
-    mote.post_separate("message", message(&api, "5", "x")).expect("2.05", SENT);
+    mote.post_separate("message", message(&api, "5", "x"))
+        .expect("2.05", SENT);
 }
 
 /// Damaged datagrams of the firmware, and plain noise: nothing ends the gateway.
@@ -85,12 +109,21 @@ fn malformed_and_stray_messages() {
 fn noise_does_not_end_it() {
     let (_api, gateway) = start();
     let mote = Mote::new(gateway.address());
-    let seeds = ["message_all_three_chats", "message_one_chat_text_with_separators", "update"].map(firmware);
+    let seeds = [
+        "message_all_three_chats",
+        "message_one_chat_text_with_separators",
+        "update",
+    ]
+    .map(firmware);
     let mut numbers = Numbers(7252);
     for round in 0..20_000 {
         let mut bytes = seeds[numbers.below(seeds.len())].clone();
         match numbers.below(3) {
-            0 => bytes = (0..numbers.below(60)).map(|_| numbers.next() as u8).collect(),
+            0 => {
+                bytes = (0..numbers.below(60))
+                    .map(|_| numbers.next() as u8)
+                    .collect()
+            }
             1 => bytes.truncate(numbers.below(60)),
             _ => {}
         }
@@ -134,18 +167,34 @@ fn methods_and_paths() {
     ];
     let mote = Mote::new(gateway.address());
     for (method, path, expected) in cases {
-        let request = mote.request(Con, method, path).payload(message(&api, "5", "x"));
-        assert_eq!(mote.piggybacked(&request).code(), expected, "CON {method} /{path}");
-        let request = Message { kind: Non, id: mote.next_id(), ..request };
+        let request = mote
+            .request(Con, method, path)
+            .payload(message(&api, "5", "x"));
+        assert_eq!(
+            mote.piggybacked(&request).code(),
+            expected,
+            "CON {method} /{path}"
+        );
+        let request = Message {
+            kind: Non,
+            id: mote.next_id(),
+            ..request
+        };
         mote.send(&request);
         let response = mote.receive();
-        assert_eq!((response.kind, response.code().as_str()), (Non, expected), "NON {method} /{path}");
+        assert_eq!(
+            (response.kind, response.code().as_str()),
+            (Non, expected),
+            "NON {method} /{path}"
+        );
         assert_eq!(response.token, request.token);
     }
     // Segments count, not the text that they make: "/message" as one segment, and an empty one after "message".
     for path in [vec!["/message"], vec!["message", ""], vec!["", "message"]] {
         let request = mote.request(Con, POST, "").payload(message(&api, "5", "x"));
-        let request = path.iter().fold(request, |request, part| request.option(URI_PATH, part));
+        let request = path
+            .iter()
+            .fold(request, |request, part| request.option(URI_PATH, part));
         assert_eq!(mote.piggybacked(&request).code(), "4.04", "{path:?}");
     }
     assert_eq!(api.seen().connections, 0);
@@ -168,7 +217,10 @@ fn options() {
         (vec![(65_000, b"x")], "served"),
         (vec![(258, empty)], "served"), // No-Response
         // what says where the request goes
-        (vec![(URI_HOST, b"gateway.example"), (URI_PORT, b"\x16\x33")], "served"),
+        (
+            vec![(URI_HOST, b"gateway.example"), (URI_PORT, b"\x16\x33")],
+            "served",
+        ),
         (vec![(PROXY_URI, b"coap://[::1]/message")], "5.05"),
         (vec![(PROXY_SCHEME, b"coap")], "5.05"),
         // formats
@@ -188,13 +240,18 @@ fn options() {
         (vec![(URI_HOST, b"a"), (URI_HOST, b"a")], "4.02"),
         (vec![(BLOCK1, b"\x00\x00\x00\x06")], "4.02"),
         (vec![(CONTENT_FORMAT, b"\x00\x00\x00")], "served"),
-        (vec![(CONTENT_FORMAT, empty), (CONTENT_FORMAT, b"\x32")], "served"),
+        (
+            vec![(CONTENT_FORMAT, empty), (CONTENT_FORMAT, b"\x32")],
+            "served",
+        ),
     ];
     let mote = Mote::new(gateway.address());
     let mut served = 0;
     for (options, expected) in cases {
         let request = mote.post("message", message(&api, "5", "x"));
-        let request = options.iter().fold(request, |request, (number, value)| request.option(*number, value));
+        let request = options.iter().fold(request, |request, (number, value)| {
+            request.option(*number, value)
+        });
         if expected == "served" {
             mote.separate(&request).expect("2.05", SENT);
             served += 1;
@@ -204,12 +261,22 @@ fn options() {
         assert_eq!(api.count("sendMessage"), served, "{options:?}");
     }
     let logged = |text| gateway.log().contains(text);
-    assert!(logged("-> 4.02 in 0 ms: Option 65 is not supported") && logged("-> 5.05 in 0 ms: This is no proxy"));
-    let non = |number: u16| mote.request(Non, POST, "message").option(number, "x").payload(message(&api, "5", "x"));
+    assert!(
+        logged("-> 4.02 in 0 ms: Option 65 is not supported")
+            && logged("-> 5.05 in 0 ms: This is no proxy")
+    );
+    let non = |number: u16| {
+        mote.request(Non, POST, "message")
+            .option(number, "x")
+            .payload(message(&api, "5", "x"))
+    };
     mote.send(&non(65));
     mote.expect_silence(QUIET);
     mote.send(&non(PROXY_URI));
-    assert_eq!((mote.receive().code().as_str(), api.count("sendMessage")), ("5.05", served));
+    assert_eq!(
+        (mote.receive().code().as_str(), api.count("sendMessage")),
+        ("5.05", served)
+    );
 }
 
 // --- separate responses (§4.2, §5.2.2) ---
@@ -223,7 +290,11 @@ fn a_slow_telegram() {
     let request = mote.post("message", message(&api, "5", "x"));
     let asked = Instant::now();
     mote.begin(&request);
-    assert!(asked.elapsed() < AT_ONCE, "empty ACK after {:?}", asked.elapsed());
+    assert!(
+        asked.elapsed() < AT_ONCE,
+        "empty ACK after {:?}",
+        asked.elapsed()
+    );
     mote.begin(&request);
     mote.expect_silence(QUIET);
     mote.begin(&request);
@@ -241,25 +312,43 @@ fn a_slow_telegram() {
 #[test]
 fn an_unacknowledged_response_is_retransmitted() {
     let (api, gateway) = start();
-    in_parallel(&[("doubling", None), ("until ACK", Some(Ack)), ("until RST", Some(Rst))], |end| {
-        let mote = Mote::new(gateway.address());
-        let request = mote.post("message", message(&api, "5", "x"));
-        mote.begin(&request);
-        let first = mote.receive_raw(PATIENCE).expect("a response");
-        let start = Instant::now();
-        assert_eq!(mote.receive_raw(PATIENCE).as_ref(), Some(&first), "identical");
-        let gap = start.elapsed();
-        assert!((ms(1950)..ms(3100)).contains(&gap), "first gap {gap:?}");
-        if let Some(end) = end {
-            let response = Message::decode(&first).unwrap();
-            mote.send(&Message::new(*end, 0, response.id));
-            return mote.expect_silence(gap * 2 + ms(500));
-        }
-        let start = Instant::now();
-        assert_eq!(mote.receive_raw(PATIENCE).as_ref(), Some(&first), "identical");
-        let second = start.elapsed();
-        assert!((gap * 2).abs_diff(second) < ms(200), "the gap doubles: {gap:?}, {second:?}");
-    });
+    in_parallel(
+        &[
+            ("doubling", None),
+            ("until ACK", Some(Ack)),
+            ("until RST", Some(Rst)),
+        ],
+        |end| {
+            let mote = Mote::new(gateway.address());
+            let request = mote.post("message", message(&api, "5", "x"));
+            mote.begin(&request);
+            let first = mote.receive_raw(PATIENCE).expect("a response");
+            let start = Instant::now();
+            assert_eq!(
+                mote.receive_raw(PATIENCE).as_ref(),
+                Some(&first),
+                "identical"
+            );
+            let gap = start.elapsed();
+            assert!((ms(1950)..ms(3100)).contains(&gap), "first gap {gap:?}");
+            if let Some(end) = end {
+                let response = Message::decode(&first).unwrap();
+                mote.send(&Message::new(*end, 0, response.id));
+                return mote.expect_silence(gap * 2 + ms(500));
+            }
+            let start = Instant::now();
+            assert_eq!(
+                mote.receive_raw(PATIENCE).as_ref(),
+                Some(&first),
+                "identical"
+            );
+            let second = start.elapsed();
+            assert!(
+                (gap * 2).abs_diff(second) < ms(200),
+                "the gap doubles: {gap:?}, {second:?}"
+            );
+        },
+    );
     assert_eq!(api.count("sendMessage"), 3, "one for each mote");
 }
 
@@ -283,7 +372,11 @@ fn an_ack_of_somebody_else_ends_nothing() {
     let response = mote.response(&request);
     other.acknowledge(&response);
     other.reset(&response);
-    assert_eq!(mote.try_receive(ms(3500)), Some(response), "the retransmission");
+    assert_eq!(
+        mote.try_receive(ms(3500)),
+        Some(response),
+        "the retransmission"
+    );
 }
 
 #[test]
@@ -291,8 +384,10 @@ fn tokens_are_echoed() {
     let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
     for token in [&b""[..], b"\x00", b"\xab\xcd", b"12345678"] {
-        mote.separate(&mote.post("message", message(&api, "5", "x")).token(token)).expect("2.05", SENT);
-        mote.piggybacked(&mote.post("message", "").token(token)).expect_code("4.00");
+        mote.separate(&mote.post("message", message(&api, "5", "x")).token(token))
+            .expect("2.05", SENT);
+        mote.piggybacked(&mote.post("message", "").token(token))
+            .expect_code("4.00");
     }
 }
 
@@ -301,7 +396,9 @@ fn tokens_are_echoed() {
 fn non_confirmable_requests() {
     let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
-    let request = mote.request(Non, POST, "message").payload(message(&api, "5", "x"));
+    let request = mote
+        .request(Non, POST, "message")
+        .payload(message(&api, "5", "x"));
     mote.send(&request);
     let response = mote.receive();
     assert_eq!((response.kind, &response.token), (Non, &request.token));
@@ -326,10 +423,16 @@ fn duplicates() {
     // The same ID in another datagram: a mote that was restarted.
     let first = mote.post("message", message(&api, "5", "first"));
     mote.separate(&first).expect("2.05", SENT);
-    mote.separate(&Message { payload: message(&api, "5", "second").into(), ..first.clone() }).expect("2.05", SENT);
+    mote.separate(&Message {
+        payload: message(&api, "5", "second").into(),
+        ..first.clone()
+    })
+    .expect("2.05", SENT);
     assert_eq!(api.texts_to(5), ["first", "second"]);
     // The same datagram from another port: another mote.
-    Mote::new(gateway.address()).separate(&first).expect("2.05", SENT);
+    Mote::new(gateway.address())
+        .separate(&first)
+        .expect("2.05", SENT);
     assert_eq!(api.texts_to(5), ["first", "second", "first"]);
     // A ping is no request; it is answered each time.
     for _ in 0..2 {
@@ -366,7 +469,10 @@ fn a_hanging_telegram() {
     let (api, gateway) = start();
     api.fail(every(""), Fault::Hang);
     let (first, second) = (Mote::new(gateway.address()), Mote::new(gateway.address()));
-    let (one, two) = (first.post("message", message(&api, "5", "x")), second.post("update", update(&api)));
+    let (one, two) = (
+        first.post("message", message(&api, "5", "x")),
+        second.post("update", update(&api)),
+    );
     let asked = Instant::now();
     first.begin(&one);
     api.wait_for("the first message", |seen| seen.count("sendMessage") == 1);
@@ -384,7 +490,11 @@ fn a_hanging_telegram() {
             });
         }
     });
-    assert_eq!(api.count("sendMessage"), 1, "it may have arrived: no second attempt");
+    assert_eq!(
+        api.count("sendMessage"),
+        1,
+        "it may have arrived: no second attempt"
+    );
 }
 
 /// At most 32 requests in progress. A further one is not acknowledged, so that its sender repeats it.
@@ -401,9 +511,17 @@ fn too_many_requests_at_once() {
     for (mote, request) in motes.iter().zip(&requests) {
         mote.send(request);
     }
-    let taken = |mote: &Mote, request: &Message| mote.try_receive(ms(100)) == Some(Message::new(Ack, 0, request.id));
-    let left: Vec<usize> = (0..40).filter(|&number| !taken(&motes[number], &requests[number])).collect();
-    assert_eq!(left, (32..40).collect::<Vec<_>>(), "acknowledged none but the first 32");
+    let taken = |mote: &Mote, request: &Message| {
+        mote.try_receive(ms(100)) == Some(Message::new(Ack, 0, request.id))
+    };
+    let left: Vec<usize> = (0..40)
+        .filter(|&number| !taken(&motes[number], &requests[number]))
+        .collect();
+    assert_eq!(
+        left,
+        (32..40).collect::<Vec<_>>(),
+        "acknowledged none but the first 32"
+    );
     assert!(Mote::new(gateway.address()).ping(AT_ONCE));
     let finish = |number: usize| {
         let response = motes[number].response(&requests[number]);
@@ -417,7 +535,13 @@ fn too_many_requests_at_once() {
     left.into_iter().for_each(finish);
     let mut texts = api.texts_to(5);
     texts.sort_by_key(|text| text[1..].parse::<u32>().unwrap());
-    assert_eq!(texts, (0..40).map(|number| format!("#{number}")).collect::<Vec<_>>(), "each once");
+    assert_eq!(
+        texts,
+        (0..40)
+            .map(|number| format!("#{number}"))
+            .collect::<Vec<_>>(),
+        "each once"
+    );
 }
 
 // --- blockwise transfer (RFC 7959) ---
@@ -434,7 +558,11 @@ fn send_blocks(mote: &Mote, path: &str, payload: &str, size: usize) -> Message {
         let request = request(number);
         let answer = mote.piggybacked(&request);
         answer.expect("2.31", "");
-        assert_eq!(answer.option_value(BLOCK1), request.option_value(BLOCK1), "{answer}");
+        assert_eq!(
+            answer.option_value(BLOCK1),
+            request.option_value(BLOCK1),
+            "{answer}"
+        );
     }
     request(blocks.len() - 1)
 }
@@ -448,7 +576,11 @@ fn block1() {
         let last = send_blocks(&mote, "message", &message(&api, "5", &text), size);
         let response = mote.separate(&last);
         response.expect("2.05", SENT);
-        assert_eq!(response.option_value(BLOCK1), last.option_value(BLOCK1), "the last block is named too");
+        assert_eq!(
+            response.option_value(BLOCK1),
+            last.option_value(BLOCK1),
+            "the last block is named too"
+        );
         assert_eq!(api.texts_to(5).len(), number + 1);
         assert_eq!(api.texts_to(5).last(), Some(&text));
     }
@@ -456,11 +588,21 @@ fn block1() {
     mote.piggybacked(&send_blocks(&mote, "message", &message(&api, "5", ""), 64))
         .expect("4.00", "Missing required fields");
     // A request of one block only.
-    mote.separate(&mote.post("message", message(&api, "5", "one")).option(BLOCK1, block(0, false, 1024)))
-        .expect("2.05", SENT);
+    mote.separate(
+        &mote
+            .post("message", message(&api, "5", "one"))
+            .option(BLOCK1, block(0, false, 1024)),
+    )
+    .expect("2.05", SENT);
     // The longest text that there is.
     let text = "x".repeat(4096);
-    mote.separate(&send_blocks(&mote, "message", &message(&api, "6", &text), 1024)).expect("2.05", SENT);
+    mote.separate(&send_blocks(
+        &mote,
+        "message",
+        &message(&api, "6", &text),
+        1024,
+    ))
+    .expect("2.05", SENT);
     assert_eq!(api.texts_to(6), [text]);
 }
 
@@ -468,7 +610,10 @@ fn block1() {
 fn block1_out_of_order() {
     let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
-    let part = |number, more| mote.post("message", [b'x'; 64]).option(BLOCK1, block(number, more, 64));
+    let part = |number, more| {
+        mote.post("message", [b'x'; 64])
+            .option(BLOCK1, block(number, more, 64))
+    };
     mote.piggybacked(&part(5, true)).expect_code("4.08"); // row 22
     assert!(mote.ping(PATIENCE));
     mote.piggybacked(&part(1, false)).expect_code("4.08");
@@ -477,11 +622,20 @@ fn block1_out_of_order() {
     // An assembly belongs to one endpoint and one path.
     mote.piggybacked(&part(0, true)).expect_code("2.31");
     let other = Mote::new(gateway.address());
-    other.piggybacked(&other.post("message", "x").option(BLOCK1, block(1, false, 64))).expect_code("4.08");
-    mote.piggybacked(&mote.post("update", "x").option(BLOCK1, block(1, false, 64))).expect_code("4.08");
+    other
+        .piggybacked(
+            &other
+                .post("message", "x")
+                .option(BLOCK1, block(1, false, 64)),
+        )
+        .expect_code("4.08");
+    mote.piggybacked(&mote.post("update", "x").option(BLOCK1, block(1, false, 64)))
+        .expect_code("4.08");
     // The reserved size; too large.
-    mote.piggybacked(&mote.post("message", "x").option(BLOCK1, [0x0f])).expect_code("4.00");
-    mote.piggybacked(&mote.post("message", "x").option(BLOCK1, [0x07])).expect_code("4.00");
+    mote.piggybacked(&mote.post("message", "x").option(BLOCK1, [0x0f]))
+        .expect_code("4.00");
+    mote.piggybacked(&mote.post("message", "x").option(BLOCK1, [0x07]))
+        .expect_code("4.00");
     assert_eq!(api.seen().connections, 0);
 }
 
@@ -492,11 +646,15 @@ fn block1_repeated() {
     let mote = Mote::new(gateway.address());
     let payload = message(&api, "5", &"0123456789".repeat(6));
     let blocks: Vec<&[u8]> = payload.as_bytes().chunks(64).collect();
-    let abandoned = mote.post("message", [b'y'; 64]).option(BLOCK1, block(0, true, 64));
+    let abandoned = mote
+        .post("message", [b'y'; 64])
+        .option(BLOCK1, block(0, true, 64));
     mote.piggybacked(&abandoned).expect_code("2.31");
     for (number, bytes) in blocks.iter().enumerate() {
         let last = number + 1 == blocks.len();
-        let request = mote.post("message", bytes).option(BLOCK1, block(number as u32, !last, 64));
+        let request = mote
+            .post("message", bytes)
+            .option(BLOCK1, block(number as u32, !last, 64));
         if last {
             mote.separate(&request).expect("2.05", SENT);
         } else {
@@ -511,7 +669,10 @@ fn block1_repeated() {
 fn block1_beyond_the_limit() {
     let (_api, gateway) = start();
     let mote = Mote::new(gateway.address());
-    let part = |number| mote.post("message", [b'x'; 1024]).option(BLOCK1, block(number, true, 1024));
+    let part = |number| {
+        mote.post("message", [b'x'; 1024])
+            .option(BLOCK1, block(number, true, 1024))
+    };
     for number in 0..8 {
         mote.piggybacked(&part(number)).expect_code("2.31");
     }
@@ -526,11 +687,16 @@ fn block1_of_many_motes() {
     let (api, gateway) = start();
     for _ in 0..500 {
         let mote = Mote::new(gateway.address());
-        mote.send(&mote.post("message", [b'x'; 1024]).option(BLOCK1, block(0, true, 1024)));
+        mote.send(
+            &mote
+                .post("message", [b'x'; 1024])
+                .option(BLOCK1, block(0, true, 1024)),
+        );
         assert!(mote.try_receive(PATIENCE).is_some());
     }
     let mote = Mote::new(gateway.address());
-    mote.separate(&send_blocks(&mote, "message", &message(&api, "5", "x"), 32)).expect("2.05", SENT);
+    mote.separate(&send_blocks(&mote, "message", &message(&api, "5", "x"), 32))
+        .expect("2.05", SENT);
 }
 
 // --- discovery (RFC 6690) ---
@@ -541,7 +707,9 @@ fn discovery() {
     let mote = Mote::new(gateway.address());
     let get = |query: &[&str]| {
         let request = mote.request(Con, GET, ".well-known/core");
-        let request = query.iter().fold(request, |request, part| request.option(URI_QUERY, part));
+        let request = query
+            .iter()
+            .fold(request, |request, part| request.option(URI_QUERY, part));
         let response = mote.piggybacked(&request);
         response.expect_code("2.05");
         assert_eq!(response.option_uint(CONTENT_FORMAT), Some(40));
@@ -549,14 +717,30 @@ fn discovery() {
     };
     let both = get(&[]);
     let links: Vec<&str> = both.split(',').collect();
-    assert!(links.len() == 2 && links[0].starts_with("</message>;") && links[1].starts_with("</update>;"), "{both}");
-    let rt = |link: &str| link.split("rt=\"").nth(1).unwrap().split('"').next().unwrap().to_string();
+    assert!(
+        links.len() == 2
+            && links[0].starts_with("</message>;")
+            && links[1].starts_with("</update>;"),
+        "{both}"
+    );
+    let rt = |link: &str| {
+        link.split("rt=\"")
+            .nth(1)
+            .unwrap()
+            .split('"')
+            .next()
+            .unwrap()
+            .to_string()
+    };
     let (message, update) = (rt(links[0]), rt(links[1]));
     assert_ne!(message, update);
     let cases = [
         (vec![format!("rt={message}")], links[0]),
         (vec![format!("rt={update}")], links[1]),
-        (vec![format!("rt={}*", &update[..update.len() - 1])], links[1]),
+        (
+            vec![format!("rt={}*", &update[..update.len() - 1])],
+            links[1],
+        ),
         (vec!["rt=*".to_string()], both.as_str()),
         (vec!["href=/message".to_string()], links[0]),
         (vec!["href=/up*".to_string()], links[1]),
@@ -569,7 +753,10 @@ fn discovery() {
         assert_eq!(get(&query), expected, "{query:?}");
     }
     // A request for another format, and for this one.
-    let request = |accept: &[u8]| mote.request(Con, GET, ".well-known/core").option(ACCEPT, accept);
+    let request = |accept: &[u8]| {
+        mote.request(Con, GET, ".well-known/core")
+            .option(ACCEPT, accept)
+    };
     mote.piggybacked(&request(b"\x28")).expect("2.05", &both);
     mote.piggybacked(&request(b"")).expect_code("4.06");
     mote.piggybacked(&request(b"\x3c")).expect_code("4.06");

@@ -54,7 +54,11 @@ fn endure(cycles: usize, adapt: fn(Setup) -> Setup) {
     let api = BotApi::start();
     let gateway = Gateway::with(adapt(Setup::ipv4(&api)));
     let idle = gateway.threads();
-    let mut people = People { random: Numbers(seed), wanted: Settings::default(), written: BTreeMap::new() };
+    let mut people = People {
+        random: Numbers(seed),
+        wanted: Settings::default(),
+        written: BTreeMap::new(),
+    };
     RESIDENTS.for_each(|chat| people.register(&api, chat));
     let mut world = World {
         api,
@@ -64,22 +68,49 @@ fn endure(cycles: usize, adapt: fn(Setup) -> Setup) {
         outage: Mutex::new(()),
         poll_faults: AtomicUsize::new(0),
     };
-    let mut motes: Vec<Firmware> = (0..MOTES).map(|number| Firmware::new(&world.gateway, number, seed)).collect();
+    let mut motes: Vec<Firmware> = (0..MOTES)
+        .map(|number| Firmware::new(&world.gateway, number, seed))
+        .collect();
 
     let start = Instant::now();
     world.run(&mut motes, 100);
     let before = world.size(&mut motes, idle);
     (0..4).for_each(|_| world.run(&mut motes, (cycles - 100) / 4));
     let after = world.size(&mut motes, idle);
-    println!("{cycles} cycles in {:?}\nafter 100: {before:?}\nat the end: {after:?}", start.elapsed());
+    println!(
+        "{cycles} cycles in {:?}\nafter 100: {before:?}\nat the end: {after:?}",
+        start.elapsed()
+    );
 
-    assert!(after.rss_kib <= before.rss_kib + RSS_TOLERANCE_KIB, "{before:?}, then {after:?}");
-    assert!(cfg!(debug_assertions) || after.rss_kib <= RSS_MAX_KIB, "{after:?}");
-    assert!(after.threads <= before.threads, "{before:?}, then {after:?}");
-    assert!(after.open_files <= before.open_files, "{before:?}, then {after:?}");
-    assert!(after.state_length <= before.state_length, "{before:?}, then {after:?}");
-    let files = fs::read_dir(world.gateway.directory()).unwrap().map(Result::unwrap);
-    let files = files.filter(|file| !file.file_name().to_string_lossy().starts_with("coap_server.log"));
+    assert!(
+        after.rss_kib <= before.rss_kib + RSS_TOLERANCE_KIB,
+        "{before:?}, then {after:?}"
+    );
+    assert!(
+        cfg!(debug_assertions) || after.rss_kib <= RSS_MAX_KIB,
+        "{after:?}"
+    );
+    assert!(
+        after.threads <= before.threads,
+        "{before:?}, then {after:?}"
+    );
+    assert!(
+        after.open_files <= before.open_files,
+        "{before:?}, then {after:?}"
+    );
+    assert!(
+        after.state_length <= before.state_length,
+        "{before:?}, then {after:?}"
+    );
+    let files = fs::read_dir(world.gateway.directory())
+        .unwrap()
+        .map(Result::unwrap);
+    let files = files.filter(|file| {
+        !file
+            .file_name()
+            .to_string_lossy()
+            .starts_with("coap_server.log")
+    });
     let bytes: u64 = files.map(|file| file.metadata().unwrap().len()).sum();
     assert!(bytes <= FILES_MAX, "{bytes} bytes of files");
     judge_texts(&world, &motes);
@@ -88,7 +119,10 @@ fn endure(cycles: usize, adapt: fn(Setup) -> Setup) {
 }
 
 fn numbers_as_digits(text: &str) -> String {
-    text.split(|c: char| c.is_ascii_digit()).filter(|part| !part.is_empty()).map(|part| format!("{part}0")).collect()
+    text.split(|c: char| c.is_ascii_digit())
+        .filter(|part| !part.is_empty())
+        .map(|part| format!("{part}0"))
+        .collect()
 }
 
 /// What must not grow.
@@ -129,7 +163,12 @@ impl World {
         self.api.heal();
         for mote in motes {
             while mote.poll(self) {}
-            assert_eq!(mote.heard, self.people.lock().unwrap().wanted, "mote {}", mote.number);
+            assert_eq!(
+                mote.heard,
+                self.people.lock().unwrap().wanted,
+                "mote {}",
+                mote.number
+            );
         }
     }
 
@@ -151,10 +190,17 @@ impl World {
             }
         });
         self.api.set_round_trip(Duration::ZERO);
-        let seen = |mote: &Mote| mote.piggybacked(&mote.post("message", "").option(9, "")).expect_code("4.02");
+        let seen = |mote: &Mote| {
+            mote.piggybacked(&mote.post("message", "").option(9, ""))
+                .expect_code("4.02")
+        };
         (0..SEEN_MAX).for_each(|_| seen(&motes[0].mote));
         let ended = within(Duration::from_secs(5), || self.gateway.threads() <= idle);
-        assert!(ended, "{} threads, {idle} when idle", self.gateway.threads());
+        assert!(
+            ended,
+            "{} threads, {idle} when idle",
+            self.gateway.threads()
+        );
         thread::sleep(Duration::from_millis(1500)); // it gives memory back when a second was quiet
         Size {
             rss_kib: self.gateway.rss_kib(),
@@ -193,7 +239,10 @@ impl World {
     fn calm<T>(&self, exchange: impl FnOnce() -> T) -> (T, bool) {
         let before = self.outages.load(SeqCst);
         let result = exchange();
-        (result, before.is_multiple_of(2) && self.outages.load(SeqCst) == before)
+        (
+            result,
+            before.is_multiple_of(2) && self.outages.load(SeqCst) == before,
+        )
     }
 }
 
@@ -237,7 +286,9 @@ impl People {
     fn register(&mut self, api: &BotApi, chat: i64) {
         self.write(api, chat, "hi");
         if self.wanted.users.len() < LIST_MAX {
-            self.wanted.users.insert(chat, format!("P{}", chat % 1_000_000_000));
+            self.wanted
+                .users
+                .insert(chat, format!("P{}", chat % 1_000_000_000));
         }
     }
 
@@ -260,8 +311,12 @@ impl People {
     fn fill_the_list(&mut self, api: &BotApi) {
         GUESTS.for_each(|chat| self.remove(api, chat));
         GUESTS.for_each(|chat| self.register(api, chat));
-        [1, 0].into_iter().for_each(|on| self.set_feedback(api, RESIDENTS.start, on));
-        [119, 120].into_iter().for_each(|minutes| self.set_interval(api, RESIDENTS.start, minutes));
+        [1, 0]
+            .into_iter()
+            .for_each(|on| self.set_feedback(api, RESIDENTS.start, on));
+        [119, 120]
+            .into_iter()
+            .for_each(|minutes| self.set_interval(api, RESIDENTS.start, minutes));
     }
 
     fn somebody_writes(&mut self, api: &BotApi) {
@@ -271,13 +326,21 @@ impl People {
         match self.random.below(10) {
             // Nobody registers by a wrong password, for the list is full.
             0 | 1 if self.wanted.users.len() == LIST_MAX => {
-                self.write(api, stranger, &format!("config let-me-in interval {number}"));
+                self.write(
+                    api,
+                    stranger,
+                    &format!("config let-me-in interval {number}"),
+                );
             }
             0..3 => self.remove(api, guest),
             3..6 => self.register(api, guest),
             6 | 7 => self.set_interval(api, resident, number),
             8 => self.set_feedback(api, resident, number % 2),
-            _ => self.write(api, resident, &format!("config {PASSWORD} interval {}", number + 21)),
+            _ => self.write(
+                api,
+                resident,
+                &format!("config {PASSWORD} interval {}", number + 21),
+            ),
         }
     }
 }
@@ -324,7 +387,9 @@ struct Report {
 
 impl Report {
     fn trouble_of(&self, chat: i64) -> Option<Trouble> {
-        self.trouble.filter(|(only, _)| only.is_none_or(|only| only == chat)).map(|(_, trouble)| trouble)
+        self.trouble
+            .filter(|(only, _)| only.is_none_or(|only| only == chat))
+            .map(|(_, trouble)| trouble)
     }
 }
 
@@ -392,22 +457,40 @@ impl Firmware {
     fn send(&mut self, world: &World, trouble: Option<(Option<i64>, Trouble)>) {
         let text = format!("mote {} text {}", self.number, self.reports.len());
         if let Some((only, trouble)) = trouble {
-            let calls = if only.is_some() { next(1, "sendMessage") } else { every("sendMessage") };
-            let calls = only.into_iter().fold(calls.saying(&text), |calls, chat| calls.to(chat));
+            let calls = if only.is_some() {
+                next(1, "sendMessage")
+            } else {
+                every("sendMessage")
+            };
+            let calls = only
+                .into_iter()
+                .fold(calls.saying(&text), |calls, chat| calls.to(chat));
             world.api.fail(calls, trouble.fault());
         }
         let chats = self.chats();
-        let list = chats.iter().map(i64::to_string).collect::<Vec<_>>().join(",");
+        let list = chats
+            .iter()
+            .map(i64::to_string)
+            .collect::<Vec<_>>()
+            .join(",");
         let payload = message(&world.api, &list, &text);
         let (response, calm) = world.calm(|| self.mote.post_separate("message", payload));
-        self.reports.push(Report { text, chats, trouble, code: response.code(), calm });
+        self.reports.push(Report {
+            text,
+            chats,
+            trouble,
+            code: response.code(),
+            calm,
+        });
     }
 
     /// Whichever mote's `getUpdates` is next.
     fn plan_a_poll_fault(&mut self, world: &World) {
         let (fault, polls) = match self.random.below(200) {
             // Those of all motes wait for the one that hangs.
-            _ if self.number < 2 && self.cycle.is_multiple_of(HANG_EACH + 7 * self.number) => (Fault::Hang, MOTES),
+            _ if self.number < 2 && self.cycle.is_multiple_of(HANG_EACH + 7 * self.number) => {
+                (Fault::Hang, MOTES)
+            }
             0 => (Fault::too_many_requests(1), 1),
             1 | 2 => (Fault::error(500, "Internal Server Error"), 1),
             3 | 4 => (Fault::conflict(), 1),
@@ -442,29 +525,68 @@ fn judge_texts(world: &World, motes: &[Firmware]) {
     }
     let reports: Vec<&Report> = motes.iter().flat_map(|mote| &mote.reports).collect();
     for report in &reports {
-        let count = |chat: &i64| arrived.get(&(chat.to_string(), report.text.clone())).copied().unwrap_or(0);
+        let count = |chat: &i64| {
+            arrived
+                .get(&(chat.to_string(), report.text.clone()))
+                .copied()
+                .unwrap_or(0)
+        };
         let counts: Vec<usize> = report.chats.iter().map(count).collect();
         let what = || format!("{report:?} arrived {counts:?}");
-        assert!(["2.05", "5.00"].contains(&report.code.as_str()), "{}", what());
+        assert!(
+            ["2.05", "5.00"].contains(&report.code.as_str()),
+            "{}",
+            what()
+        );
         assert!(counts.iter().all(|count| *count <= 1), "twice: {}", what());
-        assert!(report.code == "5.00" || counts.contains(&1), "lost: {}", what());
+        assert!(
+            report.code == "5.00" || counts.contains(&1),
+            "lost: {}",
+            what()
+        );
         let mut delivered = false;
         for (chat, count) in report.chats.iter().zip(&counts) {
             let trouble = report.trouble_of(*chat);
             let refused = matches!(trouble, Some(Trouble::Refused | Trouble::Flooded));
-            assert!(!refused || *count == 0, "arrived after it was refused: {}", what());
+            assert!(
+                !refused || *count == 0,
+                "arrived after it was refused: {}",
+                what()
+            );
             // A guest may be removed before the mote hears of it.
             let stays = !GUESTS.contains(chat);
-            assert!(refused || !stays || !report.calm || *count == 1, "lost: {}", what());
+            assert!(
+                refused || !stays || !report.calm || *count == 1,
+                "lost: {}",
+                what()
+            );
             delivered |= stays && matches!(trouble, None | Some(Trouble::Delayed));
         }
-        let failed = report.chats.iter().all(|chat| !matches!(report.trouble_of(*chat), None | Some(Trouble::Delayed)));
-        assert!(!report.calm || !delivered || report.code == "2.05", "not delivered: {}", what());
-        assert!(!failed || report.code == "5.00", "not confirmed: {}", what());
+        let failed = report
+            .chats
+            .iter()
+            .all(|chat| !matches!(report.trouble_of(*chat), None | Some(Trouble::Delayed)));
+        assert!(
+            !report.calm || !delivered || report.code == "2.05",
+            "not delivered: {}",
+            what()
+        );
+        assert!(
+            !failed || report.code == "5.00",
+            "not confirmed: {}",
+            what()
+        );
     }
     let calm = reports.iter().filter(|report| report.calm).count();
-    println!("{} texts, {calm} of them without an outage meanwhile", reports.len());
-    assert!(calm * 2 > reports.len(), "{calm} of {} without an outage: too few to prove anything", reports.len());
+    println!(
+        "{} texts, {calm} of them without an outage meanwhile",
+        reports.len()
+    );
+    assert!(
+        calm * 2 > reports.len(),
+        "{calm} of {} without an outage: too few to prove anything",
+        reports.len()
+    );
 }
 
 /// Every mote has heard everything, see [`World::size`]. So does one that comes now, and one that comes after a restart.
@@ -475,11 +597,18 @@ fn judge_polls(world: &mut World, motes: &[Firmware]) {
         assert_eq!(newcomer.heard, world.people.lock().unwrap().wanted);
         world.gateway.restart();
     }
-    assert_eq!(world.api.waiting_updates(), 0, "handled, but never confirmed to Telegram");
+    assert_eq!(
+        world.api.waiting_updates(),
+        0,
+        "handled, but never confirmed to Telegram"
+    );
     let failed: usize = motes.iter().map(|mote| mote.failed_polls).sum();
     let allowed = world.poll_faults.load(SeqCst);
     println!("{failed} polls failed without an outage, of {allowed} that may");
-    assert!(failed <= allowed, "{failed} polls failed, but only {allowed} because of Telegram");
+    assert!(
+        failed <= allowed,
+        "{failed} polls failed, but only {allowed} because of Telegram"
+    );
 }
 
 /// Nobody is answered twice. That an answer is lost may happen, but seldom.
@@ -488,14 +617,36 @@ fn judge_answers(world: &World) {
     let written: usize = people.written.values().sum();
     let of_motes = |sent: &Sent| sent.text.starts_with("mote ");
     let answers = |seen: &Seen| seen.sent.iter().filter(|sent| !of_motes(sent)).count();
-    world.api.wait_until(Duration::from_secs(10), |seen| answers(seen) == written);
+    world
+        .api
+        .wait_until(Duration::from_secs(10), |seen| answers(seen) == written);
     let seen = world.api.seen();
     for (chat, written) in &people.written {
-        let answers = seen.sent.iter().filter(|sent| sent.chat == chat.to_string() && !of_motes(sent)).count();
-        assert!(answers <= *written, "{answers} answers to {written} messages of {chat}");
+        let answers = seen
+            .sent
+            .iter()
+            .filter(|sent| sent.chat == chat.to_string() && !of_motes(sent))
+            .count();
+        assert!(
+            answers <= *written,
+            "{answers} answers to {written} messages of {chat}"
+        );
     }
     let mut deleted = HashSet::new();
-    assert!(seen.deleted.iter().all(|message| deleted.insert(message.clone())), "deleted twice");
-    println!("{} answers to {written} messages of people, {} deleted", answers(&seen), deleted.len());
-    assert!(answers(&seen) * 10 >= written * 9, "{} answers to {written} messages", answers(&seen));
+    assert!(
+        seen.deleted
+            .iter()
+            .all(|message| deleted.insert(message.clone())),
+        "deleted twice"
+    );
+    println!(
+        "{} answers to {written} messages of people, {} deleted",
+        answers(&seen),
+        deleted.len()
+    );
+    assert!(
+        answers(&seen) * 10 >= written * 9,
+        "{} answers to {written} messages",
+        answers(&seen)
+    );
 }

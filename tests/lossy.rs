@@ -31,11 +31,22 @@ impl Relay {
     fn start(gateway: SocketAddr, seed: u64) -> Self {
         let [front, back] = [(); 2].map(|()| UdpSocket::bind("[::1]:0").unwrap());
         back.connect(gateway).unwrap();
-        [&front, &back].iter().for_each(|socket| socket.set_nonblocking(true).unwrap());
-        let (address, stop) = (front.local_addr().unwrap(), Arc::new(AtomicBool::new(false)));
+        [&front, &back]
+            .iter()
+            .for_each(|socket| socket.set_nonblocking(true).unwrap());
+        let (address, stop) = (
+            front.local_addr().unwrap(),
+            Arc::new(AtomicBool::new(false)),
+        );
         let stopped = Arc::clone(&stop);
-        let thread = Some(thread::spawn(move || Self::run(&front, &back, &stopped, Numbers(seed))));
-        Self { address, stop, thread }
+        let thread = Some(thread::spawn(move || {
+            Self::run(&front, &back, &stopped, Numbers(seed))
+        }));
+        Self {
+            address,
+            stop,
+            thread,
+        }
     }
 
     fn run(front: &UdpSocket, back: &UdpSocket, stop: &AtomicBool, mut random: Numbers) {
@@ -56,7 +67,8 @@ impl Relay {
                 let copies = usize::from(random.below(100) >= DROPPED_PERCENT)
                     * (1 + usize::from(random.below(100) < DOUBLED_PERCENT));
                 for _ in 0..copies {
-                    let due = Instant::now() + Duration::from_millis(random.below(DELAY_MAX_MS) as u64);
+                    let due =
+                        Instant::now() + Duration::from_millis(random.below(DELAY_MAX_MS) as u64);
                     waiting.push((due, to_gateway, buffer[..length].to_vec()));
                 }
             }
@@ -104,8 +116,11 @@ fn two_hundred_texts_and_a_kill() {
 fn no_text_is_lost_or_doubled(count: u64, kill: bool) {
     let (api, mut gateway) = start();
     let address = gateway.address();
-    let (spread, patience) =
-        if kill { (Duration::from_secs(1), PATIENCE) } else { (Duration::ZERO, MAX_TRANSMIT_WAIT) };
+    let (spread, patience) = if kill {
+        (Duration::from_secs(1), PATIENCE)
+    } else {
+        (Duration::ZERO, MAX_TRANSMIT_WAIT)
+    };
     let answered: Vec<String> = thread::scope(|scope| {
         let motes: Vec<_> = (0..count)
             .map(|number| {
@@ -115,28 +130,43 @@ fn no_text_is_lost_or_doubled(count: u64, kill: bool) {
                     let relay = Relay::start(address, number);
                     let mote = Mote::new(relay.address);
                     let text = format!("text {number}");
-                    let response =
-                        mote.reliable(&mote.post("message", message(api, "5", &text)), ACK_TIMEOUT, patience);
+                    let response = mote.reliable(
+                        &mote.post("message", message(api, "5", &text)),
+                        ACK_TIMEOUT,
+                        patience,
+                    );
                     response.filter(|it| it.code() == "2.05").map(|_| text)
                 })
             })
             .collect();
         if kill {
-            api.wait_for("half of the texts", |seen| seen.count("sendMessage") as u64 >= count / 2);
+            api.wait_for("half of the texts", |seen| {
+                seen.count("sendMessage") as u64 >= count / 2
+            });
             gateway.kill9();
             gateway.restart();
         }
-        motes.into_iter().flat_map(|mote| mote.join().unwrap()).collect()
+        motes
+            .into_iter()
+            .flat_map(|mote| mote.join().unwrap())
+            .collect()
     });
     let mut texts = api.texts_to("5");
     let sent = texts.len() as u64;
     texts.sort();
     texts.dedup();
     assert_eq!(texts.len() as u64, sent, "a text was sent twice");
-    assert!(answered.iter().all(|text| texts.contains(text)), "a text that was answered 2.05 is lost");
+    assert!(
+        answered.iter().all(|text| texts.contains(text)),
+        "a text that was answered 2.05 is lost"
+    );
     // Five requests or five responses in a row are lost once in 200 times each, so nearly all must have come.
     let expected = if kill { count / 3 } else { count * 19 / 20 };
-    assert!(answered.len() as u64 >= expected, "{} of {count} are answered", answered.len());
+    assert!(
+        answered.len() as u64 >= expected,
+        "{} of {count} are answered",
+        answered.len()
+    );
 }
 
 /// What the firmware keeps of the tokens that it hears.
@@ -168,7 +198,11 @@ fn every_change_arrives() {
         let chat = 1000 + step as i64 % 7;
         match step % 3 {
             0 => {
-                api.person_writes(chat, &format!("P{chat}"), &format!("config {PASSWORD} interval {}", step + 1));
+                api.person_writes(
+                    chat,
+                    &format!("P{chat}"),
+                    &format!("config {PASSWORD} interval {}", step + 1),
+                );
                 expected.interval = format!("i{}", step + 1);
                 expected.users.insert(chat.to_string(), format!("P{chat}"));
             }
@@ -191,8 +225,9 @@ fn every_change_arrives() {
                 gateway.restart();
             }
             let request = mote.post("update", update(&api));
-            if let Some(reply) =
-                mote.reliable(&request, ACK_TIMEOUT, MAX_TRANSMIT_WAIT).filter(|it| it.code() == "2.05")
+            if let Some(reply) = mote
+                .reliable(&request, ACK_TIMEOUT, MAX_TRANSMIT_WAIT)
+                .filter(|it| it.code() == "2.05")
             {
                 heard.take(&reply.text());
             }

@@ -18,16 +18,25 @@ const LIMIT: Duration = Duration::from_millis(9200);
 /// The datagrams of the unmodified firmware. It names api.telegram.org, to which a proxy leads the gateway.
 #[test]
 fn datagrams_of_the_firmware() {
-    let api = BotApi::with(BotApiOptions { names: vec!["api.telegram.org".into()], ..BotApiOptions::default() });
+    let api = BotApi::with(BotApiOptions {
+        names: vec!["api.telegram.org".into()],
+        ..BotApiOptions::default()
+    });
     let proxy = Proxy::start("api.telegram.org:443", api.address());
-    let setup = Setup::new(&api).config(&format!("[telegram]\nbot_token = {TOKEN}\n")).env("HTTPS_PROXY", proxy.url());
+    let setup = Setup::new(&api)
+        .config(&format!("[telegram]\nbot_token = {TOKEN}\n"))
+        .env("HTTPS_PROXY", proxy.url());
     let gateway = Gateway::with(setup);
     let mote = Mote::new(gateway.address());
     let exchange = |name: &str| {
         let request = Message::decode(&firmware(name)).unwrap();
         mote.send_raw(&firmware(name));
         let [high, low] = request.id.to_be_bytes();
-        assert_eq!(mote.receive_raw(PATIENCE), Some(vec![0x60, 0, high, low]), "{name}: the empty ACK");
+        assert_eq!(
+            mote.receive_raw(PATIENCE),
+            Some(vec![0x60, 0, high, low]),
+            "{name}: the empty ACK"
+        );
         let response = mote.response(&request);
         mote.acknowledge(&response);
         response
@@ -40,7 +49,14 @@ fn datagrams_of_the_firmware() {
     assert_eq!(api.texts_to(2_222_222_222_i64), ["x", temperature]);
     assert_eq!(api.texts_to(5_555_555_555_i64), ["x"]);
     exchange("update").expect("2.03", "No Updates");
-    assert!(proxy.asked().iter().all(|asked| asked == "api.telegram.org:443"), "{:?}", proxy.asked());
+    assert!(
+        proxy
+            .asked()
+            .iter()
+            .all(|asked| asked == "api.telegram.org:443"),
+        "{:?}",
+        proxy.asked()
+    );
 }
 
 // --- forms ---
@@ -56,19 +72,63 @@ fn forms() {
         ("text=hello&chat_ids=5&token={T}&url={U}", &["5"], "hello"),
         ("chat_ids=5&text=hello&url={U}&token={T}", &["5"], "hello"),
         // Only known keys separate.
-        ("url={U}&token={T}&chat_ids=5&text=a&b=c%20d+e;f=g", &["5"], "a&b=c%20d+e;f=g"),
-        ("text=1 & 2&x=&texts=3&url={U}&token={T}&chat_ids=5", &["5"], "1 & 2&x=&texts=3"),
-        ("url={U}&token={T}&chat_ids=5&text=url=x, text=y", &["5"], "url=x, text=y"),
+        (
+            "url={U}&token={T}&chat_ids=5&text=a&b=c%20d+e;f=g",
+            &["5"],
+            "a&b=c%20d+e;f=g",
+        ),
+        (
+            "text=1 & 2&x=&texts=3&url={U}&token={T}&chat_ids=5",
+            &["5"],
+            "1 & 2&x=&texts=3",
+        ),
+        (
+            "url={U}&token={T}&chat_ids=5&text=url=x, text=y",
+            &["5"],
+            "url=x, text=y",
+        ),
         // Padding and white space.
-        ("url={U}&token={T}&chat_ids=5&text=hello\n\0\0\0", &["5"], "hello"),
-        ("url= {U} &token=\t{T}\0&chat_ids= 5\n&text= \n hello  world \n", &["5"], "hello  world"),
-        ("url={U}&token={T}&chat_ids=5&text=two\nlines\n", &["5"], "two\nlines"),
-        ("url={U}&token={T}&chat_ids=5&text=25.00 °C 🙂", &["5"], "25.00 °C 🙂"),
-        ("url={U}&token={T}&chat_ids=5&text=\"quoted\" \\ {json}", &["5"], "\"quoted\" \\ {json}"),
+        (
+            "url={U}&token={T}&chat_ids=5&text=hello\n\0\0\0",
+            &["5"],
+            "hello",
+        ),
+        (
+            "url= {U} &token=\t{T}\0&chat_ids= 5\n&text= \n hello  world \n",
+            &["5"],
+            "hello  world",
+        ),
+        (
+            "url={U}&token={T}&chat_ids=5&text=two\nlines\n",
+            &["5"],
+            "two\nlines",
+        ),
+        (
+            "url={U}&token={T}&chat_ids=5&text=25.00 °C 🙂",
+            &["5"],
+            "25.00 °C 🙂",
+        ),
+        (
+            "url={U}&token={T}&chat_ids=5&text=\"quoted\" \\ {json}",
+            &["5"],
+            "\"quoted\" \\ {json}",
+        ),
         // Chats.
-        ("url={U}&token={T}&chat_ids=5, 6 ,,7,&text=x", &["5", "6", "7"], "x"),
-        ("url={U}&token={T}&chat_ids=5,6,5,5&text=x", &["5", "6"], "x"),
-        ("url={U}&token={T}&chat_ids=-1001234567890,@news&text=x", &["-1001234567890", "@news"], "x"),
+        (
+            "url={U}&token={T}&chat_ids=5, 6 ,,7,&text=x",
+            &["5", "6", "7"],
+            "x",
+        ),
+        (
+            "url={U}&token={T}&chat_ids=5,6,5,5&text=x",
+            &["5", "6"],
+            "x",
+        ),
+        (
+            "url={U}&token={T}&chat_ids=-1001234567890,@news&text=x",
+            &["-1001234567890", "@news"],
+            "x",
+        ),
         (
             "url={U}&token={T}&chat_ids=1,2,3,4,5,6,7,8,9,10&text=x",
             &["1", "2", "3", "4", "5", "6", "7", "8", "9", "10"],
@@ -77,11 +137,16 @@ fn forms() {
     ];
     for (form, chats, text) in ok {
         let before = api.seen().sent.len();
-        mote.post_separate("message", full(form)).expect("2.05", SENT);
-        let mut sent: Vec<(String, String)> =
-            api.seen().sent[before..].iter().map(|sent| (sent.chat.clone(), sent.text.clone())).collect();
-        let mut expected: Vec<(String, String)> =
-            chats.iter().map(|chat| (chat.to_string(), text.to_string())).collect();
+        mote.post_separate("message", full(form))
+            .expect("2.05", SENT);
+        let mut sent: Vec<(String, String)> = api.seen().sent[before..]
+            .iter()
+            .map(|sent| (sent.chat.clone(), sent.text.clone()))
+            .collect();
+        let mut expected: Vec<(String, String)> = chats
+            .iter()
+            .map(|chat| (chat.to_string(), text.to_string()))
+            .collect();
         sent.sort();
         expected.sort();
         assert_eq!(sent, expected, "{form:?}");
@@ -105,7 +170,8 @@ fn forms() {
         "URL={U}&TOKEN={T}&CHAT_IDS=5&TEXT=x",
         "xurl={U}&token={T}&chat_ids=5&text=x",
     ] {
-        mote.post_piggybacked("message", full(missing)).expect("4.00", MISSING);
+        mote.post_piggybacked("message", full(missing))
+            .expect("4.00", MISSING);
     }
     for malformed in [
         "url={U}&token={T}&chat_ids=Ada&text=x",
@@ -117,7 +183,10 @@ fn forms() {
     ] {
         let response = mote.post_piggybacked("message", full(malformed));
         response.expect_code("4.00");
-        assert!(!response.payload.is_empty() && response.text() != MISSING, "{malformed}: {response}");
+        assert!(
+            !response.payload.is_empty() && response.text() != MISSING,
+            "{malformed}: {response}"
+        );
     }
     assert_eq!(api.seen().calls.len(), calls, "nothing was sent");
 }
@@ -146,9 +215,11 @@ fn the_longest_text() {
         let blocks: Vec<&[u8]> = payload.as_bytes().chunks(1024).collect();
         let part = |number: usize| {
             let more = number + 1 < blocks.len();
-            mote.post("message", blocks[number]).option(BLOCK1, block(number as u32, more, 1024))
+            mote.post("message", blocks[number])
+                .option(BLOCK1, block(number as u32, more, 1024))
         };
-        (0..blocks.len() - 1).for_each(|number| mote.piggybacked(&part(number)).expect_code("2.31"));
+        (0..blocks.len() - 1)
+            .for_each(|number| mote.piggybacked(&part(number)).expect_code("2.31"));
         part(blocks.len() - 1)
     };
     // Characters, not bytes.
@@ -176,17 +247,32 @@ fn other_urls_and_tokens() {
         format!("{}x", api.url()),
     ];
     for url in urls {
-        mote.post_piggybacked("message", form(&url, TOKEN, "5", "x")).expect_code("4.03");
-        mote.post_piggybacked("update", format!("url={url}&token={TOKEN}")).expect_code("4.03");
+        mote.post_piggybacked("message", form(&url, TOKEN, "5", "x"))
+            .expect_code("4.03");
+        mote.post_piggybacked("update", format!("url={url}&token={TOKEN}"))
+            .expect_code("4.03");
     }
-    for token in [TOKEN.replace('a', "b"), TOKEN[..TOKEN.len() - 1].to_string(), format!("{TOKEN}a")] {
+    for token in [
+        TOKEN.replace('a', "b"),
+        TOKEN[..TOKEN.len() - 1].to_string(),
+        format!("{TOKEN}a"),
+    ] {
         let answer = mote.post_piggybacked("message", form(&api.url(), &token, "5", "x"));
         answer.expect_code("4.03");
         assert!(!answer.text().contains(&token), "{answer}");
-        mote.post_piggybacked("update", format!("url={}&token={token}", api.url())).expect_code("4.03");
-        assert!(!gateway.log().contains(&token[..token.len() - 2]), "{}", gateway.log());
+        mote.post_piggybacked("update", format!("url={}&token={token}", api.url()))
+            .expect_code("4.03");
+        assert!(
+            !gateway.log().contains(&token[..token.len() - 2]),
+            "{}",
+            gateway.log()
+        );
     }
-    assert_eq!((api.seen().connections, other.seen().connections), (0, 0), "no connection made");
+    assert_eq!(
+        (api.seen().connections, other.seen().connections),
+        (0, 0),
+        "no connection made"
+    );
 }
 
 // --- delivery ---
@@ -196,9 +282,13 @@ fn other_urls_and_tokens() {
 fn the_call() {
     let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
-    mote.post_separate("message", message(&api, "5", "<b>*x*</b>")).expect("2.05", SENT);
+    mote.post_separate("message", message(&api, "5", "<b>*x*</b>"))
+        .expect("2.05", SENT);
     let call = &api.seen().calls[0];
-    assert_eq!((call.method.as_str(), call.token.as_str()), ("sendMessage", TOKEN));
+    assert_eq!(
+        (call.method.as_str(), call.token.as_str()),
+        ("sendMessage", TOKEN)
+    );
     let chat = call.body["chat_id"].to_string();
     assert_eq!(chat.trim_matches('"'), "5");
     assert_eq!(call.body["text"], json!("<b>*x*</b>"));
@@ -221,7 +311,8 @@ fn round_trips() {
         ("warm again", ten, 1),
     ] {
         let start = Instant::now();
-        mote.post_separate("message", message(&api, chats, name)).expect("2.05", SENT);
+        mote.post_separate("message", message(&api, chats, name))
+            .expect("2.05", SENT);
         let taken = start.elapsed();
         assert!(
             (trip * trips..trip * (trips + 1)).contains(&taken),
@@ -235,11 +326,17 @@ fn some_chats_refused() {
     let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
     api.unknown_chat(404_404);
-    mote.post_separate("message", message(&api, "5,404404", "x")).expect("2.05", SENT);
+    mote.post_separate("message", message(&api, "5,404404", "x"))
+        .expect("2.05", SENT);
     assert_eq!(api.texts_to(5), ["x"]);
     let refusal = |line: &&str| line.contains("404404") && line.contains("chat not found");
-    assert!(gateway.log().lines().any(|line| refusal(&line)), "{}", gateway.log());
-    mote.post_separate("message", message(&api, "404404", "x")).expect("5.00", "");
+    assert!(
+        gateway.log().lines().any(|line| refusal(&line)),
+        "{}",
+        gateway.log()
+    );
+    mote.post_separate("message", message(&api, "404404", "x"))
+        .expect("5.00", "");
     // Not found is not gone: the operator may have forgotten to write to the bot first.
     assert_eq!(api.count("sendMessage"), 3, "tried again");
 }
@@ -252,15 +349,20 @@ fn a_blocked_chat_is_removed() {
     let mote = Mote::new(gateway.address());
     api.person_writes(1_000_000_006, "Eve", "hi");
     assert_eq!(poll(&mote, &api), "Eve:1000000006");
-    api.wait_for("the greeting", |seen| !seen.texts_to(1_000_000_006).is_empty());
+    api.wait_for("the greeting", |seen| {
+        !seen.texts_to(1_000_000_006).is_empty()
+    });
     api.block_chat(1_000_000_006);
     api.block_chat(1_000_000_007);
-    mote.post_separate("message", message(&api, "5,1000000006,1000000007", "x")).expect("2.05", SENT);
+    mote.post_separate("message", message(&api, "5,1000000006,1000000007", "x"))
+        .expect("2.05", SENT);
     assert_eq!(api.texts_to(5), ["x"]);
     let calls = api.count("sendMessage");
-    mote.post_separate("message", message(&api, "1000000006,1000000007", "y")).expect("2.05", SENT);
+    mote.post_separate("message", message(&api, "1000000006,1000000007", "y"))
+        .expect("2.05", SENT);
     gateway.restart();
-    mote.post_separate("message", message(&api, "1000000007,1000000006", "z")).expect("2.05", SENT);
+    mote.post_separate("message", message(&api, "1000000007,1000000006", "z"))
+        .expect("2.05", SENT);
     assert_eq!(api.count("sendMessage"), calls, "not even tried");
     let tokens = poll(&mote, &api);
     let mut tokens: Vec<&str> = tokens.split(';').collect();
@@ -268,7 +370,8 @@ fn a_blocked_chat_is_removed() {
     assert_eq!(tokens, ["r1000000006", "r1000000007"]);
     // Blocked is the only one of all: delivered to none.
     api.block_chat(1_000_000_008);
-    mote.post_separate("message", message(&api, "1000000008", "x")).expect("5.00", "");
+    mote.post_separate("message", message(&api, "1000000008", "x"))
+        .expect("5.00", "");
 }
 
 // --- when things go wrong ---
@@ -282,28 +385,100 @@ type Failure = (Break, usize, &'static [&'static str]);
 fn failures() {
     let cases: [(&str, Failure); 22] = [
         ("400", (|api| api.unknown_chat(5), 1, &["chat not found"])),
-        ("401", (|api| api.fail(every(""), Fault::error(401, "Unauthorized")), 1, &["Unauthorized"])),
-        ("404", (|api| api.fail(every(""), Fault::error(404, "Not Found")), 1, &["Not Found"])),
-        ("429, 60 s", (|api| api.fail(every(""), Fault::too_many_requests(60)), 1, &["retry after 60"])),
-        ("500", (|api| api.fail(every(""), Fault::error(500, "Internal Server Error")), 1, &["Internal Server Error"])),
+        (
+            "401",
+            (
+                |api| api.fail(every(""), Fault::error(401, "Unauthorized")),
+                1,
+                &["Unauthorized"],
+            ),
+        ),
+        (
+            "404",
+            (
+                |api| api.fail(every(""), Fault::error(404, "Not Found")),
+                1,
+                &["Not Found"],
+            ),
+        ),
+        (
+            "429, 60 s",
+            (
+                |api| api.fail(every(""), Fault::too_many_requests(60)),
+                1,
+                &["retry after 60"],
+            ),
+        ),
+        (
+            "500",
+            (
+                |api| api.fail(every(""), Fault::error(500, "Internal Server Error")),
+                1,
+                &["Internal Server Error"],
+            ),
+        ),
         (
             "502, a page",
-            (|api| api.fail(every(""), Fault::Answer(502, "<html>Bad Gateway</html>".into())), 1, &["502"]),
+            (
+                |api| {
+                    api.fail(
+                        every(""),
+                        Fault::Answer(502, "<html>Bad Gateway</html>".into()),
+                    )
+                },
+                1,
+                &["502"],
+            ),
         ),
-        ("no JSON", (|api| api.fail(every(""), Fault::Answer(200, "hello".into())), 1, &["200", "JSON"])),
-        ("no object", (|api| api.fail(every(""), Fault::Answer(200, "[true]".into())), 1, &[])),
-        ("ok is text", (|api| api.fail(every(""), Fault::Answer(200, r#"{"ok":"true"}"#.into())), 1, &[])),
+        (
+            "no JSON",
+            (
+                |api| api.fail(every(""), Fault::Answer(200, "hello".into())),
+                1,
+                &["200", "JSON"],
+            ),
+        ),
+        (
+            "no object",
+            (
+                |api| api.fail(every(""), Fault::Answer(200, "[true]".into())),
+                1,
+                &[],
+            ),
+        ),
+        (
+            "ok is text",
+            (
+                |api| api.fail(every(""), Fault::Answer(200, r#"{"ok":"true"}"#.into())),
+                1,
+                &[],
+            ),
+        ),
         (
             "not ok",
             (
-                |api| api.fail(every(""), Fault::Answer(200, r#"{"ok":false,"description":"nope"}"#.into())),
+                |api| {
+                    api.fail(
+                        every(""),
+                        Fault::Answer(200, r#"{"ok":false,"description":"nope"}"#.into()),
+                    )
+                },
                 1,
                 &["nope"],
             ),
         ),
         (
             "ok, but 500",
-            (|api| api.fail(every(""), Fault::Answer(500, r#"{"ok":true,"result":{}}"#.into())), 1, &["500"]),
+            (
+                |api| {
+                    api.fail(
+                        every(""),
+                        Fault::Answer(500, r#"{"ok":true,"result":{}}"#.into()),
+                    )
+                },
+                1,
+                &["500"],
+            ),
         ),
         (
             "the token in the description, cut in two",
@@ -316,15 +491,58 @@ fn failures() {
                 &["400 <token>xxx"],
             ),
         ),
-        ("empty body", (|api| api.fail(every(""), Fault::Answer(200, String::new())), 1, &[])),
-        ("closed", (|api| api.fail(every(""), Fault::CloseUnanswered), 1, &[])),
-        ("no HTTP", (|api| api.fail(every(""), Fault::Bytes(b"SSH-2.0-OpenSSH_9.2\r\n".to_vec())), 1, &[])),
-        ("endless", (|api| api.fail(every(""), Fault::Giant(16 << 20)), 1, &[])),
-        ("hang", (|api| api.fail(every(""), Fault::Hang), 1, &["time"])),
-        ("trickle", (|api| api.fail(every(""), Fault::Trickle(Duration::from_millis(200))), 1, &["time"])),
-        ("other authority", (|api| api.show(Certificate::OtherAuthority), 0, &["certificate"])),
-        ("wrong name", (|api| api.show(Certificate::WrongName), 0, &["certificate"])),
-        ("expired", (|api| api.show(Certificate::Expired), 0, &["certificate"])),
+        (
+            "empty body",
+            (
+                |api| api.fail(every(""), Fault::Answer(200, String::new())),
+                1,
+                &[],
+            ),
+        ),
+        (
+            "closed",
+            (|api| api.fail(every(""), Fault::CloseUnanswered), 1, &[]),
+        ),
+        (
+            "no HTTP",
+            (
+                |api| api.fail(every(""), Fault::Bytes(b"SSH-2.0-OpenSSH_9.2\r\n".to_vec())),
+                1,
+                &[],
+            ),
+        ),
+        (
+            "endless",
+            (|api| api.fail(every(""), Fault::Giant(16 << 20)), 1, &[]),
+        ),
+        (
+            "hang",
+            (|api| api.fail(every(""), Fault::Hang), 1, &["time"]),
+        ),
+        (
+            "trickle",
+            (
+                |api| api.fail(every(""), Fault::Trickle(Duration::from_millis(200))),
+                1,
+                &["time"],
+            ),
+        ),
+        (
+            "other authority",
+            (
+                |api| api.show(Certificate::OtherAuthority),
+                0,
+                &["certificate"],
+            ),
+        ),
+        (
+            "wrong name",
+            (|api| api.show(Certificate::WrongName), 0, &["certificate"]),
+        ),
+        (
+            "expired",
+            (|api| api.show(Certificate::Expired), 0, &["certificate"]),
+        ),
         ("refused", (|api| api.refuse(), 0, &["efused"])),
     ];
     in_parallel(&cases, |(break_it, calls, logged)| {
@@ -332,13 +550,20 @@ fn failures() {
         break_it(&api);
         let mote = Mote::new(gateway.address());
         let start = Instant::now();
-        mote.post_separate("message", message(&api, "5", "x")).expect("5.00", "");
+        mote.post_separate("message", message(&api, "5", "x"))
+            .expect("5.00", "");
         assert!(start.elapsed() < LIMIT, "took {:?}", start.elapsed());
         assert_eq!(api.count("sendMessage"), *calls, "calls");
         let log = gateway.log();
-        let told = log.lines().filter(|line| line.contains("[WARN]") || line.contains("[ERROR]")).count();
+        let told = log
+            .lines()
+            .filter(|line| line.contains("[WARN]") || line.contains("[ERROR]"))
+            .count();
         assert!((1..=2).contains(&told), "one clear line:\n{log}");
-        assert!(logged.is_empty() || logged.iter().any(|part| log.contains(part)), "{logged:?} in:\n{log}");
+        assert!(
+            logged.is_empty() || logged.iter().any(|part| log.contains(part)),
+            "{logged:?} in:\n{log}"
+        );
         assert!(mote.ping(PATIENCE));
     });
 }
@@ -349,34 +574,42 @@ fn no_way_to_telegram() {
     let api = BotApi::start();
     let other = BotApi::start();
     let no_dns = |api: &BotApi| Setup {
-        config: Some(format!("[telegram]\nbot_token = {TOKEN}\nurl = https://no-such-host.invalid/bot\n")),
+        config: Some(format!(
+            "[telegram]\nbot_token = {TOKEN}\nurl = https://no-such-host.invalid/bot\n"
+        )),
         ..Setup::new(api)
     };
-    in_parallel(&[("no DNS", 0), ("no handshake", 1), ("redirect", 2)], |case| {
-        let local = BotApi::start();
-        let mut url = local.url();
-        let setup = match case {
-            0 => {
-                url = "https://no-such-host.invalid/bot".to_string();
-                no_dns(&api)
-            }
-            1 => {
-                local.fail_connections(usize::MAX, ConnectionFault::Hang);
-                Setup::new(&local)
-            }
-            _ => {
-                let location = format!("{}{TOKEN}/sendMessage", other.url());
-                let redirect = format!("HTTP/1.1 307 Moved\r\nLocation: {location}\r\nContent-Length: 0\r\n\r\n");
-                local.fail(every(""), Fault::Bytes(redirect.into()));
-                Setup::new(&local)
-            }
-        };
-        let gateway = Gateway::with(setup);
-        let mote = Mote::new(gateway.address());
-        let start = Instant::now();
-        mote.post_separate("message", form(&url, TOKEN, "5", "x")).expect("5.00", "");
-        assert!(start.elapsed() < LIMIT, "took {:?}", start.elapsed());
-    });
+    in_parallel(
+        &[("no DNS", 0), ("no handshake", 1), ("redirect", 2)],
+        |case| {
+            let local = BotApi::start();
+            let mut url = local.url();
+            let setup = match case {
+                0 => {
+                    url = "https://no-such-host.invalid/bot".to_string();
+                    no_dns(&api)
+                }
+                1 => {
+                    local.fail_connections(usize::MAX, ConnectionFault::Hang);
+                    Setup::new(&local)
+                }
+                _ => {
+                    let location = format!("{}{TOKEN}/sendMessage", other.url());
+                    let redirect = format!(
+                        "HTTP/1.1 307 Moved\r\nLocation: {location}\r\nContent-Length: 0\r\n\r\n"
+                    );
+                    local.fail(every(""), Fault::Bytes(redirect.into()));
+                    Setup::new(&local)
+                }
+            };
+            let gateway = Gateway::with(setup);
+            let mote = Mote::new(gateway.address());
+            let start = Instant::now();
+            mote.post_separate("message", form(&url, TOKEN, "5", "x"))
+                .expect("5.00", "");
+            assert!(start.elapsed() < LIMIT, "took {:?}", start.elapsed());
+        },
+    );
     assert_eq!(other.seen().connections, 0, "the redirect was not followed");
 }
 
@@ -390,8 +623,12 @@ fn a_restart_sends_nothing_twice() {
     mote.separate(&answered).expect("2.05", SENT);
     let body = message(&api, "5", "in blocks");
     let block = |number: u32| {
-        let (start, end) = (number as usize * 64, body.len().min((number as usize + 1) * 64));
-        mote.post("message", &body[start..end]).option(27, support::block(number, end < body.len(), 64))
+        let (start, end) = (
+            number as usize * 64,
+            body.len().min((number as usize + 1) * 64),
+        );
+        mote.post("message", &body[start..end])
+            .option(27, support::block(number, end < body.len(), 64))
     };
     let last = (body.len() as u32 - 1) / 64;
     for number in 0..last {
@@ -411,9 +648,18 @@ fn a_restart_sends_nothing_twice() {
             mote.separate(request).expect_code(code);
         }
     }
-    assert_eq!((api.texts_to(5), api.texts_to(6)), (vec!["answered".into(), "in blocks".into()], vec!["begun".into()]));
+    assert_eq!(
+        (api.texts_to(5), api.texts_to(6)),
+        (
+            vec!["answered".into(), "in blocks".into()],
+            vec!["begun".into()]
+        )
+    );
     // A restarted mote may use its message ID and token again, for another text.
-    let other = Message { payload: message(&api, "5", "other").into(), ..answered };
+    let other = Message {
+        payload: message(&api, "5", "other").into(),
+        ..answered
+    };
     mote.separate(&other).expect("2.05", SENT);
     assert_eq!(api.count("sendMessage"), 4);
 }
@@ -422,22 +668,38 @@ fn a_restart_sends_nothing_twice() {
 #[test]
 fn retries() {
     let cases: [(&str, Break); 6] = [
-        ("closed after the answer", |api| api.fail(next(1, ""), Fault::CloseAnswered)),
+        ("closed after the answer", |api| {
+            api.fail(next(1, ""), Fault::CloseAnswered)
+        }),
         ("idle connections closed", |_| {}),
-        ("closed in the handshake", |api| api.fail_connections(1, ConnectionFault::Close)),
-        ("429, 1 s", |api| api.fail(next(2, "").to(6), Fault::too_many_requests(1))),
-        ("429, 1 s, all chats", |api| api.fail(next(3, ""), Fault::too_many_requests(1))),
-        ("late", |api| api.fail(every(""), Fault::Late(Duration::from_secs(5)))),
+        ("closed in the handshake", |api| {
+            api.fail_connections(1, ConnectionFault::Close)
+        }),
+        ("429, 1 s", |api| {
+            api.fail(next(2, "").to(6), Fault::too_many_requests(1))
+        }),
+        ("429, 1 s, all chats", |api| {
+            api.fail(next(3, ""), Fault::too_many_requests(1))
+        }),
+        ("late", |api| {
+            api.fail(every(""), Fault::Late(Duration::from_secs(5)))
+        }),
     ];
     in_parallel(&cases, |break_it| {
         let (api, gateway) = start();
         break_it(&api);
         let mote = Mote::new(gateway.address());
         for text in ["first", "second"] {
-            mote.post_separate("message", message(&api, "5,6,7", text)).expect("2.05", SENT);
+            mote.post_separate("message", message(&api, "5,6,7", text))
+                .expect("2.05", SENT);
             api.close_connections();
         }
-        let sent = api.seen().sent.iter().map(|sent| (sent.chat.clone(), sent.text.clone())).collect::<Vec<_>>();
+        let sent = api
+            .seen()
+            .sent
+            .iter()
+            .map(|sent| (sent.chat.clone(), sent.text.clone()))
+            .collect::<Vec<_>>();
         for chat in [5, 6, 7] {
             assert_eq!(api.texts_to(chat), ["first", "second"], "{sent:?}");
         }
@@ -452,10 +714,22 @@ fn flood_control_of_one_chat() {
     api.fail(every("sendMessage").to(6), Fault::too_many_requests(60));
     let mote = Mote::new(gateway.address());
     let start = Instant::now();
-    mote.post_separate("message", message(&api, "5,6", "x")).expect("2.05", SENT);
-    assert!(start.elapsed() < Duration::from_secs(2), "took {:?}", start.elapsed());
-    assert_eq!((api.texts_to(5), api.count("sendMessage")), (vec!["x".to_string()], 2));
-    assert!(gateway.log().contains("retry after 60"), "{}", gateway.log());
+    mote.post_separate("message", message(&api, "5,6", "x"))
+        .expect("2.05", SENT);
+    assert!(
+        start.elapsed() < Duration::from_secs(2),
+        "took {:?}",
+        start.elapsed()
+    );
+    assert_eq!(
+        (api.texts_to(5), api.count("sendMessage")),
+        (vec!["x".to_string()], 2)
+    );
+    assert!(
+        gateway.log().contains("retry after 60"),
+        "{}",
+        gateway.log()
+    );
 }
 
 /// A text that may have arrived is not sent again: one hanging chat does not take the others' delivery away.
@@ -466,7 +740,8 @@ fn one_chat_hangs() {
     api.fail(every("sendMessage").to(7), Fault::CloseUnanswered);
     let mote = Mote::new(gateway.address());
     let start = Instant::now();
-    mote.post_separate("message", message(&api, "5,6,7", "x")).expect("2.05", SENT);
+    mote.post_separate("message", message(&api, "5,6,7", "x"))
+        .expect("2.05", SENT);
     assert!(start.elapsed() < LIMIT, "took {:?}", start.elapsed());
     assert_eq!(api.count("sendMessage"), 3, "one for each");
 }
@@ -476,7 +751,10 @@ fn one_chat_hangs() {
 fn an_outage() {
     let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
-    let send = |text: &str| mote.post_separate("message", message(&api, "5", text)).code();
+    let send = |text: &str| {
+        mote.post_separate("message", message(&api, "5", text))
+            .code()
+    };
     assert_eq!(send("before"), "2.05");
     api.refuse();
     assert_eq!(send("meanwhile"), "5.00");
@@ -494,14 +772,19 @@ fn nothing_is_left_behind() {
     let mote = Mote::new(gateway.address());
     let idle = gateway.threads();
     for number in 0..200 {
-        mote.post_separate("message", message(&api, "1,2,3,4,5", &number.to_string())).expect("2.05", SENT);
+        mote.post_separate("message", message(&api, "1,2,3,4,5", &number.to_string()))
+            .expect("2.05", SENT);
     }
     assert!(
         within(Duration::from_secs(2), || gateway.threads() <= idle),
         "{} threads, {idle} before",
         gateway.threads()
     );
-    assert!(gateway.open_files() < 40, "{} open files", gateway.open_files());
+    assert!(
+        gateway.open_files() < 40,
+        "{} open files",
+        gateway.open_files()
+    );
     assert_eq!(api.seen().sent.len(), 1000);
 }
 

@@ -17,7 +17,9 @@ const BOB: i64 = 2_345_678_901;
 /// Waits for the answer to what a chat wrote: the texts after the first `known` ones.
 #[track_caller]
 fn answers(api: &BotApi, chat: i64, known: usize) -> Vec<String> {
-    api.wait_for(&format!("an answer to {chat}"), |seen| seen.texts_to(chat).len() > known);
+    api.wait_for(&format!("an answer to {chat}"), |seen| {
+        seen.texts_to(chat).len() > known
+    });
     api.texts_to(chat).split_off(known)
 }
 
@@ -45,7 +47,11 @@ fn a_new_user_is_greeted() {
     let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
     api.person_writes(ADA, "Ada", "hello?");
-    api.push_message(BOB, "Bob", json!({"photo": [{"file_id": "x"}], "caption": "look"}));
+    api.push_message(
+        BOB,
+        "Bob",
+        json!({"photo": [{"file_id": "x"}], "caption": "look"}),
+    );
     assert_eq!(poll(&mote, &api), "Ada:1234567890;Bob:2345678901");
     for chat in [ADA, BOB] {
         let greeting = answers(&api, chat, 0).remove(0);
@@ -53,7 +59,11 @@ fn a_new_user_is_greeted() {
             assert!(greeting.contains(part), "{part:?} in {greeting:?}");
         }
     }
-    assert!(gateway.log().contains("Ada") && gateway.log().contains("1234567890"), "{}", gateway.log());
+    assert!(
+        gateway.log().contains("Ada") && gateway.log().contains("1234567890"),
+        "{}",
+        gateway.log()
+    );
 }
 
 #[test]
@@ -62,7 +72,10 @@ fn help() {
     for text in ["/start", "help", "/help", "HELP", "/Start", "  help \n"] {
         let (tokens, answer) = ada_writes(&api, &mote, text);
         assert_eq!(tokens, NOTHING, "{text:?}");
-        assert!(answer.contains("remove me") && answer.contains("interval"), "{text:?}: {answer:?}");
+        assert!(
+            answer.contains("remove me") && answer.contains("interval"),
+            "{text:?}: {answer:?}"
+        );
     }
 }
 
@@ -73,7 +86,9 @@ fn ten_users() {
     for number in 0..12 {
         api.person_writes(1_000_000_000 + number, &format!("User{number}"), "hi");
     }
-    let expected: Vec<String> = (0..10).map(|n| format!("User{n}:{}", 1_000_000_000 + n)).collect();
+    let expected: Vec<String> = (0..10)
+        .map(|n| format!("User{n}:{}", 1_000_000_000 + n))
+        .collect();
     assert_eq!(poll(&mote, &api), expected.join(";"));
     for late in [1_000_000_010, 1_000_000_011] {
         let answer = answers(&api, late, 0).remove(0);
@@ -108,19 +123,43 @@ fn who_cannot_register() {
 /// What the firmware can take for a user (contract §5, names).
 fn assert_wire_name(name: &str) {
     assert!(!name.is_empty() && name.len() <= 14, "length of {name:?}");
-    assert!(!name.contains(|c: char| c.is_control() || ";:,&=".contains(c)), "characters of {name:?}");
+    assert!(
+        !name.contains(|c: char| c.is_control() || ";:,&=".contains(c)),
+        "characters of {name:?}"
+    );
     assert!(name != "all", "all chats");
     let bytes = name.as_bytes();
     let digit = bytes.get(1).is_some_and(u8::is_ascii_digit);
-    let setting = matches!(bytes[0], b'i' | b'r') && digit || name.starts_with("f0") || name.starts_with("f1");
+    let setting = matches!(bytes[0], b'i' | b'r') && digit
+        || name.starts_with("f0")
+        || name.starts_with("f1");
     assert!(!setting, "{name:?} reads as a setting");
 }
 
 #[test]
 fn names() {
     let tables: [(&str, &[&str]); 3] = [
-        ("settings", &["f0", "f1", "f1x", "i5", "i5;r1", "r2d2", "r2d2", "all", "all", "f2"]),
-        ("characters", &["", " ", ";;;", "A;B:C,D&E=F", "x\u{7}y\nz\u{85}", "🙂🙂🙂🙂🙂", "🏳️‍🌈🏳️‍🌈", "Ada", "Ada", "Ada"]),
+        (
+            "settings",
+            &[
+                "f0", "f1", "f1x", "i5", "i5;r1", "r2d2", "r2d2", "all", "all", "f2",
+            ],
+        ),
+        (
+            "characters",
+            &[
+                "",
+                " ",
+                ";;;",
+                "A;B:C,D&E=F",
+                "x\u{7}y\nz\u{85}",
+                "🙂🙂🙂🙂🙂",
+                "🏳️‍🌈🏳️‍🌈",
+                "Ada",
+                "Ada",
+                "Ada",
+            ],
+        ),
         (
             "length",
             &[
@@ -152,9 +191,14 @@ fn names() {
         let tokens: Vec<&str> = replies.iter().flat_map(|reply| reply.split(';')).collect();
         assert_eq!(tokens.len(), names.len(), "{tokens:?}");
         for (number, token) in tokens.iter().enumerate() {
-            let (name, id) = token.split_once(':').unwrap_or_else(|| panic!("no user: {token:?}"));
+            let (name, id) = token
+                .split_once(':')
+                .unwrap_or_else(|| panic!("no user: {token:?}"));
             assert_wire_name(name);
-            assert!(seen.insert(name.to_string()), "{name:?} twice in {tokens:?}");
+            assert!(
+                seen.insert(name.to_string()),
+                "{name:?} twice in {tokens:?}"
+            );
             assert_eq!(id, (1_000_000_000 + number).to_string());
         }
     });
@@ -164,8 +208,20 @@ fn names() {
 fn good_names_stay_as_they_are() {
     let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
-    for (number, name) in
-        ["Ada", "Jean-Luc", "Zoë", "r", "i", "f", "Rita", "f2a", "Anna Maria", "12345678901234"].iter().enumerate()
+    for (number, name) in [
+        "Ada",
+        "Jean-Luc",
+        "Zoë",
+        "r",
+        "i",
+        "f",
+        "Rita",
+        "f2a",
+        "Anna Maria",
+        "12345678901234",
+    ]
+    .iter()
+    .enumerate()
     {
         let id = 1_000_000_000 + number as i64;
         api.person_writes(id, name, "hi");
@@ -182,7 +238,10 @@ fn a_name_that_is_taken() {
     api.person_writes(BOB, "Ada", "I am called Ada now");
     let tokens = poll(&mote, &api);
     let (name, id) = tokens.split_once(':').expect("a new name");
-    assert!(name != "Ada" && name != "Bob" && id == "2345678901", "{tokens}");
+    assert!(
+        name != "Ada" && name != "Bob" && id == "2345678901",
+        "{tokens}"
+    );
     assert_wire_name(name);
     api.person_writes(BOB, "Ada", "still");
     api.person_writes(ADA, "Ada", "still");
@@ -194,7 +253,10 @@ fn a_name_that_is_taken() {
 #[test]
 fn remove_me() {
     let (api, gateway, mote) = with_ada();
-    let send = |text: &str| mote.post_separate("message", message(&api, "1234567890", text)).expect("2.05", SENT);
+    let send = |text: &str| {
+        mote.post_separate("message", message(&api, "1234567890", text))
+            .expect("2.05", SENT)
+    };
     for text in ["remove me", "Remove Me", "  REMOVE ME \n"] {
         send("still here");
         let (tokens, answer) = ada_writes(&api, &mote, text);
@@ -203,14 +265,19 @@ fn remove_me() {
         let known = api.seen().sent.len();
         send("not any more");
         assert_eq!(api.seen().sent.len(), known, "holds at once");
-        assert_eq!(ada_writes(&api, &mote, "hello again").0, "Ada:1234567890", "until they write again");
+        assert_eq!(
+            ada_writes(&api, &mote, "hello again").0,
+            "Ada:1234567890",
+            "until they write again"
+        );
     }
     // Also for a chat that only the firmware knows.
     api.person_writes(5_555_555_555, "Eve", "remove me");
     assert_eq!(poll(&mote, &api), "r5555555555");
     answers(&api, 5_555_555_555, 0);
     let known = api.seen().sent.len();
-    mote.post_separate("message", message(&api, "5555555555", "x")).expect("2.05", SENT);
+    mote.post_separate("message", message(&api, "5555555555", "x"))
+        .expect("2.05", SENT);
     assert_eq!(api.seen().sent.len(), known);
     drop(gateway);
 }
@@ -245,13 +312,19 @@ fn settings() {
     ] {
         let (tokens, answer) = ada_writes(&api, &mote, &format!("config {PASSWORD} {setting}"));
         assert_eq!(tokens, token, "{setting:?}");
-        assert!(answer.contains(&token[1..]), "{setting:?} is confirmed: {answer:?}");
+        assert!(
+            answer.contains(&token[1..]),
+            "{setting:?} is confirmed: {answer:?}"
+        );
         assert!(!answer.contains(PASSWORD));
     }
     let (tokens, _) = ada_writes(&api, &mote, &format!(" CONFIG {PASSWORD} interval 8"));
     assert_eq!(tokens, "i8");
     let applied = gateway.log();
-    assert!(applied.contains("120"), "every applied change is logged: {applied}");
+    assert!(
+        applied.contains("120"),
+        "every applied change is logged: {applied}"
+    );
 }
 
 /// Nothing changes, and Ada is told what is allowed.
@@ -305,7 +378,13 @@ fn wrong_passwords() {
         }
         ada_writes(&api, &mote, &format!("config {PASSWORD} feedback 1"));
     }
-    for nearly in ["x", &PASSWORD[1..], &format!("{PASSWORD}x"), &PASSWORD[..PASSWORD.len() - 1], &wrong] {
+    for nearly in [
+        "x",
+        &PASSWORD[1..],
+        &format!("{PASSWORD}x"),
+        &PASSWORD[..PASSWORD.len() - 1],
+        &wrong,
+    ] {
         let (tokens, _) = ada_writes(&api, &mote, &format!("config {nearly} interval 5"));
         assert_eq!(tokens, NOTHING, "{nearly:?}");
     }
@@ -329,7 +408,11 @@ fn without_a_password() {
     let gateway = Gateway::with(setup);
     let mote = Mote::new(gateway.address());
     ada_writes(&api, &mote, "hi");
-    for text in [format!("config {PASSWORD} interval 5"), "config  interval 5".into(), "config interval 5".into()] {
+    for text in [
+        format!("config {PASSWORD} interval 5"),
+        "config  interval 5".into(),
+        "config interval 5".into(),
+    ] {
         let (tokens, _) = ada_writes(&api, &mote, &text);
         assert_eq!(tokens, NOTHING, "{text:?}");
     }
@@ -350,8 +433,14 @@ fn passwords_are_deleted() {
     api.person_writes(ADA, "Ada", "just talking");
     api.person_writes(ADA, "Ada", "help");
     poll(&mote, &api);
-    api.fail(every("deleteMessage"), Fault::error(400, "Bad Request: message can't be deleted for everyone"));
-    assert_eq!(ada_writes(&api, &mote, &format!("config {PASSWORD} interval 9")).0, "i9");
+    api.fail(
+        every("deleteMessage"),
+        Fault::error(400, "Bad Request: message can't be deleted for everyone"),
+    );
+    assert_eq!(
+        ada_writes(&api, &mote, &format!("config {PASSWORD} interval 9")).0,
+        "i9"
+    );
     thread::sleep(QUIET);
     assert_eq!(api.seen().deleted, expected);
 }
@@ -363,8 +452,15 @@ fn answers_that_fail() {
     let cases: [(&str, Break); 4] = [
         ("blocked", |api| api.block_chat(ADA)),
         ("hang", |api| api.fail(every("sendMessage"), Fault::Hang)),
-        ("500", |api| api.fail(every("sendMessage"), Fault::error(500, "Internal Server Error"))),
-        ("closed", |api| api.fail(every("sendMessage"), Fault::CloseUnanswered)),
+        ("500", |api| {
+            api.fail(
+                every("sendMessage"),
+                Fault::error(500, "Internal Server Error"),
+            )
+        }),
+        ("closed", |api| {
+            api.fail(every("sendMessage"), Fault::CloseUnanswered)
+        }),
     ];
     in_parallel(&cases, |break_it| {
         let (api, gateway) = start();
@@ -412,14 +508,23 @@ fn nobody_forges_the_log() {
     poll(&mote, &api);
     api.unknown_chat(7);
     api.fail(every("sendMessage").to(8), Fault::error(400, forged));
-    mote.post_separate("message", message(&api, "5,7,8", forged)).expect("2.05", SENT);
-    mote.post_piggybacked("message", message(&api, forged, "x")).expect_code("4.00");
-    mote.post_piggybacked("message", format!("url={forged}&token={forged}&chat_ids=5&text=x"));
+    mote.post_separate("message", message(&api, "5,7,8", forged))
+        .expect("2.05", SENT);
+    mote.post_piggybacked("message", message(&api, forged, "x"))
+        .expect_code("4.00");
+    mote.post_piggybacked(
+        "message",
+        format!("url={forged}&token={forged}&chat_ids=5&text=x"),
+    );
     let path = mote.request(Kind::Con, POST, "").option(URI_PATH, forged);
     mote.piggybacked(&path).expect_code("4.04");
     for line in gateway.log().lines() {
         let bytes = line.as_bytes();
-        let shape: String = line.chars().take(21).map(|c| if c.is_ascii_digit() { '0' } else { c }).collect();
+        let shape: String = line
+            .chars()
+            .take(21)
+            .map(|c| if c.is_ascii_digit() { '0' } else { c })
+            .collect();
         assert_eq!(shape, "0000-00-00 00:00:00 [", "{line:?}");
         assert!(!line[20..].starts_with("[INFO] forged"), "{line:?}");
         assert!(!bytes.iter().any(u8::is_ascii_control), "{line:?}");

@@ -44,7 +44,8 @@ fn the_latest_change_of_each_key() {
     api.person_writes(ADA, "Ada", &config("interval 7"));
     api.person_writes(ADA, "Ada", &config("feedback 0"));
     let request = mote.post("update", message(&api, "5", "ignored"));
-    mote.separate(&request).expect("2.05", "Ada:1234567890;Bob:2345678901;i7;f0");
+    mote.separate(&request)
+        .expect("2.05", "Ada:1234567890;Bob:2345678901;i7;f0");
     // Removed and back again.
     api.person_writes(BOB, "Bob", "remove me");
     api.person_writes(BOB, "Bob", "I am back");
@@ -58,9 +59,16 @@ fn missing_fields() {
     let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
     let url = api.url();
-    for form in ["", "nonsense", "chat_ids=5&text=x", &format!("url={url}"), "token=x", &format!("url={url}&token=\0")]
-    {
-        mote.post_piggybacked("update", form).expect("4.00", "Missing required fields");
+    for form in [
+        "",
+        "nonsense",
+        "chat_ids=5&text=x",
+        &format!("url={url}"),
+        "token=x",
+        &format!("url={url}&token=\0"),
+    ] {
+        mote.post_piggybacked("update", form)
+            .expect("4.00", "Missing required fields");
     }
     assert_eq!(api.seen().connections, 0);
 }
@@ -72,7 +80,11 @@ fn non_confirmable_poll() {
     let mote = Mote::new(gateway.address());
     api.person_writes(ADA, "Ada", "hi");
     for _ in 0..2 {
-        mote.send(&mote.request(Kind::Non, POST, "update").payload(update(&api)));
+        mote.send(
+            &mote
+                .request(Kind::Non, POST, "update")
+                .payload(update(&api)),
+        );
         let response = mote.receive();
         assert_eq!(response.kind, Kind::Non);
         response.expect("2.05", "Ada:1234567890");
@@ -166,7 +178,10 @@ impl Memory {
 #[test]
 fn killed_at_any_moment() {
     let worlds: Vec<(String, u64)> = (0..4).map(|seed| (format!("seed {seed}"), seed)).collect();
-    let worlds: Vec<(&str, u64)> = worlds.iter().map(|(name, seed)| (name.as_str(), *seed)).collect();
+    let worlds: Vec<(&str, u64)> = worlds
+        .iter()
+        .map(|(name, seed)| (name.as_str(), *seed))
+        .collect();
     in_parallel(&worlds, |seed| {
         let api = BotApi::start();
         let mut gateway = Gateway::start(&api);
@@ -177,7 +192,11 @@ fn killed_at_any_moment() {
             match round % 3 {
                 0 => api.person_writes(id, &format!("User{id}"), "remove me"),
                 1 => api.person_writes(id, &format!("User{id}"), "hello"),
-                _ => api.person_writes(id, &format!("User{id}"), &config(&format!("interval {round}"))),
+                _ => api.person_writes(
+                    id,
+                    &format!("User{id}"),
+                    &config(&format!("interval {round}")),
+                ),
             };
             let kill_after = Duration::from_micros(numbers.next() % 60_000);
             let request = mote.post("update", update(&api));
@@ -185,7 +204,9 @@ fn killed_at_any_moment() {
             mote.send(&request);
             while let Some(left) = kill_after.checked_sub(start.elapsed()) {
                 match mote.try_receive(left.max(Duration::from_millis(1))) {
-                    Some(response) if response.kind == Kind::Con && response.token == request.token => {
+                    Some(response)
+                        if response.kind == Kind::Con && response.token == request.token =>
+                    {
                         memory.read(&response.text());
                         mote.acknowledge(&response);
                     }
@@ -208,8 +229,18 @@ fn killed_at_any_moment() {
         }
         // Rounds 1 4 7 10 write hello, 2 5 8 11 set the interval (ids 2 5 0 3), 3 6 9 12 leave (ids 3 6 1 4).
         let users = [0, 2, 3, 5, 7].map(|n| 1_000_000_000 + n);
-        let users = users.map(|id| (id, format!("User{id}"))).into_iter().collect();
-        assert_eq!(memory, Memory { interval: Some("11".into()), feedback: None, users });
+        let users = users
+            .map(|id| (id, format!("User{id}")))
+            .into_iter()
+            .collect();
+        assert_eq!(
+            memory,
+            Memory {
+                interval: Some("11".into()),
+                feedback: None,
+                users
+            }
+        );
     });
 }
 
@@ -229,10 +260,17 @@ fn several_motes() {
     api.person_writes(BOB, "Bob", "remove me");
     assert_eq!(poll(&two, &api), "r2345678901");
     gateway.restart();
-    assert_eq!(poll(&three, &api), "Ada:1234567890;f1;r2345678901", "a new mote gets the whole state");
+    assert_eq!(
+        poll(&three, &api),
+        "Ada:1234567890;f1;r2345678901",
+        "a new mote gets the whole state"
+    );
     assert_eq!(poll(&one, &api), "r2345678901");
     // A mote is its IP address: after a restart it asks from another port.
-    assert_eq!(poll(&Mote::at("127.0.0.2", gateway.address()), &api), NOTHING);
+    assert_eq!(
+        poll(&Mote::at("127.0.0.2", gateway.address()), &api),
+        NOTHING
+    );
 }
 
 /// 64 motes are remembered; the longest silent one is told everything again.
@@ -249,7 +287,11 @@ fn many_motes() {
     assert_eq!(poll(&mote(65), &api), "Ada:1234567890");
     assert_eq!(poll(&mote(1), &api), NOTHING);
     assert_eq!(poll(&mote(64), &api), NOTHING);
-    assert_eq!(poll(&mote(2), &api), "Ada:1234567890", "forgotten for number 65");
+    assert_eq!(
+        poll(&mote(2), &api),
+        "Ada:1234567890",
+        "forgotten for number 65"
+    );
 }
 
 /// Firmware that lost its RAM gives itself away by the chats that it sends to.
@@ -257,8 +299,14 @@ fn many_motes() {
 fn restarted_mote() {
     let api = BotApi::start();
     let gateway = Gateway::with(Setup::ipv4(&api));
-    let (mote, other) = (Mote::at("127.0.0.2", gateway.address()), Mote::at("127.0.0.3", gateway.address()));
-    let send = |mote: &Mote, chats: &str| mote.post_separate("message", message(&api, chats, "x")).expect("2.05", SENT);
+    let (mote, other) = (
+        Mote::at("127.0.0.2", gateway.address()),
+        Mote::at("127.0.0.3", gateway.address()),
+    );
+    let send = |mote: &Mote, chats: &str| {
+        mote.post_separate("message", message(&api, chats, "x"))
+            .expect("2.05", SENT)
+    };
     api.person_writes(BOB, "Bob", "hi");
     api.person_writes(ADA, "Ada", &config("interval 5"));
     api.person_writes(BOB, "Bob", "remove me");
@@ -275,7 +323,11 @@ fn restarted_mote() {
     // With a removed one.
     send(&mote, "1234567890,2345678901");
     assert_eq!(poll(&mote, &api), all);
-    assert_eq!(poll(&other, &api), NOTHING, "the other mote was not restarted");
+    assert_eq!(
+        poll(&other, &api),
+        NOTHING,
+        "the other mote was not restarted"
+    );
     assert!(api.texts_to(BOB).iter().all(|text| text != "x"));
     // A mote that was not told yet cannot have forgotten: it hears the rest only.
     api.person_writes(3_333_333_333, "Cyd", "hi");
@@ -294,7 +346,11 @@ fn long_replies() {
     let (api, gateway) = start();
     let mut expected = Vec::new();
     for number in 0..10_i64 {
-        api.person_writes(10_000_000_000 + number, &format!("Bartholomew-0{number}"), "hi");
+        api.person_writes(
+            10_000_000_000 + number,
+            &format!("Bartholomew-0{number}"),
+            "hi",
+        );
         expected.push(format!("Bartholomew-0{number}:{}", 10_000_000_000 + number));
         api.person_writes(20_000_000_000 + number, "Stranger", "remove me");
         expected.push(format!("r{}", 20_000_000_000 + number));
@@ -322,12 +378,19 @@ fn long_replies() {
     deaf.begin(&request);
     let lost = deaf.response(&request);
     let (tokens, replies) = collect(302, &|| poll(&mote, &api));
-    assert_eq!((tokens, replies), (expected.clone(), 2), "as full as can be");
+    assert_eq!(
+        (tokens, replies),
+        (expected.clone(), 2),
+        "as full as can be"
+    );
     assert!(expected.join(";").starts_with(&lost.text()) && lost.payload.len() > 302 - 27);
     // A restarted mote with a small buffer names a block size.
-    mote.post_separate("message", message(&api, "5", "x")).expect("2.05", SENT);
+    mote.post_separate("message", message(&api, "5", "x"))
+        .expect("2.05", SENT);
     let small = || {
-        let request = mote.post("update", update(&api)).option(BLOCK2, block(0, false, 64));
+        let request = mote
+            .post("update", update(&api))
+            .option(BLOCK2, block(0, false, 64));
         mote.separate(&request).text()
     };
     let (tokens, _) = collect(64, &small);
@@ -341,20 +404,32 @@ fn how_updates_are_fetched() {
     let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
     for number in 0..250 {
-        api.person_writes(1_000_000_000 + number % 10, &format!("User{}", number % 10), "hi");
+        api.person_writes(
+            1_000_000_000 + number % 10,
+            &format!("User{}", number % 10),
+            "hi",
+        );
     }
     let start = Instant::now();
-    let expected: Vec<String> = (0..10).map(|n| format!("User{n}:{}", 1_000_000_000 + n)).collect();
+    let expected: Vec<String> = (0..10)
+        .map(|n| format!("User{n}:{}", 1_000_000_000 + n))
+        .collect();
     assert_eq!(poll(&mote, &api), expected.join(";"));
     assert!(start.elapsed() < Duration::from_secs(9));
     assert_eq!(poll(&mote, &api), NOTHING);
     assert_eq!(api.waiting_updates(), 0, "all confirmed");
     let calls = api.seen().calls("getUpdates");
     let first = 700_000_001;
-    let offsets: Vec<i64> = calls.iter().map(|call| call.body["offset"].as_i64().unwrap_or(0)).collect();
+    let offsets: Vec<i64> = calls
+        .iter()
+        .map(|call| call.body["offset"].as_i64().unwrap_or(0))
+        .collect();
     assert!(offsets[0] <= 1, "{offsets:?}");
     assert_eq!(offsets[1..3], [first + 100, first + 200]);
-    assert!(offsets[3..].iter().all(|offset| *offset == first + 250), "{offsets:?}");
+    assert!(
+        offsets[3..].iter().all(|offset| *offset == first + 250),
+        "{offsets:?}"
+    );
     for call in &calls {
         assert_eq!(call.body["limit"], json!(100));
         assert_eq!(call.body["allowed_updates"], json!(["message"]));
@@ -376,13 +451,19 @@ fn progress_is_saved_first() {
         seen.count("sendMessage") > 0
     });
     gateway.kill9();
-    assert!(state.contains("1234567890") && state.contains("Ada"), "{state}");
+    assert!(
+        state.contains("1234567890") && state.contains("Ada"),
+        "{state}"
+    );
     api.heal();
     gateway.restart();
     while mote.try_receive(QUIET).is_some() {}
     assert_eq!(poll(&mote, &api), "Ada:1234567890;i5");
     let confirmed = 700_000_002;
-    assert_eq!(api.seen().calls("getUpdates").last().unwrap().body["offset"], json!(confirmed));
+    assert_eq!(
+        api.seen().calls("getUpdates").last().unwrap().body["offset"],
+        json!(confirmed)
+    );
 }
 
 /// Updates that mean nothing to the gateway, or that are not what the documentation says.
@@ -416,11 +497,18 @@ fn odd_updates() {
             api.push_update(odd);
         }
     }
-    api.push_message(BOB, "Bob", json!({"text": ["config"], "entities": {"a": [null]}}));
+    api.push_message(
+        BOB,
+        "Bob",
+        json!({"text": ["config"], "entities": {"a": [null]}}),
+    );
     api.person_writes(3_333_333_333, "Cyd", "hi");
     let mote = Mote::new(gateway.address());
     let tokens = poll(&mote, &api);
-    assert!(tokens.split(';').any(|token| token == "Cyd:3333333333"), "{tokens}");
+    assert!(
+        tokens.split(';').any(|token| token == "Cyd:3333333333"),
+        "{tokens}"
+    );
     assert!(!tokens.contains("Ada"), "{tokens}");
     api.person_writes(4_444_444_444, "Dee", "hi");
     assert_eq!(poll(&mote, &api), "Dee:4444444444");
@@ -440,7 +528,11 @@ fn renumbered_updates() {
     api.person_writes(BOB, "Bob", &config("interval 6"));
     assert_eq!(poll(&mote, &api), "i6");
     assert_eq!(poll(&mote, &api), NOTHING);
-    assert!(api.count("getUpdates") < 20, "{} calls", api.count("getUpdates"));
+    assert!(
+        api.count("getUpdates") < 20,
+        "{} calls",
+        api.count("getUpdates")
+    );
 }
 
 /// Two motes that poll at the same time: each update is handled once, both motes get it.
@@ -471,11 +563,22 @@ fn two_polls_at_once() {
 fn telegram_fails() {
     type Break = fn(&BotApi);
     let cases: [(&str, Break); 7] = [
-        ("401", |api| api.fail(every(""), Fault::error(401, "Unauthorized"))),
+        ("401", |api| {
+            api.fail(every(""), Fault::error(401, "Unauthorized"))
+        }),
         ("409", |api| api.fail(every(""), Fault::conflict())),
-        ("500", |api| api.fail(every(""), Fault::error(500, "Internal Server Error"))),
-        ("no JSON", |api| api.fail(every(""), Fault::Answer(200, "hello".into()))),
-        ("no array", |api| api.fail(every(""), Fault::Answer(200, r#"{"ok":true,"result":{}}"#.into()))),
+        ("500", |api| {
+            api.fail(every(""), Fault::error(500, "Internal Server Error"))
+        }),
+        ("no JSON", |api| {
+            api.fail(every(""), Fault::Answer(200, "hello".into()))
+        }),
+        ("no array", |api| {
+            api.fail(
+                every(""),
+                Fault::Answer(200, r#"{"ok":true,"result":{}}"#.into()),
+            )
+        }),
         ("hang", |api| api.fail(every(""), Fault::Hang)),
         ("refused", |api| api.refuse()),
     ];
@@ -485,8 +588,13 @@ fn telegram_fails() {
         break_it(&api);
         api.person_writes(ADA, "Ada", &config("interval 5"));
         let start = Instant::now();
-        mote.post_separate("update", update(&api)).expect("5.00", "");
-        assert!(start.elapsed() < Duration::from_millis(9200), "took {:?}", start.elapsed());
+        mote.post_separate("update", update(&api))
+            .expect("5.00", "");
+        assert!(
+            start.elapsed() < Duration::from_millis(9200),
+            "took {:?}",
+            start.elapsed()
+        );
         let told = |line: &str| line.contains("[WARN]") || line.contains("[ERROR]");
         assert!(gateway.log().lines().any(told), "{}", gateway.log());
         api.heal();
@@ -505,8 +613,15 @@ fn the_state_file() {
     api.person_writes(ADA, "Ada", &config("interval 5"));
     assert_eq!(poll(&mote, &api), "Ada:1234567890;i5");
     let path = gateway.directory().join("state.json");
-    assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
-    assert!(serde_json::from_str::<Value>(&gateway.state()).is_ok(), "{}", gateway.state());
+    assert_eq!(
+        fs::metadata(&path).unwrap().permissions().mode() & 0o777,
+        0o600
+    );
+    assert!(
+        serde_json::from_str::<Value>(&gateway.state()).is_ok(),
+        "{}",
+        gateway.state()
+    );
     gateway.settle();
     gateway.restart();
     assert_eq!(poll(&mote, &api), NOTHING);
@@ -520,7 +635,17 @@ fn the_state_file() {
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
         .collect();
     files.sort();
-    assert_eq!(files, [".env", "coap_server.log", "config.ini", "state.journal", "state.json"], "nothing else is left");
+    assert_eq!(
+        files,
+        [
+            ".env",
+            "coap_server.log",
+            "config.ini",
+            "state.journal",
+            "state.json"
+        ],
+        "nothing else is left"
+    );
 }
 
 /// A damaged state is set aside, with an error in the log, and the gateway serves.
@@ -551,10 +676,28 @@ fn damaged_state_files() {
         api.person_writes(BOB, "Bob", "hi");
         assert_eq!(poll(&mote, &api), "Bob:2345678901");
         let log = gateway.log();
-        assert!(log.lines().any(|line| line.contains("[ERROR]") && line.contains("state.json")), "{log}");
-        let aside = fs::read_dir(gateway.directory()).unwrap().map(|entry| entry.unwrap().path());
-        let aside = aside.filter(|path| path.file_name().unwrap().to_str().unwrap().starts_with("state.json."));
-        assert_eq!(aside.map(|path| fs::read(path).unwrap()).collect::<Vec<_>>(), [damaged.to_vec()], "set aside");
+        assert!(
+            log.lines()
+                .any(|line| line.contains("[ERROR]") && line.contains("state.json")),
+            "{log}"
+        );
+        let aside = fs::read_dir(gateway.directory())
+            .unwrap()
+            .map(|entry| entry.unwrap().path());
+        let aside = aside.filter(|path| {
+            path.file_name()
+                .unwrap()
+                .to_str()
+                .unwrap()
+                .starts_with("state.json.")
+        });
+        assert_eq!(
+            aside
+                .map(|path| fs::read(path).unwrap())
+                .collect::<Vec<_>>(),
+            [damaged.to_vec()],
+            "set aside"
+        );
         gateway.settle();
         gateway.restart();
         assert_eq!(poll(&mote, &api), NOTHING);
@@ -570,10 +713,22 @@ fn tampered_state_files() {
         poll(&Mote::new(gateway.address()), &api);
         serde_json::from_str(&gateway.state()).unwrap()
     };
-    let keys: Vec<String> = good.as_object().expect("the state is a JSON object").keys().cloned().collect();
+    let keys: Vec<String> = good
+        .as_object()
+        .expect("the state is a JSON object")
+        .keys()
+        .cloned()
+        .collect();
     let mut cases = Vec::new();
     for key in &keys {
-        for value in [json!(null), json!(-1), json!(1e300), json!("x"), json!([null]), json!({"x": [1]})] {
+        for value in [
+            json!(null),
+            json!(-1),
+            json!(1e300),
+            json!("x"),
+            json!([null]),
+            json!({"x": [1]}),
+        ] {
             let mut tampered = good.clone();
             tampered[key] = value;
             cases.push(tampered);
@@ -599,7 +754,8 @@ fn tampered_state_files() {
 #[test]
 fn two_bots_at_once() {
     let api = BotApi::start();
-    let gateway = Gateway::with(Setup::new(&api).config(&format!("[telegram]\nurl = {}\n", api.url())));
+    let gateway =
+        Gateway::with(Setup::new(&api).config(&format!("[telegram]\nurl = {}\n", api.url())));
     api.person_writes(ADA, "Ada", "hi");
     api.set_round_trip(Duration::from_millis(200));
     let (one, two) = (Mote::new(gateway.address()), Mote::new(gateway.address()));

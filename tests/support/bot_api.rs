@@ -74,7 +74,12 @@ pub fn every(method: &str) -> When {
 
 /// The next `times` calls of a method; of any method if it is empty.
 pub fn next(times: usize, method: &str) -> When {
-    When { method: method.to_string(), chat: None, text: None, times }
+    When {
+        method: method.to_string(),
+        chat: None,
+        text: None,
+        times,
+    }
 }
 
 impl When {
@@ -133,16 +138,27 @@ pub struct Seen {
 
 impl Seen {
     pub fn calls(&self, method: &str) -> Vec<Call> {
-        self.calls.iter().filter(|call| call.method == method).cloned().collect()
+        self.calls
+            .iter()
+            .filter(|call| call.method == method)
+            .cloned()
+            .collect()
     }
 
     pub fn count(&self, method: &str) -> usize {
-        self.calls.iter().filter(|call| call.method == method).count()
+        self.calls
+            .iter()
+            .filter(|call| call.method == method)
+            .count()
     }
 
     pub fn texts_to(&self, chat: impl ToString) -> Vec<String> {
         let chat = chat.to_string();
-        self.sent.iter().filter(|sent| sent.chat == chat).map(|sent| sent.text.clone()).collect()
+        self.sent
+            .iter()
+            .filter(|sent| sent.chat == chat)
+            .map(|sent| sent.text.clone())
+            .collect()
     }
 }
 
@@ -173,13 +189,17 @@ struct Shared {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        self.state
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     /// Sleeps, unless the stand-in is stopped meanwhile.
     fn pause(&self, time: Duration) {
         if !time.is_zero() {
-            let _ = self.changed.wait_timeout_while(self.lock(), time, |state| !state.stopped);
+            let _ = self
+                .changed
+                .wait_timeout_while(self.lock(), time, |state| !state.stopped);
         }
     }
 
@@ -233,8 +253,13 @@ impl BotApi {
         let directory = options.ca_path.is_none().then(TempDir::new);
         let temporary = || directory.as_ref().unwrap().join("ca.pem");
         let ca_path = options.ca_path.unwrap_or_else(temporary);
-        fs::write(&ca_path, &authority.pem).unwrap_or_else(|error| panic!("write {}: {error}", ca_path.display()));
-        let mut names = vec!["localhost".to_string(), "127.0.0.1".to_string(), "::1".to_string()];
+        fs::write(&ca_path, &authority.pem)
+            .unwrap_or_else(|error| panic!("write {}: {error}", ca_path.display()));
+        let mut names = vec![
+            "localhost".to_string(),
+            "127.0.0.1".to_string(),
+            "::1".to_string(),
+        ];
         names.extend(options.names);
         let state = State {
             seen: Seen::default(),
@@ -252,13 +277,25 @@ impl BotApi {
             open: HashMap::new(),
             stopped: false,
         };
-        let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new(), token: options.token });
+        let shared = Arc::new(Shared {
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+            token: options.token,
+        });
         let listener = TcpListener::bind(options.listen)
             .unwrap_or_else(|error| panic!("cannot listen on {}: {error}", options.listen));
         let address = listener.local_addr().unwrap();
         let thread = accept(Arc::clone(&shared), listener);
         let listener = Mutex::new(Some(thread));
-        Self { shared, listener, address, authority, names, ca_path, _directory: directory }
+        Self {
+            shared,
+            listener,
+            address,
+            authority,
+            names,
+            ca_path,
+            _directory: directory,
+        }
     }
 
     pub fn address(&self) -> SocketAddr {
@@ -415,14 +452,22 @@ impl BotApi {
     /// Waits until something was seen; false after `limit`.
     pub fn wait_until(&self, limit: Duration, mut done: impl FnMut(&Seen) -> bool) -> bool {
         let state = self.shared.lock();
-        let (state, _) = self.shared.changed.wait_timeout_while(state, limit, |state| !done(&state.seen)).unwrap();
+        let (state, _) = self
+            .shared
+            .changed
+            .wait_timeout_while(state, limit, |state| !done(&state.seen))
+            .unwrap();
         done(&state.seen)
     }
 
     /// Waits some seconds until something was seen; panics with what was expected and what was seen instead.
     #[track_caller]
     pub fn wait_for(&self, what: &str, done: impl FnMut(&Seen) -> bool) {
-        assert!(self.wait_until(Duration::from_secs(10), done), "Telegram never saw: {what}\n{:#?}", self.seen());
+        assert!(
+            self.wait_until(Duration::from_secs(10), done),
+            "Telegram never saw: {what}\n{:#?}",
+            self.seen()
+        );
     }
 }
 
@@ -433,13 +478,19 @@ impl Drop for BotApi {
 }
 
 fn now() -> i64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs() as i64
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap()
+        .as_secs() as i64
 }
 
 // --- Telegram's side of the calls ---
 
 fn error(status: u16, description: &str) -> (u16, Value) {
-    (status, json!({"ok": false, "error_code": status, "description": description}))
+    (
+        status,
+        json!({"ok": false, "error_code": status, "description": description}),
+    )
 }
 
 fn success(result: Value) -> (u16, Value) {
@@ -462,9 +513,15 @@ fn chat_of(parameters: &Map<String, Value>) -> Option<String> {
 
 /// Digits, a colon and the secret part, as BotFather writes them.
 fn well_formed(token: &str) -> bool {
-    let secret_ok =
-        |secret: &str| secret.len() >= 30 && secret.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-".contains(&b));
-    token.split_once(':').is_some_and(|(id, secret)| id.parse::<u64>().is_ok() && secret_ok(secret))
+    let secret_ok = |secret: &str| {
+        secret.len() >= 30
+            && secret
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || b"_-".contains(&b))
+    };
+    token
+        .split_once(':')
+        .is_some_and(|(id, secret)| id.parse::<u64>().is_ok() && secret_ok(secret))
 }
 
 impl State {
@@ -474,7 +531,8 @@ impl State {
     }
 
     fn push(&mut self, mut update: Value) {
-        let allowed = |kind: &String| self.allowed_updates.is_empty() || self.allowed_updates.contains(kind);
+        let allowed =
+            |kind: &String| self.allowed_updates.is_empty() || self.allowed_updates.contains(kind);
         let kinds = update.as_object().expect("an update is a JSON object");
         if !kinds.keys().any(|kind| kind == "update_id") {
             if !kinds.is_empty() && !kinds.keys().any(allowed) {
@@ -486,13 +544,20 @@ impl State {
         self.updates.push_back(update);
     }
 
-    fn answer(&mut self, method: &str, token_ok: Option<bool>, parameters: &Map<String, Value>) -> (u16, Value) {
+    fn answer(
+        &mut self,
+        method: &str,
+        token_ok: Option<bool>,
+        parameters: &Map<String, Value>,
+    ) -> (u16, Value) {
         match (token_ok, method) {
             (None, _) => error(404, "Not Found"),
             (Some(false), _) => error(401, "Unauthorized"),
-            (_, "getMe") => success(json!({"id": 123_456_789, "is_bot": true, "first_name": "RIOT mote",
+            (_, "getMe") => success(
+                json!({"id": 123_456_789, "is_bot": true, "first_name": "RIOT mote",
                 "username": "riot_mote_bot", "can_join_groups": true, "can_read_all_group_messages": false,
-                "supports_inline_queries": false})),
+                "supports_inline_queries": false}),
+            ),
             (_, "getUpdates") => self.get_updates(parameters),
             (_, "sendMessage") => self.send_message(parameters),
             (_, "deleteMessage") => self.delete_message(parameters),
@@ -517,7 +582,8 @@ impl State {
             self.updates.drain(..forgotten);
         } else if offset <= self.next_update_id + 10 {
             // The real server ignores an offset further in the future than that.
-            self.updates.retain(|update| update["update_id"].as_i64().is_none_or(|id| id >= offset));
+            self.updates
+                .retain(|update| update["update_id"].as_i64().is_none_or(|id| id >= offset));
         }
         success(self.updates.iter().take(limit).cloned().collect())
     }
@@ -526,7 +592,10 @@ impl State {
         let Some(chat) = chat_of(parameters) else {
             return error(400, "Bad Request: chat_id is empty");
         };
-        let text = parameters.get("text").and_then(Value::as_str).unwrap_or_default();
+        let text = parameters
+            .get("text")
+            .and_then(Value::as_str)
+            .unwrap_or_default();
         if chat.parse::<i64>().is_err() && !chat.starts_with('@') || self.unknown.contains(&chat) {
             return error(400, "Bad Request: chat not found");
         }
@@ -540,21 +609,29 @@ impl State {
             return error(400, "Bad Request: message is too long");
         }
         let message_id = self.message_id();
-        self.seen.sent.push(Sent { chat: chat.clone(), text: text.to_string(), message_id });
+        self.seen.sent.push(Sent {
+            chat: chat.clone(),
+            text: text.to_string(),
+            message_id,
+        });
         let chat = match chat.parse::<i64>() {
             Ok(id) => json!({"id": id, "type": "private", "first_name": "Somebody"}),
             Err(_) => {
                 json!({"id": -1_001_234_567_890_i64, "type": "channel", "username": &chat[1..]})
             }
         };
-        success(json!({"message_id": message_id, "chat": chat, "date": now(), "text": text.trim(),
-            "from": {"id": 123_456_789, "is_bot": true, "first_name": "RIOT mote", "username": "riot_mote_bot"}}))
+        success(
+            json!({"message_id": message_id, "chat": chat, "date": now(), "text": text.trim(),
+            "from": {"id": 123_456_789, "is_bot": true, "first_name": "RIOT mote", "username": "riot_mote_bot"}}),
+        )
     }
 
     fn delete_message(&mut self, parameters: &Map<String, Value>) -> (u16, Value) {
         match (chat_of(parameters), integer(parameters, "message_id")) {
             (None, _) => error(400, "Bad Request: chat_id is empty"),
-            (Some(chat), _) if self.unknown.contains(&chat) => error(400, "Bad Request: chat not found"),
+            (Some(chat), _) if self.unknown.contains(&chat) => {
+                error(400, "Bad Request: chat not found")
+            }
             (Some(chat), Some(id)) if (1..self.next_message_id).contains(&id) => {
                 self.seen.deleted.push((chat, id));
                 success(json!(true))
@@ -574,7 +651,9 @@ impl State {
         };
         let at = self.faults.iter().position(|(when, _)| fits(when))?;
         let (when, fault) = &mut self.faults[at];
-        when.times = when.times.saturating_sub(usize::from(when.times != usize::MAX));
+        when.times = when
+            .times
+            .saturating_sub(usize::from(when.times != usize::MAX));
         let (spent, fault) = (when.times == 0, fault.clone());
         if spent {
             self.faults.remove(at);
@@ -660,7 +739,11 @@ fn read_to_end(mut stream: &TcpStream) -> io::Result<()> {
 type Tls<'a> = StreamOwned<ServerConnection, &'a TcpStream>;
 
 /// The TLS handshake, with a round trip before each flight of ours (one in TLS 1.3, two in TLS 1.2).
-fn handshake<'a>(shared: &Shared, mut stream: &'a TcpStream, config: Arc<ServerConfig>) -> io::Result<Tls<'a>> {
+fn handshake<'a>(
+    shared: &Shared,
+    mut stream: &'a TcpStream,
+    config: Arc<ServerConfig>,
+) -> io::Result<Tls<'a>> {
     let mut tls = ServerConnection::new(config).map_err(io::Error::other)?;
     while tls.is_handshaking() {
         if tls.read_tls(&mut stream)? == 0 {
@@ -670,7 +753,9 @@ fn handshake<'a>(shared: &Shared, mut stream: &'a TcpStream, config: Arc<ServerC
             let _ = tls.write_tls(&mut stream);
             return Err(io::Error::other(error));
         }
-        if tls.wants_write() && (tls.is_handshaking() || tls.protocol_version() == Some(ProtocolVersion::TLSv1_2)) {
+        if tls.wants_write()
+            && (tls.is_handshaking() || tls.protocol_version() == Some(ProtocolVersion::TLSv1_2))
+        {
             shared.round_trip();
         }
         while tls.wants_write() {
@@ -689,7 +774,9 @@ fn read_request(tls: &mut Tls<'_>, input: &mut Vec<u8>) -> io::Result<Option<(St
     input.drain(..head_end + 4);
     let header = |name: &str| {
         let mut lines = head.lines().skip(1).filter_map(|line| line.split_once(':'));
-        lines.find(|(key, _)| key.trim().eq_ignore_ascii_case(name)).map(|(_, value)| value.trim().to_string())
+        lines
+            .find(|(key, _)| key.trim().eq_ignore_ascii_case(name))
+            .map(|(_, value)| value.trim().to_string())
     };
     let mut body = Vec::new();
     if header("transfer-encoding").is_some_and(|value| value.eq_ignore_ascii_case("chunked")) {
@@ -697,8 +784,13 @@ fn read_request(tls: &mut Tls<'_>, input: &mut Vec<u8>) -> io::Result<Option<(St
             let Some(end) = read_until(tls, input, |input| find(input, b"\r\n"))? else {
                 return Ok(None);
             };
-            let length = usize::from_str_radix(std::str::from_utf8(&input[..end]).unwrap_or("0"), 16).unwrap_or(0);
-            let Some(_) = read_until(tls, input, |input| (input.len() >= end + length + 4).then_some(0))? else {
+            let length =
+                usize::from_str_radix(std::str::from_utf8(&input[..end]).unwrap_or("0"), 16)
+                    .unwrap_or(0);
+            let Some(_) = read_until(tls, input, |input| {
+                (input.len() >= end + length + 4).then_some(0)
+            })?
+            else {
                 return Ok(None);
             };
             body.extend_from_slice(&input[end + 2..end + 2 + length]);
@@ -707,13 +799,19 @@ fn read_request(tls: &mut Tls<'_>, input: &mut Vec<u8>) -> io::Result<Option<(St
                 break;
             }
         }
-    } else if let Some(length) = header("content-length").and_then(|value| value.parse::<usize>().ok()) {
+    } else if let Some(length) =
+        header("content-length").and_then(|value| value.parse::<usize>().ok())
+    {
         if read_until(tls, input, |input| (input.len() >= length).then_some(0))?.is_none() {
             return Ok(None);
         }
         body = input.drain(..length).collect();
     }
-    let target = head.split_whitespace().nth(1).unwrap_or_default().to_string();
+    let target = head
+        .split_whitespace()
+        .nth(1)
+        .unwrap_or_default()
+        .to_string();
     Ok(Some((target, body)))
 }
 
@@ -752,14 +850,17 @@ fn parameters(query: &str, body: &[u8]) -> Option<Map<String, Value>> {
 
 fn form(text: &str) -> Map<String, Value> {
     let pairs = text.split('&').filter_map(|pair| pair.split_once('='));
-    pairs.map(|(key, value)| (percent_decoded(key), Value::String(percent_decoded(value)))).collect()
+    pairs
+        .map(|(key, value)| (percent_decoded(key), Value::String(percent_decoded(value))))
+        .collect()
 }
 
 fn percent_decoded(text: &str) -> String {
     let (mut bytes, mut rest) = (Vec::new(), text.as_bytes());
     while let [first, tail @ ..] = rest {
         let escaped = (*first == b'%').then(|| tail.get(..2)).flatten();
-        let escaped = escaped.and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok());
+        let escaped = escaped
+            .and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok());
         bytes.push(escaped.unwrap_or(if *first == b'+' { b' ' } else { *first }));
         rest = if escaped.is_some() { &tail[2..] } else { tail };
     }
@@ -775,11 +876,16 @@ fn answer_request(
     body: &[u8],
 ) -> io::Result<bool> {
     let (path, query) = target.split_once('?').unwrap_or((target, ""));
-    let (token, method) = path.strip_prefix("/bot").and_then(|rest| rest.split_once('/')).unwrap_or_default();
+    let (token, method) = path
+        .strip_prefix("/bot")
+        .and_then(|rest| rest.split_once('/'))
+        .unwrap_or_default();
     let parameters = parameters(query, body);
     let (status, answer, fault) = {
         let mut state = shared.lock();
-        let fault = parameters.as_ref().and_then(|parameters| state.fault(method, parameters));
+        let fault = parameters
+            .as_ref()
+            .and_then(|parameters| state.fault(method, parameters));
         let (status, answer) = match (&fault, &parameters) {
             (Some(Fault::Answer(status, body)), _) => (*status, body.clone()),
             (Some(Fault::Bytes(_) | Fault::Giant(_)), _) => (200, String::new()),
@@ -795,7 +901,14 @@ fn answer_request(
         };
         let (method, token) = (method.to_string(), token.to_string());
         let body = Value::Object(parameters.unwrap_or_default());
-        state.seen.calls.push(Call { method, token, body, at: Instant::now(), connection, status });
+        state.seen.calls.push(Call {
+            method,
+            token,
+            body,
+            at: Instant::now(),
+            connection,
+            status,
+        });
         (status, answer, fault)
     };
     shared.changed.notify_all();
@@ -803,7 +916,13 @@ fn answer_request(
     write_answer(shared, tls, status, &answer, fault)
 }
 
-fn write_answer(shared: &Shared, tls: &mut Tls<'_>, status: u16, body: &str, fault: Option<Fault>) -> io::Result<bool> {
+fn write_answer(
+    shared: &Shared,
+    tls: &mut Tls<'_>,
+    status: u16,
+    body: &str,
+    fault: Option<Fault>,
+) -> io::Result<bool> {
     let response = http(status, body);
     match fault {
         Some(Fault::Hang) => {

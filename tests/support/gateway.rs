@@ -20,7 +20,10 @@ pub fn binary() -> PathBuf {
         return path.into();
     }
     let example = env::current_exe().expect("path of this executable");
-    let profile = example.parent().and_then(Path::parent).expect("target/<profile>/examples/");
+    let profile = example
+        .parent()
+        .and_then(Path::parent)
+        .expect("target/<profile>/examples/");
     profile.join("coap_websocket")
 }
 
@@ -33,7 +36,9 @@ pub fn free_udp_port() -> u16 {
     let start = (process::id() * 37 % 10_000) as u16;
     for _ in 0..10_000 {
         let port = 20_000 + (start + NEXT.fetch_add(1, Ordering::Relaxed)) % 12_000;
-        let Ok(held) = TcpListener::bind(("127.0.0.1", port)) else { continue };
+        let Ok(held) = TcpListener::bind(("127.0.0.1", port)) else {
+            continue;
+        };
         if UdpSocket::bind(("::1", port)).is_ok() && UdpSocket::bind(("127.0.0.1", port)).is_ok() {
             HELD.lock().unwrap().push(held);
             return port;
@@ -63,9 +68,16 @@ impl Setup {
     pub fn new(api: &BotApi) -> Self {
         Self {
             ip: "::1".to_string(),
-            config: Some(format!("[telegram]\nbot_token = {}\nurl = {}\n", api.token(), api.url())),
+            config: Some(format!(
+                "[telegram]\nbot_token = {}\nurl = {}\n",
+                api.token(),
+                api.url()
+            )),
             dotenv: Some(format!("PASSWORD={PASSWORD}\n")),
-            env: vec![("SSL_CERT_FILE".to_string(), api.ca_path().display().to_string())],
+            env: vec![(
+                "SSL_CERT_FILE".to_string(),
+                api.ca_path().display().to_string(),
+            )],
             removed: Vec::new(),
             secrets: vec![api.token().to_string(), PASSWORD.to_string()],
         }
@@ -73,7 +85,10 @@ impl Setup {
 
     /// As [`Setup::new`], on `127.0.0.1`, so that motes can have addresses of their own.
     pub fn ipv4(api: &BotApi) -> Self {
-        Self { ip: "127.0.0.1".to_string(), ..Self::new(api) }
+        Self {
+            ip: "127.0.0.1".to_string(),
+            ..Self::new(api)
+        }
     }
 
     pub fn env(mut self, name: &str, value: impl ToString) -> Self {
@@ -109,8 +124,13 @@ impl Setup {
 
     fn command(&self, directory: &Path, port: u16) -> Command {
         let mut command = Command::new(binary());
-        command.current_dir(directory).env_clear().stdin(Stdio::null());
-        command.env("COAP_SERVER_IP", &self.ip).env("COAP_SERVER_PORT", port.to_string());
+        command
+            .current_dir(directory)
+            .env_clear()
+            .stdin(Stdio::null());
+        command
+            .env("COAP_SERVER_IP", &self.ip)
+            .env("COAP_SERVER_PORT", port.to_string());
         command.envs(self.env.iter().map(|(name, value)| (name, value)));
         for name in &self.removed {
             command.env_remove(name);
@@ -129,7 +149,10 @@ impl Setup {
         let streams = TempDir::new();
         let (out, err) = (streams.join("out"), streams.join("err"));
         let mut command = self.command(directory, port);
-        command.args(arguments).stdout(File::create(&out).unwrap()).stderr(File::create(&err).unwrap());
+        command
+            .args(arguments)
+            .stdout(File::create(&out).unwrap())
+            .stderr(File::create(&err).unwrap());
         let mut child = command.spawn().expect("start the gateway");
         let mut status = None;
         let ended = within(Duration::from_secs(20), || {
@@ -141,8 +164,16 @@ impl Setup {
             let _ = child.wait();
         }
         let read = |path: &Path| String::from_utf8_lossy(&fs::read(path).unwrap()).into_owned();
-        let finished = Finished { status, stdout: read(&out), stderr: read(&err) };
-        assert!(ended, "`coap_websocket {}` does not end: {finished:?}", arguments.join(" "));
+        let finished = Finished {
+            status,
+            stdout: read(&out),
+            stderr: read(&err),
+        };
+        assert!(
+            ended,
+            "`coap_websocket {}` does not end: {finished:?}",
+            arguments.join(" ")
+        );
         finished
     }
 }
@@ -191,7 +222,12 @@ impl Gateway {
         let directory = TempDir::new();
         fs::create_dir(directory.join("work")).unwrap();
         setup.write_files(&directory.join("work"));
-        Self { setup, port: free_udp_port(), child: None, directory }
+        Self {
+            setup,
+            port: free_udp_port(),
+            child: None,
+            directory,
+        }
     }
 
     /// Kills the gateway if it runs, and starts it in the same directory and on the same port.
@@ -203,22 +239,39 @@ impl Gateway {
             if let Some(status) = self.child.as_mut().unwrap().try_wait().unwrap() {
                 panic!("the gateway ended with {status}:\n{}", self.output());
             }
-            assert!(Instant::now() < end, "the gateway does not answer a ping:\n{}", self.output());
+            assert!(
+                Instant::now() < end,
+                "the gateway does not answer a ping:\n{}",
+                self.output()
+            );
         }
     }
 
     /// As [`Gateway::restart`], without waiting until it answers.
     pub fn launch(&mut self) {
         self.kill9();
-        let stream = |name| File::options().create(true).append(true).open(self.directory.join(name)).unwrap();
+        let stream = |name| {
+            File::options()
+                .create(true)
+                .append(true)
+                .open(self.directory.join(name))
+                .unwrap()
+        };
         let mut command = self.setup.command(&self.directory(), self.port);
-        let child = command.stdout(stream("stdout")).stderr(stream("stderr")).spawn();
-        self.child = Some(child.unwrap_or_else(|error| panic!("start {}: {error}", binary().display())));
+        let child = command
+            .stdout(stream("stdout"))
+            .stderr(stream("stderr"))
+            .spawn();
+        self.child =
+            Some(child.unwrap_or_else(|error| panic!("start {}: {error}", binary().display())));
     }
 
     /// Gives the gateway time to write down the last acknowledgement, which it does after the fact.
     pub fn settle(&self) {
-        assert!(Mote::new(self.address()).ping(PATIENCE), "what came before the ping is received now");
+        assert!(
+            Mote::new(self.address()).ping(PATIENCE),
+            "what came before the ping is received now"
+        );
         thread::sleep(Duration::from_millis(500));
     }
 
@@ -231,11 +284,17 @@ impl Gateway {
     }
 
     pub fn is_running(&mut self) -> bool {
-        self.child.as_mut().is_some_and(|child| matches!(child.try_wait(), Ok(None)))
+        self.child
+            .as_mut()
+            .is_some_and(|child| matches!(child.try_wait(), Ok(None)))
     }
 
     pub fn address(&self) -> SocketAddr {
-        let (ip, zone) = self.setup.ip.split_once('%').unwrap_or((&self.setup.ip, ""));
+        let (ip, zone) = self
+            .setup
+            .ip
+            .split_once('%')
+            .unwrap_or((&self.setup.ip, ""));
         let mut address = SocketAddr::new(ip.parse().expect("a literal address"), self.port);
         if let SocketAddr::V6(address) = &mut address
             && let Ok(index) = fs::read_to_string(format!("/sys/class/net/{zone}/ifindex"))
@@ -255,7 +314,8 @@ impl Gateway {
     }
 
     pub fn file(&self, name: &str) -> String {
-        String::from_utf8_lossy(&fs::read(self.directory().join(name)).unwrap_or_default()).into_owned()
+        String::from_utf8_lossy(&fs::read(self.directory().join(name)).unwrap_or_default())
+            .into_owned()
     }
 
     pub fn log(&self) -> String {
@@ -268,8 +328,10 @@ impl Gateway {
 
     /// What it wrote to standard output and standard error since the first start.
     pub fn output(&self) -> String {
-        let read =
-            |name| String::from_utf8_lossy(&fs::read(self.directory.join(name)).unwrap_or_default()).into_owned();
+        let read = |name| {
+            String::from_utf8_lossy(&fs::read(self.directory.join(name)).unwrap_or_default())
+                .into_owned()
+        };
         read("stdout") + &read("stderr")
     }
 
@@ -288,11 +350,16 @@ impl Gateway {
     /// Asserts that nothing the gateway wrote for people holds a token or a password.
     #[track_caller]
     pub fn assert_no_secret(&self) {
-        for (place, text) in
-            [("output", self.output()), ("log", self.log()), ("old log", self.file("coap_server.log.1"))]
-        {
+        for (place, text) in [
+            ("output", self.output()),
+            ("log", self.log()),
+            ("old log", self.file("coap_server.log.1")),
+        ] {
             for secret in &self.setup.secrets {
-                assert!(!text.contains(secret), "the {place} holds the secret {secret}:\n{text}");
+                assert!(
+                    !text.contains(secret),
+                    "the {place} holds the secret {secret}:\n{text}"
+                );
             }
         }
     }
@@ -313,7 +380,9 @@ impl Gateway {
     }
 
     pub fn open_files(&self) -> usize {
-        fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap().count()
+        fs::read_dir(format!("/proc/{}/fd", self.pid()))
+            .unwrap()
+            .count()
     }
 }
 
@@ -324,11 +393,17 @@ impl Drop for Gateway {
             let output = self.output();
             let lines: Vec<&str> = output.lines().collect();
             let last = &lines[lines.len().saturating_sub(500)..];
-            eprintln!("--- the gateway of the failed test wrote, at the end:\n{}", last.join("\n"));
+            eprintln!(
+                "--- the gateway of the failed test wrote, at the end:\n{}",
+                last.join("\n")
+            );
             return;
         }
         self.assert_no_secret();
         let output = self.output();
-        assert!(!output.contains("panicked at"), "the gateway panicked:\n{output}");
+        assert!(
+            !output.contains("panicked at"),
+            "the gateway panicked:\n{output}"
+        );
     }
 }

@@ -17,7 +17,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use std::{env, fs, process, thread};
 
-pub use bot_api::{BotApi, BotApiOptions, Call, ConnectionFault, Fault, Seen, Sent, When, every, next};
+pub use bot_api::{
+    BotApi, BotApiOptions, Call, ConnectionFault, Fault, Seen, Sent, When, every, next,
+};
 pub use certificates::Certificate;
 pub use gateway::{Finished, Gateway, PASSWORD, Setup, binary, free_udp_port};
 pub use mote::*;
@@ -32,7 +34,11 @@ pub struct TempDir(PathBuf);
 impl TempDir {
     pub fn new() -> Self {
         static COUNTER: AtomicUsize = AtomicUsize::new(0);
-        let name = format!("coap_websocket-{}-{}", process::id(), COUNTER.fetch_add(1, Ordering::Relaxed));
+        let name = format!(
+            "coap_websocket-{}-{}",
+            process::id(),
+            COUNTER.fetch_add(1, Ordering::Relaxed)
+        );
         let path = env::temp_dir().join(name);
         let _ = fs::remove_dir_all(&path); // left by a killed process that had our number
         fs::create_dir_all(&path).expect("create a temporary directory");
@@ -56,15 +62,25 @@ impl Drop for TempDir {
 
 /// Bytes from hexadecimal digits; white space between them is ignored.
 pub fn hex(digits: &str) -> Vec<u8> {
-    let digits: Vec<u8> = digits.bytes().filter(|byte| !byte.is_ascii_whitespace()).collect();
-    assert!(digits.len().is_multiple_of(2), "odd number of hexadecimal digits");
-    let byte = |pair: &[u8]| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).expect("hexadecimal digits");
+    let digits: Vec<u8> = digits
+        .bytes()
+        .filter(|byte| !byte.is_ascii_whitespace())
+        .collect();
+    assert!(
+        digits.len().is_multiple_of(2),
+        "odd number of hexadecimal digits"
+    );
+    let byte = |pair: &[u8]| {
+        u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).expect("hexadecimal digits")
+    };
     digits.chunks(2).map(byte).collect()
 }
 
 /// One datagram of the unmodified firmware, from `tests/firmware/`.
 pub fn firmware(name: &str) -> Vec<u8> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/firmware").join(format!("{name}.hex"));
+    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/firmware")
+        .join(format!("{name}.hex"));
     hex(&fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display())))
 }
 
@@ -84,15 +100,26 @@ pub fn within(limit: Duration, mut done: impl FnMut() -> bool) -> bool {
 
 /// Lets this process have the sockets of 1,000 motes: 1,024 open files are allowed to it, usually.
 pub fn allow_sockets() {
-    let limit = process::Command::new("prlimit").args(["--nofile=4096:", "--pid", &process::id().to_string()]).status();
-    assert!(limit.is_ok_and(|status| status.success()), "prlimit (Debian: util-linux) allows no 4,096 open files");
+    let limit = process::Command::new("prlimit")
+        .args(["--nofile=4096:", "--pid", &process::id().to_string()])
+        .status();
+    assert!(
+        limit.is_ok_and(|status| status.success()),
+        "prlimit (Debian: util-linux) allows no 4,096 open files"
+    );
 }
 
 /// Runs every case of a table on a thread of its own, because most cases only wait; fails naming the cases that failed.
 pub fn in_parallel<Case: Sync>(cases: &[(&str, Case)], check: impl Fn(&Case) + Sync) {
     let failed: Vec<&str> = thread::scope(|scope| {
-        let running: Vec<_> = cases.iter().map(|(name, case)| (*name, scope.spawn(|| check(case)))).collect();
-        running.into_iter().filter_map(|(name, thread)| thread.join().is_err().then_some(name)).collect()
+        let running: Vec<_> = cases
+            .iter()
+            .map(|(name, case)| (*name, scope.spawn(|| check(case))))
+            .collect();
+        running
+            .into_iter()
+            .filter_map(|(name, thread)| thread.join().is_err().then_some(name))
+            .collect()
     });
     assert!(failed.is_empty(), "failed cases: {failed:?}");
 }
@@ -119,7 +146,11 @@ pub fn update(api: &BotApi) -> String {
 pub fn poll(mote: &Mote, api: &BotApi) -> String {
     let response = mote.post_separate("update", update(api));
     let tokens = response.text();
-    let code = if tokens == "No Updates" { "2.03" } else { "2.05" };
+    let code = if tokens == "No Updates" {
+        "2.03"
+    } else {
+        "2.05"
+    };
     assert_eq!(response.code(), code, "{response}");
     tokens
 }

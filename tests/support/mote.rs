@@ -56,7 +56,11 @@ pub struct Message {
 
 /// An option value: the shortest big-endian form (RFC 7252 §3.2).
 pub fn uint(value: u32) -> Vec<u8> {
-    value.to_be_bytes().into_iter().skip_while(|byte| *byte == 0).collect()
+    value
+        .to_be_bytes()
+        .into_iter()
+        .skip_while(|byte| *byte == 0)
+        .collect()
 }
 
 /// The value of a Block option; `size` is 16 to 1024.
@@ -66,7 +70,14 @@ pub fn block(number: u32, more: bool, size: u32) -> Vec<u8> {
 
 impl Message {
     pub fn new(kind: Kind, code: u8, id: u16) -> Self {
-        Self { kind, code, id, token: Vec::new(), options: Vec::new(), payload: Vec::new() }
+        Self {
+            kind,
+            code,
+            id,
+            token: Vec::new(),
+            options: Vec::new(),
+            payload: Vec::new(),
+        }
     }
 
     pub fn token(mut self, token: &[u8]) -> Self {
@@ -80,7 +91,9 @@ impl Message {
     }
 
     pub fn path(self, path: &str) -> Self {
-        path.split('/').filter(|part| !part.is_empty()).fold(self, |message, part| message.option(URI_PATH, part))
+        path.split('/')
+            .filter(|part| !part.is_empty())
+            .fold(self, |message, part| message.option(URI_PATH, part))
     }
 
     pub fn payload(mut self, payload: impl AsRef<[u8]>) -> Self {
@@ -89,7 +102,10 @@ impl Message {
     }
 
     pub fn encode(&self) -> Vec<u8> {
-        let mut bytes = vec![1 << 6 | (self.kind as u8) << 4 | self.token.len() as u8, self.code];
+        let mut bytes = vec![
+            1 << 6 | (self.kind as u8) << 4 | self.token.len() as u8,
+            self.code,
+        ];
         bytes.extend(self.id.to_be_bytes());
         bytes.extend(&self.token);
         let mut options = self.options.clone();
@@ -143,11 +159,18 @@ impl Message {
     }
 
     pub fn option_value(&self, number: u16) -> Option<&[u8]> {
-        self.options.iter().find(|(other, _)| *other == number).map(|(_, value)| value.as_slice())
+        self.options
+            .iter()
+            .find(|(other, _)| *other == number)
+            .map(|(_, value)| value.as_slice())
     }
 
     pub fn option_uint(&self, number: u16) -> Option<u32> {
-        Some(self.option_value(number)?.iter().fold(0, |value, byte| value << 8 | u32::from(*byte)))
+        Some(
+            self.option_value(number)?
+                .iter()
+                .fold(0, |value, byte| value << 8 | u32::from(*byte)),
+        )
     }
 
     /// The code as it is written in the RFC: `2.05`.
@@ -162,7 +185,11 @@ impl Message {
     /// Asserts code and payload.
     #[track_caller]
     pub fn expect(&self, code: &str, payload: &str) {
-        assert_eq!((self.code().as_str(), self.text().as_str()), (code, payload), "in {self}");
+        assert_eq!(
+            (self.code().as_str(), self.text().as_str()),
+            (code, payload),
+            "in {self}"
+        );
     }
 
     /// Asserts the code alone.
@@ -185,7 +212,9 @@ impl fmt::Display for Message {
         write!(out, "{kind} {code} [ID {:04x}", self.id)?;
         if !self.token.is_empty() {
             write!(out, ", token ")?;
-            self.token.iter().try_for_each(|byte| write!(out, "{byte:02x}"))?;
+            self.token
+                .iter()
+                .try_for_each(|byte| write!(out, "{byte:02x}"))?;
         }
         write!(out, "]")?;
         for (number, value) in &self.options {
@@ -194,7 +223,11 @@ impl fmt::Display for Message {
                 _ => write!(out, " option {number}={value:02x?}")?,
             }
         }
-        if self.payload.is_empty() { Ok(()) } else { write!(out, " {:?}", self.text()) }
+        if self.payload.is_empty() {
+            Ok(())
+        } else {
+            write!(out, " {:?}", self.text())
+        }
     }
 }
 
@@ -209,10 +242,12 @@ fn nibble(value: u16) -> (u8, Vec<u8>) {
 
 fn extended(nibble: u8, bytes: &[u8]) -> Option<(u16, &[u8])> {
     match nibble {
-        13 => bytes.split_first().map(|(byte, rest)| (u16::from(*byte) + 13, rest)),
-        14 => {
-            bytes.split_first_chunk().and_then(|(two, rest)| Some((u16::from_be_bytes(*two).checked_add(269)?, rest)))
-        }
+        13 => bytes
+            .split_first()
+            .map(|(byte, rest)| (u16::from(*byte) + 13, rest)),
+        14 => bytes
+            .split_first_chunk()
+            .and_then(|(two, rest)| Some((u16::from_be_bytes(*two).checked_add(269)?, rest))),
         15 => None,
         _ => Some((nibble.into(), bytes)),
     }
@@ -246,8 +281,14 @@ impl Mote {
         let ip: IpAddr = ip.parse().unwrap();
         let socket = UdpSocket::bind((ip, 0)).unwrap();
         socket.connect(gateway).unwrap();
-        let start = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().subsec_nanos() as u16;
-        Self { socket, next_id: Cell::new(start) }
+        let start = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap()
+            .subsec_nanos() as u16;
+        Self {
+            socket,
+            next_id: Cell::new(start),
+        }
     }
 
     pub fn next_id(&self) -> u16 {
@@ -263,7 +304,9 @@ impl Mote {
 
     pub fn request(&self, kind: Kind, method: u8, path: &str) -> Message {
         let id = self.next_id();
-        Message::new(kind, method, id).token(&(!id).to_be_bytes()).path(path)
+        Message::new(kind, method, id)
+            .token(&(!id).to_be_bytes())
+            .path(path)
     }
 
     pub fn send(&self, message: &Message) {
@@ -284,14 +327,18 @@ impl Mote {
         let end = Instant::now() + limit;
         let mut buffer = [0; 2048];
         loop {
-            let left = end.saturating_duration_since(Instant::now()).max(Duration::from_micros(1));
+            let left = end
+                .saturating_duration_since(Instant::now())
+                .max(Duration::from_micros(1));
             self.socket.set_read_timeout(Some(left)).unwrap();
             match self.socket.recv(&mut buffer) {
                 Ok(length) => return Some(buffer[..length].to_vec()),
                 Err(error) if error.kind() == ErrorKind::ConnectionRefused => {}
                 Err(error)
-                    if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted) => {
-                }
+                    if matches!(
+                        error.kind(),
+                        ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted
+                    ) => {}
                 Err(error) => panic!("receive: {error}"),
             }
             if Instant::now() >= end {
@@ -303,10 +350,19 @@ impl Mote {
     pub fn try_receive(&self, limit: Duration) -> Option<Message> {
         let bytes = self.receive_raw(limit)?;
         for secret in [super::TOKEN, super::PASSWORD] {
-            let leaked = bytes.windows(secret.len()).any(|window| window == secret.as_bytes());
-            assert!(!leaked, "the gateway sent a secret: {:?}", String::from_utf8_lossy(&bytes));
+            let leaked = bytes
+                .windows(secret.len())
+                .any(|window| window == secret.as_bytes());
+            assert!(
+                !leaked,
+                "the gateway sent a secret: {:?}",
+                String::from_utf8_lossy(&bytes)
+            );
         }
-        Some(Message::decode(&bytes).unwrap_or_else(|| panic!("the gateway sent a malformed message: {bytes:02x?}")))
+        Some(
+            Message::decode(&bytes)
+                .unwrap_or_else(|| panic!("the gateway sent a malformed message: {bytes:02x?}")),
+        )
     }
 
     #[track_caller]
@@ -348,14 +404,22 @@ impl Mote {
     #[track_caller]
     pub fn begin(&self, request: &Message) {
         self.send(request);
-        assert_eq!(self.receive(), Message::new(Ack, 0, request.id), "empty ACK of {request}");
+        assert_eq!(
+            self.receive(),
+            Message::new(Ack, 0, request.id),
+            "empty ACK of {request}"
+        );
     }
 
     /// Waits for the separate CON response of a request, and does not acknowledge it.
     #[track_caller]
     pub fn response(&self, request: &Message) -> Message {
         let response = self.receive();
-        assert_eq!((response.kind, &response.token), (Con, &request.token), "separate response: {response}");
+        assert_eq!(
+            (response.kind, &response.token),
+            (Con, &request.token),
+            "separate response: {response}"
+        );
         response
     }
 
@@ -373,7 +437,11 @@ impl Mote {
     pub fn piggybacked(&self, request: &Message) -> Message {
         self.send(request);
         let response = self.receive();
-        assert_eq!((response.kind, response.id), (Ack, request.id), "piggybacked response: {response}");
+        assert_eq!(
+            (response.kind, response.id),
+            (Ack, request.id),
+            "piggybacked response: {response}"
+        );
         assert_eq!(response.token, request.token, "token of {response}");
         assert_ne!(response.code, 0, "a response in the ACK, not an empty ACK");
         response
@@ -398,12 +466,18 @@ impl Mote {
     pub fn persist(&self, request: &Message, jitter: Duration) -> Option<Message> {
         for doubled in [1, 2, 4, 8, 16] {
             self.send(request);
-            let received = self.try_receive(Duration::from_secs(2) * doubled).or_else(|| {
-                thread::sleep(jitter * doubled);
-                self.try_receive(Duration::ZERO)
-            });
+            let received = self
+                .try_receive(Duration::from_secs(2) * doubled)
+                .or_else(|| {
+                    thread::sleep(jitter * doubled);
+                    self.try_receive(Duration::ZERO)
+                });
             if let Some(acknowledgement) = received {
-                assert_eq!(acknowledgement, Message::new(Ack, 0, request.id), "empty ACK of {request}");
+                assert_eq!(
+                    acknowledgement,
+                    Message::new(Ack, 0, request.id),
+                    "empty ACK of {request}"
+                );
                 let response = self.response(request);
                 self.acknowledge(&response);
                 return Some(response);
@@ -415,13 +489,20 @@ impl Mote {
     /// A whole exchange over a lossy link: the request is retransmitted as RFC 7252 §4.2 says, starting with
     /// `ack_timeout`, until it is acknowledged or answered; then the response may take so long as `patience`. None if
     /// the exchange fails.
-    pub fn reliable(&self, request: &Message, ack_timeout: Duration, patience: Duration) -> Option<Message> {
+    pub fn reliable(
+        &self,
+        request: &Message,
+        ack_timeout: Duration,
+        patience: Duration,
+    ) -> Option<Message> {
         let mut timeout = ack_timeout;
         let mut acknowledged = false;
         for _ in 0..=4 {
             self.send(request);
             let end = Instant::now() + timeout;
-            while let Some(message) = self.try_receive(end.saturating_duration_since(Instant::now())) {
+            while let Some(message) =
+                self.try_receive(end.saturating_duration_since(Instant::now()))
+            {
                 match message.kind {
                     Ack | Rst if message.id != request.id => {}
                     Rst => return None,

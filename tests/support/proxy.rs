@@ -21,7 +21,8 @@ impl Proxy {
         let address = listener.local_addr().unwrap();
         let asked = Arc::new(Mutex::new(Vec::new()));
         let stop = Arc::new(Mutex::new(false));
-        let (log, stopped, authority) = (Arc::clone(&asked), Arc::clone(&stop), authority.to_string());
+        let (log, stopped, authority) =
+            (Arc::clone(&asked), Arc::clone(&stop), authority.to_string());
         thread::spawn(move || {
             while let Ok((client, _)) = listener.accept() {
                 if *stopped.lock().unwrap() {
@@ -31,7 +32,11 @@ impl Proxy {
                 thread::spawn(move || lead(client, &authority, target, &log));
             }
         });
-        Self { address, asked, stop }
+        Self {
+            address,
+            asked,
+            stop,
+        }
     }
 
     /// For `HTTPS_PROXY`.
@@ -52,7 +57,12 @@ impl Drop for Proxy {
     }
 }
 
-fn lead(mut client: TcpStream, authority: &str, target: SocketAddr, log: &Mutex<Vec<String>>) -> io::Result<()> {
+fn lead(
+    mut client: TcpStream,
+    authority: &str,
+    target: SocketAddr,
+    log: &Mutex<Vec<String>>,
+) -> io::Result<()> {
     client.set_read_timeout(Some(Duration::from_secs(10)))?;
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {
@@ -62,7 +72,11 @@ fn lead(mut client: TcpStream, authority: &str, target: SocketAddr, log: &Mutex<
     }
     client.set_read_timeout(None)?;
     let head = String::from_utf8_lossy(&head).into_owned();
-    let asked = head.split_whitespace().nth(1).unwrap_or_default().to_string();
+    let asked = head
+        .split_whitespace()
+        .nth(1)
+        .unwrap_or_default()
+        .to_string();
     let allowed = head.starts_with("CONNECT ") && asked == authority;
     log.lock().unwrap().push(asked);
     if !allowed {

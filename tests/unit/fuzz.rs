@@ -19,7 +19,9 @@ const NOW: u64 = 1_769_860_800;
 
 /// The first byte chooses the part (a digit, in the corpus).
 pub fn one(input: &[u8]) {
-    let Some((part, rest)) = input.split_first() else { return };
+    let Some((part, rest)) = input.split_first() else {
+        return;
+    };
     match part % 8 {
         0 => datagram(rest),
         1 => exchanges(rest),
@@ -38,8 +40,13 @@ fn corpus() {
     let text = include_str!("../fuzz/corpus.hex");
     for (number, line) in (1..).zip(text.lines()) {
         println!("line {number}"); // shown if it fails
-        let digits = line.as_bytes().chunks(2).map(|pair| str::from_utf8(pair).unwrap());
-        one(&digits.map(|pair| u8::from_str_radix(pair, 16).unwrap()).collect::<Vec<u8>>());
+        let digits = line
+            .as_bytes()
+            .chunks(2)
+            .map(|pair| str::from_utf8(pair).unwrap());
+        one(&digits
+            .map(|pair| u8::from_str_radix(pair, 16).unwrap())
+            .collect::<Vec<u8>>());
     }
     assert!(text.lines().count() > 200, "the corpus is gone");
 }
@@ -70,7 +77,11 @@ fn gateway(config: Config) -> Gateway {
         exchanges: Mutex::new(Exchanges::new(0)),
         state: Mutex::default(),
         saved: Mutex::default(),
-        journal: Journal { file: File::open("/dev/null").unwrap(), before: Vec::new(), next: AtomicU64::new(0) },
+        journal: Journal {
+            file: File::open("/dev/null").unwrap(),
+            before: Vec::new(),
+            next: AtomicU64::new(0),
+        },
         polling: Mutex::new(false),
         polled: Condvar::new(),
         answers: mpsc::sync_channel(1).0,
@@ -101,12 +112,20 @@ fn peer(number: u8) -> SocketAddr {
 impl World {
     /// With a bot token in the configuration, or one bot that was served first, or neither.
     fn new(token: Option<&str>, bot: Option<&str>) -> World {
-        static GATEWAYS: LazyLock<[Gateway; 2]> = LazyLock::new(|| [Some(TOKEN), None].map(|it| gateway(config(it))));
+        static GATEWAYS: LazyLock<[Gateway; 2]> =
+            LazyLock::new(|| [Some(TOKEN), None].map(|it| gateway(config(it))));
         let gateway = &GATEWAYS[usize::from(token.is_none())];
         *lock(&gateway.exchanges) = Exchanges::new(0);
         lock(&gateway.state).bot = bot.map(str::to_string);
         let (acted, working, open, bodies) = Default::default();
-        World { gateway, now: Instant::now(), acted, working, open, bodies }
+        World {
+            gateway,
+            now: Instant::now(),
+            acted,
+            working,
+            open,
+            bodies,
+        }
     }
 
     fn exchanges(&self) -> MutexGuard<'_, Exchanges> {
@@ -129,32 +148,46 @@ impl World {
             }
             coap::Event::Refused => {
                 return assert!(
-                    self.close(peer, message.filter(|it| it.kind == Kind::Rst)).is_some(),
+                    self.close(peer, message.filter(|it| it.kind == Kind::Rst))
+                        .is_some(),
                     "RST of nothing"
                 );
             }
             coap::Event::Request(request) => {
                 assert!(self.known(peer, bytes).is_none(), "a duplicate is acted on");
-                return self.act(request, message.expect("a malformed message is a request"), bytes);
+                return self.act(
+                    request,
+                    message.expect("a malformed message is a request"),
+                    bytes,
+                );
             }
         };
         match message {
             // RFC 7252 §4.2 and §4.3.
             None => {
                 let confirmable = bytes.len() >= 4 && bytes[0] & 0xf0 == 0x40;
-                let reset = if confirmable { vec![0x70, 0, bytes[2], bytes[3]] } else { Vec::new() };
+                let reset = if confirmable {
+                    vec![0x70, 0, bytes[2], bytes[3]]
+                } else {
+                    Vec::new()
+                };
                 assert_eq!(reply, reset, "malformed");
             }
             Some(message) if message.kind == Kind::Ack || message.kind == Kind::Rst => {
                 assert!(reply.is_empty(), "an ACK or RST is answered");
                 // Of a response that was given up, perhaps.
-                assert!(self.close(peer, Some(message)).is_none_or(|open| open.3 == coap::MAX_RETRANSMIT));
+                assert!(
+                    self.close(peer, Some(message))
+                        .is_none_or(|open| open.3 == coap::MAX_RETRANSMIT)
+                );
             }
             Some(message) => match self.known(peer, bytes) {
                 Some(before) => assert_eq!(&reply, before, "another answer for a duplicate"),
                 // RFC 7252 §5.4.1: a NON with an unknown critical option.
                 None => assert!(
-                    message.kind == Kind::Non && reply.is_empty() && message.options.iter().any(|it| it.0 % 2 == 1),
+                    message.kind == Kind::Non
+                        && reply.is_empty()
+                        && message.options.iter().any(|it| it.0 % 2 == 1),
                     "not acted on"
                 ),
             },
@@ -164,7 +197,11 @@ impl World {
     /// What a duplicate must be answered with.
     fn known(&self, peer: SocketAddr, bytes: &[u8]) -> Option<&Vec<u8>> {
         let lifetime = Duration::from_secs(if bytes[0] & 0x30 == 0 { 247 } else { 145 });
-        let waits = || self.working.iter().any(|(request, message)| request.peer == peer && message.encode() == bytes);
+        let waits = || {
+            self.working
+                .iter()
+                .any(|(request, message)| request.peer == peer && message.encode() == bytes)
+        };
         let same = |(other, datagram, at, _): &&(SocketAddr, Vec<u8>, Instant, Vec<u8>)| {
             *other == peer && datagram == bytes && (self.now - *at < lifetime || waits())
         };
@@ -173,8 +210,14 @@ impl World {
 
     fn act(&mut self, mut request: Request, message: Datagram, bytes: &[u8]) {
         let critical = [3, 7, URI_PATH, 15, 17, BLOCK2, BLOCK1];
-        let unknown = message.options.iter().find(|(number, _)| number % 2 == 1 && !critical.contains(number));
-        assert!(!format!("{request}").contains(TOKEN), "the token gets into the log");
+        let unknown = message
+            .options
+            .iter()
+            .find(|(number, _)| number % 2 == 1 && !critical.contains(number));
+        assert!(
+            !format!("{request}").contains(TOKEN),
+            "the token gets into the log"
+        );
         let peer = request.peer;
         match prepare(self.gateway, &mut request) {
             Err(response) => {
@@ -192,10 +235,17 @@ impl World {
             Ok(Some(work)) => {
                 assert_eq!(unknown, None, "a critical option is ignored");
                 let body = self.body(peer, &message);
-                assert!(body == request.payload && body.len() <= 8192, "a body that was not sent so");
+                assert!(
+                    body == request.payload && body.len() <= 8192,
+                    "a body that was not sent so"
+                );
                 check_work(&self.gateway.config, &work, &body);
                 let ack = self.exchanges().accept(&request);
-                let expected = if message.kind == Kind::Con { vec![0x60, 0, bytes[2], bytes[3]] } else { Vec::new() };
+                let expected = if message.kind == Kind::Con {
+                    vec![0x60, 0, bytes[2], bytes[3]]
+                } else {
+                    Vec::new()
+                };
                 assert_eq!(ack, expected, "not an empty ACK");
                 self.acted.push((peer, bytes.to_vec(), self.now, ack));
                 self.working.push((request, message));
@@ -207,28 +257,55 @@ impl World {
 
     /// The payload of a request, with the blocks before it.
     fn body(&mut self, peer: SocketAddr, message: &Datagram) -> Vec<u8> {
-        let Some(block) = message.option_uint(BLOCK1) else { return message.payload.clone() };
+        let Some(block) = message.option_uint(BLOCK1) else {
+            return message.payload.clone();
+        };
         let (number, size) = ((block >> 4) as usize, 16 << (block & 7));
-        assert!(size <= 1024 && message.payload.len() <= size, "a block that is too large");
-        assert!(block & 8 == 0 || message.payload.len() == size, "a block that is too small");
-        let at = self.bodies.iter().rposition(|(other, resource, ..)| *other == peer && *resource == path(message));
+        assert!(
+            size <= 1024 && message.payload.len() <= size,
+            "a block that is too large"
+        );
+        assert!(
+            block & 8 == 0 || message.payload.len() == size,
+            "a block that is too small"
+        );
+        let at = self
+            .bodies
+            .iter()
+            .rposition(|(other, resource, ..)| *other == peer && *resource == path(message));
         let known = at.map(|at| (self.bodies.len() - at, self.bodies.remove(at)));
         if number == 0 {
             return message.payload.clone();
         }
         let (age, (_, _, body, touched)) = known.expect("a block without its first one is taken");
-        assert!(age <= 64 && self.now - touched < Duration::from_secs(60), "an abandoned body is kept");
+        assert!(
+            age <= 64 && self.now - touched < Duration::from_secs(60),
+            "an abandoned body is kept"
+        );
         assert_eq!(body.len(), number * size, "a gap is overlooked");
         [body, message.payload.clone()].concat()
     }
 
     /// Checks an answer that is given at once; returns its code.
-    fn immediate(&mut self, peer: SocketAddr, request: &Datagram, bytes: &[u8], reply: &[u8]) -> String {
+    fn immediate(
+        &mut self,
+        peer: SocketAddr,
+        request: &Datagram,
+        bytes: &[u8],
+        reply: &[u8],
+    ) -> String {
         let answer = self.readable(request, reply);
-        assert!("2.05 2.31 4.00 4.02 4.03 4.04 4.05 4.06 4.08 4.13 4.15 5.05".contains(&answer.code()), "{answer}");
+        assert!(
+            "2.05 2.31 4.00 4.02 4.03 4.04 4.05 4.06 4.08 4.13 4.15 5.05".contains(&answer.code()),
+            "{answer}"
+        );
         let before = match request.kind {
             Kind::Con => {
-                assert_eq!((answer.kind, answer.id), (Kind::Ack, request.id), "not in the ACK");
+                assert_eq!(
+                    (answer.kind, answer.id),
+                    (Kind::Ack, request.id),
+                    "not in the ACK"
+                );
                 reply.to_vec()
             }
             _ => Vec::new(),
@@ -249,9 +326,19 @@ impl World {
             );
             assert_eq!(answer.kind, request.kind);
         }
-        let size = request.option_uint(BLOCK2).map_or(1 << 16, |block| 16 << (block & 7));
-        assert!(answer.code >> 5 != 2 || answer.payload.len() <= size, "larger than asked for: {answer}");
-        assert!(!reply.windows(TOKEN.len()).any(|window| window == TOKEN.as_bytes()), "the token is sent");
+        let size = request
+            .option_uint(BLOCK2)
+            .map_or(1 << 16, |block| 16 << (block & 7));
+        assert!(
+            answer.code >> 5 != 2 || answer.payload.len() <= size,
+            "larger than asked for: {answer}"
+        );
+        assert!(
+            !reply
+                .windows(TOKEN.len())
+                .any(|window| window == TOKEN.as_bytes()),
+            "the token is sent"
+        );
         answer
     }
 
@@ -264,16 +351,24 @@ impl World {
         let tokens = "i5;f1;Ada:1234567890;r2345678901;".repeat(8);
         let response = match outcome % 4 {
             0 => Response::text(ResponseType::Content, MESSAGES_SENT),
-            1 => Response { delivers: Some(7), ..Response::text(ResponseType::Content, &tokens) },
+            1 => Response {
+                delivers: Some(7),
+                ..Response::text(ResponseType::Content, &tokens)
+            },
             2 => Response::text(ResponseType::Valid, NO_UPDATES),
             _ => Response::error(ResponseType::InternalServerError, TOKEN),
         };
         let response = response.in_block2(&request);
         let delivers = response.delivers;
-        let bytes = self.exchanges().respond(self.now, &request, response, outcome.into());
+        let bytes = self
+            .exchanges()
+            .respond(self.now, &request, response, outcome.into());
         let answer = self.readable(&message, &bytes);
         assert_ne!(answer.kind, Kind::Ack, "not separate");
-        let fresh = self.open.iter().all(|(_, open, ..)| open[2..4] != bytes[2..4]);
+        let fresh = self
+            .open
+            .iter()
+            .all(|(_, open, ..)| open[2..4] != bytes[2..4]);
         assert!(fresh, "two responses with message ID {:04x}", answer.id);
         if answer.kind == Kind::Con {
             self.open.push((request.peer, bytes, delivers, 0));
@@ -287,7 +382,10 @@ impl World {
         message: Option<Datagram>,
     ) -> Option<(SocketAddr, Vec<u8>, Option<u64>, u32)> {
         let id = message?.id.to_be_bytes();
-        let at = self.open.iter().position(|(other, bytes, ..)| *other == peer && bytes[2..4] == id)?;
+        let at = self
+            .open
+            .iter()
+            .position(|(other, bytes, ..)| *other == peer && bytes[2..4] == id)?;
         Some(self.open.remove(at))
     }
 
@@ -296,8 +394,13 @@ impl World {
             self.now += Duration::from_secs(1);
             let (resend, _) = self.exchanges().due(self.now);
             for (peer, bytes) in resend {
-                let same = |open: &&mut (SocketAddr, Vec<u8>, _, _)| open.0 == peer && open.1 == bytes;
-                let open = self.open.iter_mut().find(same).expect("something else is sent again");
+                let same =
+                    |open: &&mut (SocketAddr, Vec<u8>, _, _)| open.0 == peer && open.1 == bytes;
+                let open = self
+                    .open
+                    .iter_mut()
+                    .find(same)
+                    .expect("something else is sent again");
                 open.3 += 1;
                 assert!(open.3 <= 4, "sent more often than MAX_RETRANSMIT allows");
             }
@@ -306,8 +409,13 @@ impl World {
 }
 
 fn path(message: &Datagram) -> String {
-    let segments = message.options.iter().filter(|(number, _)| *number == URI_PATH);
-    segments.map(|(_, value)| format!("/{}", String::from_utf8_lossy(value))).collect()
+    let segments = message
+        .options
+        .iter()
+        .filter(|(number, _)| *number == URI_PATH);
+    segments
+        .map(|(_, value)| format!("/{}", String::from_utf8_lossy(value)))
+        .collect()
 }
 
 /// One datagram, and what it is when it comes again.
@@ -325,11 +433,16 @@ fn exchanges(mut script: &[u8]) {
     let mut world = World::new(Some(TOKEN), None);
     let mut last = Vec::new();
     while let [operation, tail @ ..] = script {
-        let (from, argument) = (peer(operation & 15), tail.first().copied().unwrap_or_default());
+        let (from, argument) = (
+            peer(operation & 15),
+            tail.first().copied().unwrap_or_default(),
+        );
         script = tail;
         match operation >> 4 {
             0..=7 => {
-                let [high, low, rest @ ..] = script else { return };
+                let [high, low, rest @ ..] = script else {
+                    return;
+                };
                 let length = usize::from(u16::from_be_bytes([*high, *low])).min(rest.len());
                 (last, script) = (rest[..length].to_vec(), &rest[length..]);
                 world.deliver(from, &last);
@@ -339,7 +452,15 @@ fn exchanges(mut script: &[u8]) {
             10 => world.finish(operation & 15),
             11 | 12 => {
                 if let Some((peer, bytes, ..)) = world.open.last().cloned() {
-                    world.deliver(peer, &[if operation >> 4 == 11 { 0x60 } else { 0x70 }, 0, bytes[2], bytes[3]]);
+                    world.deliver(
+                        peer,
+                        &[
+                            if operation >> 4 == 11 { 0x60 } else { 0x70 },
+                            0,
+                            bytes[2],
+                            bytes[3],
+                        ],
+                    );
                 }
             }
             13 => world.wait(argument),
@@ -368,14 +489,26 @@ fn check_work(config: &Config, work: &Work, payload: &[u8]) {
         Work::Update(token) => assert!(served(token)),
         Work::Message(message) => {
             let Message { token, chats, text } = message;
-            assert!(served(token) && all_distinct(chats.iter()) && (1..=10).contains(&chats.len()), "{chats:?}");
+            assert!(
+                served(token) && all_distinct(chats.iter()) && (1..=10).contains(&chats.len()),
+                "{chats:?}"
+            );
             assert!((1..=4096).contains(&text.chars().count()) && text == trim(text));
-            assert!(String::from_utf8_lossy(payload).contains(text.as_str()), "{text}");
+            assert!(
+                String::from_utf8_lossy(payload).contains(text.as_str()),
+                "{text}"
+            );
             // Said again in the firmware's words, it is the same.
-            let ids: Vec<String> = chats.iter().map(|id| id.as_str().map_or(id.to_string(), str::to_string)).collect();
+            let ids: Vec<String> = chats
+                .iter()
+                .map(|id| id.as_str().map_or(id.to_string(), str::to_string))
+                .collect();
             let payload = mote::form(&config.url, &token.0, &ids.join(","), text);
             let [url, again, ids, said] = fields(&payload);
-            assert_eq!((url, again, said), (config.url.as_str(), token.0.as_str(), text.as_str()));
+            assert_eq!(
+                (url, again, said),
+                (config.url.as_str(), token.0.as_str(), text.as_str())
+            );
             assert_eq!(super::chats(ids).ok().as_ref(), Some(chats), "{payload}");
         }
     }
@@ -390,7 +523,10 @@ fn form(payload: &[u8]) {
         if let Some((request, _)) = world.working.last()
             && let (Some(bot), "update") = (pinned, request.path().as_str())
         {
-            assert!(String::from_utf8_lossy(&request.payload).contains(&format!("{bot}:")), "another bot");
+            assert!(
+                String::from_utf8_lossy(&request.payload).contains(&format!("{bot}:")),
+                "another bot"
+            );
         }
     }
     // A text may hold anything.
@@ -400,8 +536,13 @@ fn form(payload: &[u8]) {
     world.deliver(peer(1), &post("message").payload(whole).encode());
     let said = trim(&text);
     match world.working.first() {
-        Some((request, _)) => assert_eq!(fields(&String::from_utf8_lossy(&request.payload))[3], said),
-        None => assert!(said.is_empty() || said.chars().count() > 4096 || payload.len() > 8000, "refused"),
+        Some((request, _)) => {
+            assert_eq!(fields(&String::from_utf8_lossy(&request.payload))[3], said)
+        }
+        None => assert!(
+            said.is_empty() || said.chars().count() > 4096 || payload.len() > 8000,
+            "refused"
+        ),
     }
 }
 
@@ -413,27 +554,70 @@ fn check_state(state: &State) {
     names.iter().for_each(|name| check_name(name));
     assert!(names.len() <= 10 && all_distinct(names.iter()), "{names:?}");
     assert!(state.removals() <= 10 && state.motes.len() <= 64 && state.suspects.len() <= 256);
-    assert!(state.changes.iter().all(|(sequence, _)| (1..=state.sequence).contains(sequence)));
-    assert!(settings(state).0.is_none_or(|value| (1..=120).contains(&value)));
+    assert!(
+        state
+            .changes
+            .iter()
+            .all(|(sequence, _)| (1..=state.sequence).contains(sequence))
+    );
+    assert!(
+        settings(state)
+            .0
+            .is_none_or(|value| (1..=120).contains(&value))
+    );
 }
 
 /// Interval and feedback.
 fn settings(state: &State) -> (Option<u8>, Option<u8>) {
-    let find = |value: fn(&Change) -> Option<u8>| state.changes.iter().find_map(|(_, change)| value(change));
-    let interval = find(|change| if let Change::Interval(minutes) = change { Some(*minutes) } else { None });
-    (interval, find(|change| if let Change::Feedback(on) = change { Some(*on) } else { None }))
+    let find = |value: fn(&Change) -> Option<u8>| {
+        state.changes.iter().find_map(|(_, change)| value(change))
+    };
+    let interval = find(|change| {
+        if let Change::Interval(minutes) = change {
+            Some(*minutes)
+        } else {
+            None
+        }
+    });
+    (
+        interval,
+        find(|change| {
+            if let Change::Feedback(on) = change {
+                Some(*on)
+            } else {
+                None
+            }
+        }),
+    )
 }
 
 fn check_restart(state: &State) {
     let text = state.to_json();
-    assert_eq!(State::from_json(&text).expect(&text).to_json(), text, "another state after a restart");
+    assert_eq!(
+        State::from_json(&text).expect(&text).to_json(),
+        text,
+        "another state after a restart"
+    );
 }
 
 fn check_name(name: &str) {
-    assert!((1..=14).contains(&name.len()) && name == name.trim(), "{name:?}");
-    assert!(!name.chars().any(|c| c.is_control() || ";:,&=".contains(c)), "{name:?}");
-    let digit = |start| name.strip_prefix(start).is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()));
-    let misread = name == "all" || name.starts_with("f0") || name.starts_with("f1") || digit('i') || digit('r');
+    assert!(
+        (1..=14).contains(&name.len()) && name == name.trim(),
+        "{name:?}"
+    );
+    assert!(
+        !name.chars().any(|c| c.is_control() || ";:,&=".contains(c)),
+        "{name:?}"
+    );
+    let digit = |start| {
+        name.strip_prefix(start)
+            .is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()))
+    };
+    let misread = name == "all"
+        || name.starts_with("f0")
+        || name.starts_with("f1")
+        || digit('i')
+        || digit('r');
     assert!(!misread, "{name:?} is misread");
 }
 
@@ -463,8 +647,14 @@ impl Heard {
 
     fn poll(&mut self, state: &mut State, mote: IpAddr, limit: usize) -> (Option<u64>, usize) {
         let (reply, last, left) = state.tokens_for(mote, limit);
-        assert!(reply.len() <= limit && reply.is_empty() == last.is_none(), "{reply}");
-        reply.split(';').filter(|token| !token.is_empty()).for_each(|token| self.take(token));
+        assert!(
+            reply.len() <= limit && reply.is_empty() == last.is_none(),
+            "{reply}"
+        );
+        reply
+            .split(';')
+            .filter(|token| !token.is_empty())
+            .for_each(|token| self.take(token));
         (last, left)
     }
 
@@ -479,13 +669,19 @@ impl Heard {
                 }
             }
         }
-        let names = state.users().filter(|(id, _)| (1..=99_999_999_999).contains(id));
+        let names = state
+            .users()
+            .filter(|(id, _)| (1..=99_999_999_999).contains(id));
         let users: BTreeMap<i64, String> = names.map(|(id, name)| (id, name.to_string())).collect();
         if forgotten {
             self.users.retain(|id, _| users.contains_key(id));
         }
         let (interval, feedback) = settings(state);
-        let all = Heard { interval: interval.or(self.interval), feedback: feedback.or(self.feedback), users };
+        let all = Heard {
+            interval: interval.or(self.interval),
+            feedback: feedback.or(self.feedback),
+            users,
+        };
         assert_eq!(*self, all, "a mote that missed something");
     }
 }
@@ -493,7 +689,10 @@ impl Heard {
 /// A script of lines. `?`: a mote polls. Else somebody writes: one byte for who, the name, a tab, the text.
 fn people(script: &[u8]) {
     let config = config(Some(TOKEN));
-    let mut state = State { started: NOW - 1000, ..State::default() };
+    let mut state = State {
+        started: NOW - 1000,
+        ..State::default()
+    };
     let mut motes: [Heard; 3] = Default::default();
     let (mut now, mut forgotten) = (NOW, false);
     for (number, line) in (1..).zip(script.split(|byte| *byte == b'\n')) {
@@ -503,13 +702,18 @@ fn people(script: &[u8]) {
                 let option = |at: usize| usize::from(options.get(at).copied().unwrap_or_default());
                 let (mote, heard) = (peer(option(0) as u8 % 3).ip(), &mut motes[option(0) % 3]);
                 let listed: Vec<Value> = heard.users.keys().map(|id| json!(id)).collect();
-                assert!(!state.notice_restart(mote, &listed), "a mote that did not restart");
+                assert!(
+                    !state.notice_restart(mote, &listed),
+                    "a mote that did not restart"
+                );
                 match option(1) % 4 {
                     0 => drop(heard.poll(&mut state, mote, 16 << (option(2) % 5))), // and the ACK is lost
                     1 if state.notice_restart(mote, &[]) => *heard = Heard::default(),
                     1 => {}
                     _ => {
-                        if let (Some(last), _) = heard.poll(&mut state, mote, 302.min(16 << (option(2) % 6))) {
+                        if let (Some(last), _) =
+                            heard.poll(&mut state, mote, 302.min(16 << (option(2) % 6)))
+                        {
                             state.acknowledge(mote, last);
                         }
                     }
@@ -530,8 +734,19 @@ fn people(script: &[u8]) {
     }
 }
 
-fn somebody_writes(state: &mut State, config: &Config, number: i64, who: u8, name: &str, text: &str, now: u64) {
-    let chat = [1, 99_999_999_999, 100_000_000_000, -7].get(usize::from(who % 16)).copied().unwrap_or(who.into());
+fn somebody_writes(
+    state: &mut State,
+    config: &Config,
+    number: i64,
+    who: u8,
+    name: &str,
+    text: &str,
+    now: u64,
+) {
+    let chat = [1, 99_999_999_999, 100_000_000_000, -7]
+        .get(usize::from(who % 16))
+        .copied()
+        .unwrap_or(who.into());
     let private = (1..=99_999_999_999).contains(&chat);
     let old = who >= 0x80;
     let date = if old { 0 } else { now };
@@ -539,26 +754,48 @@ fn somebody_writes(state: &mut State, config: &Config, number: i64, who: u8, nam
         "chat": {"id": chat, "type": "private", "first_name": name}}});
     let (before_settings, users) = (settings(state), state.users().count());
     let listed = |state: &State| {
-        let change = state.changes.iter().find(|(_, change)| change.key() == (2, chat));
+        let change = state
+            .changes
+            .iter()
+            .find(|(_, change)| change.key() == (2, chat));
         change.map(|(_, change)| matches!(change, Change::User(..)))
     };
     let before = listed(state);
-    let locked = state.suspects.iter().any(|(id, _, until)| *id == chat && *until > now);
+    let locked = state
+        .suspects
+        .iter()
+        .any(|(id, _, until)| *id == chat && *until > now);
     handle_update(state, &update, config, now);
 
     assert_eq!(state.offset, number + 1);
     let answer = state.answers.pop();
-    assert_eq!(answer.as_ref().map(|answer| answer.chat), private.then_some(chat), "an answer to somebody else");
+    assert_eq!(
+        answer.as_ref().map(|answer| answer.chat),
+        private.then_some(chat),
+        "an answer to somebody else"
+    );
     let answer = answer.unwrap_or_default();
-    assert!(!answer.text.unwrap_or_default().contains(PASSWORD), "the password is said");
+    assert!(
+        !answer.text.unwrap_or_default().contains(PASSWORD),
+        "the password is said"
+    );
     let words: Vec<String> = text.split_whitespace().map(str::to_string).collect();
     let lower: Vec<String> = words.iter().map(|word| word.to_ascii_lowercase()).collect();
-    let is_config = lower.first().is_some_and(|word| word == "config" || word == "/config");
-    assert_eq!(answer.delete.is_some(), private && is_config && words.len() > 1, "a password stays in the chat");
+    let is_config = lower
+        .first()
+        .is_some_and(|word| word == "config" || word == "/config");
+    assert_eq!(
+        answer.delete.is_some(),
+        private && is_config && words.len() > 1,
+        "a password stays in the chat"
+    );
 
     let (interval, feedback) = settings(state);
-    let allowed = is_config && private && !old && !locked && words.len() == 4 && words[1] == PASSWORD;
-    let value = words.get(3).filter(|value| allowed && value.bytes().all(|byte| byte.is_ascii_digit()));
+    let allowed =
+        is_config && private && !old && !locked && words.len() == 4 && words[1] == PASSWORD;
+    let value = words
+        .get(3)
+        .filter(|value| allowed && value.bytes().all(|byte| byte.is_ascii_digit()));
     let value: Option<u8> = value.and_then(|value| value.parse().ok());
     match (lower.get(2).map(String::as_str), value) {
         (Some("interval"), Some(minutes @ 1..=120)) => assert_eq!(interval, Some(minutes)),
@@ -575,25 +812,45 @@ fn somebody_writes(state: &mut State, config: &Config, number: i64, who: u8, nam
 
 /// The body of an answer of the Bot API; the first byte chooses the status.
 fn answer(input: &[u8]) {
-    let Some((status, body)) = input.split_first() else { return };
+    let Some((status, body)) = input.split_first() else {
+        return;
+    };
     let status = [200, 200, 200, 400, 401, 403, 429, 502][usize::from(status % 8)];
     let json: Option<Value> = serde_json::from_slice(body).ok();
     let result = match Failure::or_result(status, body) {
         Ok(result) => result,
         Err(failure) => {
-            assert!(!(status == 200 && json.is_some_and(|json| json["ok"] == true)), "a success is a failure");
-            assert!(failure.retry_after.is_none_or(|pause| failure.code == Some(429) && pause.as_secs() < 60));
+            assert!(
+                !(status == 200 && json.is_some_and(|json| json["ok"] == true)),
+                "a success is a failure"
+            );
+            assert!(
+                failure
+                    .retry_after
+                    .is_none_or(|pause| failure.code == Some(429) && pause.as_secs() < 60)
+            );
             return;
         }
     };
     let json = json.expect("a success that is no JSON");
-    assert!(status == 200 && json["ok"] == true && json["result"] == result, "no success: {status} {json}");
+    assert!(
+        status == 200 && json["ok"] == true && json["result"] == result,
+        "no success: {status} {json}"
+    );
     let config = config(Some(TOKEN));
-    let mut state = State { offset: -1, ..State::default() };
+    let mut state = State {
+        offset: -1,
+        ..State::default()
+    };
     for update in result.as_array().into_iter().flatten() {
-        let offset = update["update_id"].as_i64().map_or(state.offset, |id| id.saturating_add(1));
+        let offset = update["update_id"]
+            .as_i64()
+            .map_or(state.offset, |id| id.saturating_add(1));
         handle_update(&mut state, update, &config, NOW);
-        assert_eq!(state.offset, offset, "an update that blocks the ones behind it");
+        assert_eq!(
+            state.offset, offset,
+            "an update that blocks the ones behind it"
+        );
         check_state(&state);
     }
     check_restart(&state);
@@ -603,7 +860,9 @@ fn answer(input: &[u8]) {
 
 /// `state.json`: what is accepted is a state like any other, and the gateway goes on with it.
 fn saved(text: &[u8]) {
-    let Some(mut state) = str::from_utf8(text).ok().and_then(State::from_json) else { return };
+    let Some(mut state) = str::from_utf8(text).ok().and_then(State::from_json) else {
+        return;
+    };
     check_state(&state);
     check_restart(&state);
     state.motes.truncate(63);
@@ -612,7 +871,11 @@ fn saved(text: &[u8]) {
     let mut heard = Heard::default();
     heard.catch_up(&mut state, mote, true);
     let config = config(Some(TOKEN));
-    for (who, text) in (4..16).zip(["hi", "remove me", "config geheim interval 7"].into_iter().cycle()) {
+    for (who, text) in (4..16).zip(
+        ["hi", "remove me", "config geheim interval 7"]
+            .into_iter()
+            .cycle(),
+    ) {
         state.started = 0;
         somebody_writes(&mut state, &config, 5, who, "Ada", text, NOW);
         check_state(&state);
@@ -643,7 +906,11 @@ fn client(bytes: &[u8]) {
         Some((code, ..)) if code == "0.00" => assert!(same_id),
         Some((_, _, acknowledgement)) => {
             assert_eq!(bytes[4..8], request[4..8], "the answer to another request");
-            let ack = if bytes[0] & 0x30 == 0 { vec![0x60, 0, bytes[2], bytes[3]] } else { Vec::new() };
+            let ack = if bytes[0] & 0x30 == 0 {
+                vec![0x60, 0, bytes[2], bytes[3]]
+            } else {
+                Vec::new()
+            };
             assert_eq!(acknowledgement, ack);
         }
     }
