@@ -27,7 +27,7 @@ pub use certificates::Certificate;
 pub use gateway::{Finished, Gateway, PASSWORD, Setup, binary, free_udp_port};
 pub use mote::*;
 pub use proxy::Proxy;
-pub use telegram::Refusal;
+pub use telegram::{Pace, Refusal};
 
 /// The bot token of the firmware's datagrams, and of the stand-in unless told otherwise.
 pub const TOKEN: &str = "123456789:AAEaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa";

@@ -170,7 +170,7 @@ impl Limit {
     }
 }
 
-/// When texts were sent, so that too fast a bot is refused.
+/// When texts were sent; too fast a bot is refused.
 #[derive(Default)]
 pub struct Pace {
     by_the_bot: Vec<Instant>,
@@ -179,7 +179,7 @@ pub struct Pace {
 
 impl Pace {
     /// Counts a text; or says in how many seconds it may be sent.
-    fn count(&mut self, chat: &str, now: Instant) -> Result<(), u64> {
+    pub fn count(&mut self, chat: &str, now: Instant) -> Result<(), u64> {
         let to_chat = self.to_chats.entry(chat.to_string()).or_default();
         let mut wait = OF_THE_BOT
             .wait(&self.by_the_bot, now)
