@@ -8,9 +8,12 @@
 
 mod bot_api;
 mod certificates;
+pub mod firmware;
 mod gateway;
+mod http;
 mod mote;
 mod proxy;
+mod telegram;
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -24,6 +27,7 @@ pub use certificates::Certificate;
 pub use gateway::{Finished, Gateway, PASSWORD, Setup, binary, free_udp_port};
 pub use mote::*;
 pub use proxy::Proxy;
+pub use telegram::{Pace, Refusal};
 
 /// The bot token of the firmware's datagrams, and of the stand-in unless told otherwise.
 pub const TOKEN: &str = "123456789:AAEaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa";
