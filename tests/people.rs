@@ -7,6 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
+use support::firmware::Firmware;
 use support::*;
 
 const NOTHING: &str = "No Updates";
@@ -110,7 +111,9 @@ fn ten_users() {
         api.person_writes(1_000_000_000 + number, &format!("User{number}"), text)
     };
     let user = |number: i64| format!("User{number}:{}", 1_000_000_000 + number);
-    (0..12).for_each(|number| drop(writes(number, "hi")));
+    for number in 0..12 {
+        writes(number, "hi");
+    }
     let mut users: Vec<String> = (0..10).map(user).collect();
     assert_eq!(poll(&mote, &api), users.join(";"));
     for late in [1_000_000_010, 1_000_000_011] {
@@ -136,7 +139,7 @@ fn who_cannot_register() {
     let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
     let groups = [
-        (-4_444_444, "group"),
+        (-4_444_444_i64, "group"),
         (-1_001_234_567_890, "supergroup"),
         (-1_001_234_567_891, "channel"),
     ];
@@ -540,9 +543,8 @@ fn nobody_forges_the_log() {
         assert_eq!(shape, "0000-00-00 00:00:00 [", "{line:?}");
     }
     for line in (gateway.log() + &gateway.output()).lines() {
-        let own =
-            !line.starts_with("INFO forged") && !line[..line.len().min(30)].contains("forged");
-        assert!(own, "{line:?}");
+        let head: String = line.chars().take(34).collect();
+        assert!(!head.contains("forged"), "{line:?}");
         let plain = |c: char| !c.is_control() && c != '\u{2028}';
         assert!(line.chars().all(plain), "{line:?}");
     }
