@@ -6,7 +6,6 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use support::firmware::{Firmware, REPLY_MAX};
 use support::*;
 use ureq::tls::{Certificate as Pem, RootCerts, TlsConfig};
 use ureq::{Agent, Proxy as ProxySetting};
@@ -258,12 +257,8 @@ fn hands_out_updates_until_they_are_confirmed() {
     api.push_update(json!({"edited_message": {}}));
     assert_eq!(api.waiting_updates(), 0, "only what is allowed");
     api.person_writes(1, "Ada", "hi");
-    assert_eq!(client.updates_from(FIRST + 251).updates(), [] as [i64; 0]);
-    assert_eq!(
-        api.waiting_updates(),
-        0,
-        "an offset confirms what came before it was asked"
-    );
+    assert!(client.updates_from(FIRST + 251).updates().is_empty());
+    assert_eq!(api.waiting_updates(), 0, "confirmed");
     api.set_next_update_id(5);
     api.person_writes(1, "Ada", "hi");
     assert_eq!(client.updates_from(FIRST + 252).updates(), [5]);
@@ -625,7 +620,7 @@ fn motes_count_as_the_firmware_does() {
     assert!(mote.next_id().wrapping_sub(last) > 64);
 }
 
-// --- the model of the firmware, contract by contract ---
+// --- the model of the firmware ---
 
 /// What it knows after these replies.
 fn heard(replies: &[&str]) -> String {

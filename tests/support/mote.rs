@@ -26,7 +26,6 @@ pub const URI_QUERY: u16 = 15;
 pub const ACCEPT: u16 = 17;
 pub const BLOCK2: u16 = 23;
 pub const BLOCK1: u16 = 27;
-pub const SIZE2: u16 = 28;
 pub const PROXY_URI: u16 = 35;
 pub const PROXY_SCHEME: u16 = 39;
 pub const SIZE1: u16 = 60;
