@@ -7,7 +7,6 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
-use support::firmware::Firmware;
 use support::*;
 
 const NOTHING: &str = "No Updates";

@@ -8,7 +8,6 @@ use std::time::{Duration, Instant};
 use std::{fs, thread};
 
 use serde_json::{Value, json};
-use support::firmware::Firmware;
 use support::*;
 
 const SENT: &str = "Messages sent successfully";
