@@ -2,9 +2,9 @@
 
 mod support;
 
-use std::thread;
 use std::time::{Duration, Instant};
 
+use serde_json::json;
 use support::Kind::{Ack, Con, Non, Rst};
 use support::*;
 
@@ -19,10 +19,24 @@ fn ms(number: u64) -> Duration {
 
 /// A stand-in and a gateway that has made its first fetch, so that it does nothing by itself for 15 s.
 fn start() -> (BotApi, Gateway) {
-    let (api, gateway) = support::start();
+    let api = BotApi::start();
+    api.push_update(json!({})); // an empty page would count for the polls of 3 s
+    let gateway = Gateway::start(&api);
     api.wait_for("the first fetch", |seen| seen.count("getUpdates") > 0);
     assert!(Mote::new(gateway.address()).ping(PATIENCE));
     (api, gateway)
+}
+
+/// These mostly wait, so they run at the same time.
+#[test]
+fn what_takes_seconds() {
+    let tests: [(&str, fn()); 4] = [
+        ("a_slow_telegram", a_slow_telegram),
+        ("retransmission", retransmission),
+        ("non_confirmable_requests", non_confirmable_requests),
+        ("a_hanging_telegram", a_hanging_telegram),
+    ];
+    in_parallel(&tests, |test| test());
 }
 
 // --- messages (§3, §4) ---
@@ -154,8 +168,9 @@ fn large_datagrams() {
         "{} texts",
         api.texts_to(5).len()
     );
-    mote.post_piggybacked("message", message(&api, "5", &"x".repeat(65_000)))
-        .expect_code("4.00");
+    let longer = message(&api, "5", &"x".repeat(65_000));
+    let code = mote.post_piggybacked("message", longer).code();
+    assert!(code == "4.00" || code == "4.13", "{code}");
     assert_eq!(api.texts_to(5).len(), 1);
 }
 
@@ -239,7 +254,6 @@ fn options() {
 // --- separate responses (§4.2, §5.2.2) ---
 
 /// Rows 8 and 11: the ACK does not wait for Telegram, the response is a message of its own, duplicates do nothing.
-#[test]
 fn a_slow_telegram() {
     let (api, gateway) = start();
     api.fail(every("sendMessage"), Fault::Late(ms(1000)));
@@ -264,7 +278,6 @@ fn a_slow_telegram() {
 }
 
 /// Rows 12 and 13. The rest of the schedule takes more than a minute: the unit tests have it, with a clock of their own.
-#[test]
 fn retransmission() {
     let (api, gateway) = start();
     let cases = [
@@ -315,7 +328,6 @@ fn tokens_are_echoed() {
 }
 
 /// Rows 9 and 14: a NON request gets a NON response, once.
-#[test]
 fn non_confirmable_requests() {
     let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
@@ -367,10 +379,8 @@ fn duplicates() {
 // --- one request at a time ---
 
 /// Row 25: each request is answered within 9 s of its ACK. The others wait in the socket, and their repeats do nothing.
-#[test]
 fn a_hanging_telegram() {
     let (api, gateway) = start();
-    thread::sleep(Duration::from_secs(3)); // an empty page counts for 3 s
     api.fail(every(""), Fault::Hang);
     let (first, second) = (Mote::new(gateway.address()), Mote::new(gateway.address()));
     let poll = first.post("update", update(&api));

@@ -40,8 +40,30 @@ fn fresh_poll(mote: &Mote, api: &BotApi) -> String {
     poll(mote, api)
 }
 
+/// Ends the gateway at once and starts it again. The update is for Telegram, which holds a fetch like the one before it.
+fn restart(api: &BotApi, gateway: &mut Gateway) {
+    api.push_update(json!({}));
+    gateway.restart();
+}
+
 fn config(setting: &str) -> String {
     format!("config {PASSWORD} {setting}")
+}
+
+/// These mostly wait, so they run at the same time.
+#[test]
+fn what_takes_seconds() {
+    let tests: [(&str, fn()); 5] = [
+        ("everything_or_nothing", everything_or_nothing),
+        ("killed_at_any_moment", killed_at_any_moment),
+        ("telegram_fails", telegram_fails),
+        (
+            "people_are_heard_though_no_mote_asks",
+            people_are_heard_though_no_mote_asks,
+        ),
+        ("damaged_state_files", damaged_state_files),
+    ];
+    in_parallel(&tests, |test| test());
 }
 
 // --- the reply ---
@@ -58,7 +80,6 @@ fn the_example_of_the_contract() {
 }
 
 /// What Ada or Bob writes, and the whole state that the mote is told then; nothing if it knows that already.
-#[test]
 fn everything_or_nothing() {
     let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
@@ -138,12 +159,12 @@ fn offered_until_acknowledged() {
     let response = mote.receive();
     assert_eq!(response.kind, Kind::Non);
     response.expect("2.05", state);
-    gateway.restart();
+    restart(&api, &mut gateway);
     mote.acknowledge(&stale);
     mote.acknowledge(&ask());
     assert_eq!(poll(&mote, &api), NOTHING);
     // Nothing about motes is kept on disk.
-    gateway.restart();
+    restart(&api, &mut gateway);
     assert_eq!(poll(&mote, &api), state);
     assert_eq!(poll(&mote, &api), NOTHING);
 }
@@ -171,7 +192,6 @@ fn an_ack_covers_what_was_in_the_reply() {
 }
 
 /// kill -9 at any moment of a poll: no change is lost, the state file is never half written.
-#[test]
 fn killed_at_any_moment() {
     in_parallel(&[("1", 1), ("2", 2), ("3", 3), ("4", 4)], |seed| {
         let api = BotApi::start();
@@ -345,7 +365,7 @@ fn many_removals() {
         api.person_writes(1_000_000_000 + number, "Stranger", "remove me");
     }
     poll(&mote, &api);
-    gateway.restart();
+    restart(&api, &mut gateway);
     for number in [0, 1, 100] {
         let chat = (1_000_000_000 + number).to_string();
         mote.post_separate("message", message(&api, &chat, "x"))
@@ -524,7 +544,7 @@ const FAILURES: &[(&str, (Break, &str))] = &[
     ("500", (|api| error(api, 500, "restart"), "restart")),
     (
         "a page",
-        (|api| api.fail(every(""), Fault::Page(200)), "JSON"),
+        (|api| api.fail(every(""), Fault::Page(200)), "HTTP 200"),
     ),
     (
         "no array",
@@ -543,7 +563,6 @@ const FAILURES: &[(&str, (Break, &str))] = &[
 ];
 
 /// The mote learns it by the code alone, and nothing is lost.
-#[test]
 fn telegram_fails() {
     in_parallel(FAILURES, |(break_it, word)| {
         let (api, gateway) = start();
@@ -571,32 +590,30 @@ fn telegram_fails() {
 
 /// People are answered within 20 s though no mote asks: with the configured token, else with the last one that Telegram
 /// accepted.
-#[test]
 fn people_are_heard_though_no_mote_asks() {
-    let api = BotApi::start();
-    let open = Setup::new(&api).config(&format!("[telegram]\nurl = {}\n", api.url()));
-    let cases = [("configured", Setup::new(&api)), ("accepted", open)];
-    for (name, setup) in cases {
-        let known = api.count("getUpdates");
+    in_parallel(&[("configured", true), ("accepted", false)], |configured| {
+        let api = BotApi::start();
+        let mut setup = Setup::new(&api);
+        if !configured {
+            setup = setup.config(&format!("[telegram]\nurl = {}\n", api.url()));
+        }
         let gateway = Gateway::with(setup);
         let mote = Mote::new(gateway.address());
-        if name == "configured" {
+        if *configured {
             api.wait_for("a fetch right after the start", |seen| {
-                seen.count("getUpdates") > known
+                seen.count("getUpdates") > 0
             });
         } else {
-            mote.post_separate("message", message(&api, "5", "x"))
-                .expect("2.05", SENT);
+            assert_eq!(poll(&mote, &api), NOTHING);
         }
-        let chat = ADA + i64::from(name == "accepted");
-        thread::sleep(Duration::from_millis(500));
-        api.person_writes(chat, "Ada", "hi");
+        assert!(mote.ping(PATIENCE), "it has fetched");
+        api.person_writes(ADA, "Ada", "hi");
         let heard = api.wait_until(Duration::from_secs(20), |seen| {
-            !seen.texts_to(chat).is_empty()
+            !seen.texts_to(ADA).is_empty()
         });
-        assert!(heard, "{name}: nobody answers");
-        assert_eq!(poll(&mote, &api), format!("Ada:{chat}"));
-    }
+        assert!(heard, "nobody answers");
+        assert_eq!(poll(&mote, &api), ADA_TOKEN);
+    });
 }
 
 // --- the state file ---
@@ -635,12 +652,12 @@ fn the_state_file() {
     ] {
         assert!(state.contains(word), "{word} in {state}");
     }
-    gateway.restart();
+    restart(&api, &mut gateway);
     assert_eq!(poll(&mote, &api), all);
     // Lost altogether: everything that Telegram still has is new, and nothing ends.
     gateway.kill9();
     fs::remove_file(&path).unwrap();
-    gateway.restart();
+    restart(&api, &mut gateway);
     assert_eq!(poll(&mote, &api), NOTHING);
     let expected = [".env", "coap_server.log", "config.ini", "state.json"];
     assert_eq!(files(&gateway), expected, "nothing else is left");
@@ -651,7 +668,6 @@ const FORMER: &str = r#"{"bot":123456789,"changes":[[1,"interval"],[2,{"user":12
 "interval":5,"motes":[],"offset":700000002,"removed":[],"sequence":2,"started":1700000000,"users":[[1234567890,"Ada"]]}"#;
 
 /// A damaged state is set aside, with an error in the log, and the gateway serves, also the next time.
-#[test]
 fn damaged_state_files() {
     let good = {
         let (api, gateway) = start();
@@ -685,7 +701,7 @@ fn damaged_state_files() {
         assert_eq!(aside.len(), 1, "{aside:?}");
         let kept = fs::read(gateway.directory().join(&aside[0])).unwrap();
         assert_eq!(kept, *damaged, "set aside");
-        gateway.restart();
+        restart(&api, &mut gateway);
         assert_eq!(poll(&mote, &api), "Bob:2345678901");
     });
 }
@@ -693,22 +709,20 @@ fn damaged_state_files() {
 /// Values of the wrong kind in an otherwise good state: set aside or made good, but served, also the next time.
 #[test]
 fn tampered_state_files() {
-    let api = BotApi::start();
     let good: Value = {
-        let gateway = start_with(&api, Setup::new(&api));
+        let (api, gateway) = start();
         api.person_writes(ADA, "Ada", &config("interval 5"));
         poll(&Mote::new(gateway.address()), &api);
         serde_json::from_str(&gateway.state()).unwrap()
     };
     let keys: Vec<&String> = good.as_object().expect("a JSON object").keys().collect();
-    let values = [
+    for value in [
         json!(null),
         json!(-1),
         json!(1e300),
         json!("x"),
         json!([null]),
-    ];
-    for value in values {
+    ] {
         let mut cases = Vec::new();
         for key in &keys {
             let mut tampered = good.clone();
@@ -716,10 +730,11 @@ fn tampered_state_files() {
             cases.push((key.as_str(), tampered));
         }
         in_parallel(&cases, |state| {
+            let api = BotApi::start();
             let mut gateway = Gateway::prepared(Setup::new(&api), |directory| {
                 fs::write(directory.join("state.json"), state.to_string()).unwrap();
             });
-            gateway.restart();
+            restart(&api, &mut gateway);
             Mote::new(gateway.address())
                 .post_separate("message", message(&api, "5", "x"))
                 .expect("2.05", SENT);
