@@ -4,7 +4,6 @@ mod support;
 
 use std::time::{Duration, Instant};
 
-use serde_json::json;
 use support::Kind::{Ack, Con, Non, Rst};
 use support::*;
 
@@ -19,9 +18,7 @@ fn ms(number: u64) -> Duration {
 
 /// A stand-in and a gateway that has made its first fetch, so that it does nothing by itself for 15 s.
 fn start() -> (BotApi, Gateway) {
-    let api = BotApi::start();
-    api.push_update(json!({})); // an empty page would count for the polls of 3 s
-    let gateway = Gateway::start(&api);
+    let (api, gateway) = support::start();
     api.wait_for("the first fetch", |seen| seen.count("getUpdates") > 0);
     assert!(Mote::new(gateway.address()).ping(PATIENCE));
     (api, gateway)
@@ -30,11 +27,10 @@ fn start() -> (BotApi, Gateway) {
 /// These mostly wait, so they run at the same time.
 #[test]
 fn what_takes_seconds() {
-    let tests: [(&str, fn()); 4] = [
+    let tests: [(&str, fn()); 3] = [
         ("a_slow_telegram", a_slow_telegram),
         ("retransmission", retransmission),
         ("non_confirmable_requests", non_confirmable_requests),
-        ("a_hanging_telegram", a_hanging_telegram),
     ];
     in_parallel(&tests, |test| test());
 }
@@ -374,38 +370,6 @@ fn duplicates() {
         mote.send_raw(&hex("40001234"));
         assert_eq!(mote.receive_raw(PATIENCE), Some(hex("70001234")));
     }
-}
-
-// --- one request at a time ---
-
-/// Row 25: each request is answered within 9 s of its ACK. The others wait in the socket, and their repeats do nothing.
-fn a_hanging_telegram() {
-    let (api, gateway) = start();
-    api.fail(every(""), Fault::Hang);
-    let (first, second) = (Mote::new(gateway.address()), Mote::new(gateway.address()));
-    let poll = first.post("update", update(&api));
-    first.begin(&poll);
-    let asked = Instant::now();
-    let text = second.post("message", message(&api, "5", "x"));
-    second.send(&text);
-    second.send(&text);
-    let response = first.response(&poll);
-    first.acknowledge(&response);
-    response.expect("5.00", "");
-    let taken = asked.elapsed();
-    assert!(taken < ms(9100), "the first took {taken:?}");
-    assert_eq!(second.receive(), Message::new(Ack, 0, text.id));
-    let acknowledged = Instant::now();
-    let response = second.response(&text);
-    second.acknowledge(&response);
-    response.expect("5.00", "");
-    let taken = acknowledged.elapsed();
-    assert!(
-        taken < ms(2500),
-        "told soon, for the last fetch timed out: {taken:?}"
-    );
-    assert_eq!(second.receive(), Message::new(Ack, 0, text.id));
-    assert_eq!(api.count("sendMessage"), 1, "it may have arrived");
 }
 
 // --- blockwise transfer (RFC 7959) ---

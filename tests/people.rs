@@ -4,7 +4,7 @@ mod support;
 
 use std::collections::HashSet;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::json;
 use support::*;
@@ -453,38 +453,6 @@ fn answers_are_joined() {
     assert!(texts[0].contains("remove me") && texts[0].to_lowercase().contains("password"));
     let texts = api.texts_to(BOB);
     assert!(texts.len() <= 4, "{} answers to 300 texts", texts.len());
-}
-
-/// Answers to people can fail in every way: what they wanted is done, and the mote is answered before.
-#[test]
-fn answers_that_fail() {
-    let server = || Fault::error(500, "Internal Server Error");
-    let cases = [
-        (
-            "blocked",
-            Fault::error(403, "Forbidden: bot was blocked by the user"),
-        ),
-        ("hang", Fault::Hang),
-        ("500", server()),
-        ("closed", Fault::CloseUnanswered),
-        ("late", Fault::Late(Duration::from_secs(1))),
-    ];
-    in_parallel(&cases, |fault| {
-        let (api, gateway) = start();
-        let mote = Mote::new(gateway.address());
-        api.fail(every("sendMessage"), fault.clone());
-        api.person_writes(ADA, "Ada", "hi");
-        api.person_writes(BOB, "Bob", &format!("config {PASSWORD} interval 5"));
-        let start = Instant::now();
-        assert_eq!(poll(&mote, &api), format!("i5;{ADA_TOKEN};Bob:2345678901"));
-        let taken = start.elapsed();
-        assert!(taken < Duration::from_millis(500), "{taken:?}");
-        api.wait_for("the attempt", |seen| seen.count("sendMessage") >= 1);
-        assert!(mote.ping(PATIENCE), "within the time of a request");
-        let failed = !matches!(fault, Fault::Late(_));
-        let log = gateway.log();
-        assert_eq!(log.contains("[WARN]"), failed, "{log}");
-    });
 }
 
 // --- the very first start ---

@@ -53,10 +53,12 @@ fn config(setting: &str) -> String {
 /// These mostly wait, so they run at the same time.
 #[test]
 fn what_takes_seconds() {
-    let tests: [(&str, fn()); 5] = [
+    let tests: [(&str, fn()); 7] = [
         ("everything_or_nothing", everything_or_nothing),
         ("killed_at_any_moment", killed_at_any_moment),
         ("telegram_fails", telegram_fails),
+        ("a_hanging_telegram", a_hanging_telegram),
+        ("answers_that_fail", answers_that_fail),
         (
             "people_are_heard_though_no_mote_asks",
             people_are_heard_though_no_mote_asks,
@@ -586,6 +588,39 @@ fn telegram_fails() {
     });
 }
 
+/// Row 25: each request is answered within 9 s of its ACK. The others wait in the socket, and their repeats do nothing.
+fn a_hanging_telegram() {
+    let (api, gateway) = start();
+    api.fail(every(""), Fault::Hang);
+    let (first, second) = (Mote::new(gateway.address()), Mote::new(gateway.address()));
+    let poll = first.post("update", update(&api));
+    first.begin(&poll);
+    let asked = Instant::now();
+    let text = second.post("message", message(&api, "5", "x"));
+    second.send(&text);
+    second.send(&text);
+    let response = first.response(&poll);
+    first.acknowledge(&response);
+    response.expect("5.00", "");
+    let taken = asked.elapsed();
+    assert!(
+        taken < Duration::from_millis(9100),
+        "the first took {taken:?}"
+    );
+    assert_eq!(second.receive(), Message::new(Kind::Ack, 0, text.id));
+    let acknowledged = Instant::now();
+    let response = second.response(&text);
+    second.acknowledge(&response);
+    response.expect("5.00", "");
+    let taken = acknowledged.elapsed();
+    assert!(
+        taken < Duration::from_millis(2500),
+        "told soon, for the last fetch timed out: {taken:?}"
+    );
+    assert_eq!(second.receive(), Message::new(Kind::Ack, 0, text.id));
+    assert_eq!(api.count("sendMessage"), 1, "it may have arrived");
+}
+
 // --- between requests ---
 
 /// People are answered within 20 s though no mote asks: with the configured token, else with the last one that Telegram
@@ -613,6 +648,33 @@ fn people_are_heard_though_no_mote_asks() {
         });
         assert!(heard, "nobody answers");
         assert_eq!(poll(&mote, &api), ADA_TOKEN);
+    });
+}
+
+/// Answers to people can fail in every way: what they wanted is done, and the mote is answered before.
+fn answers_that_fail() {
+    let blocked = "Forbidden: bot was blocked by the user";
+    let cases = [
+        ("blocked", (Fault::error(403, blocked), blocked)),
+        ("hang", (Fault::Hang, "dropped")), // for which there is no time left
+        ("500", (Fault::error(500, "restart"), "restart")),
+        ("closed", (Fault::CloseUnanswered, "closed")),
+        ("late", (Fault::Late(Duration::from_secs(1)), "registered")),
+    ];
+    in_parallel(&cases, |(fault, word)| {
+        let (api, gateway) = start();
+        let mote = Mote::new(gateway.address());
+        api.fail(every("sendMessage"), fault.clone());
+        api.person_writes(ADA, "Ada", "hi");
+        api.person_writes(BOB, "Bob", &config("interval 5"));
+        let start = Instant::now();
+        assert_eq!(poll(&mote, &api), format!("i5;{BOTH}"));
+        let taken = start.elapsed();
+        assert!(taken < Duration::from_millis(500), "{taken:?}");
+        api.wait_for("the attempt", |seen| seen.count("sendMessage") >= 1);
+        assert!(mote.ping(PATIENCE), "within the time of a request");
+        let log = gateway.log();
+        assert!(log.contains(word), "{word:?} in {log}");
     });
 }
 
