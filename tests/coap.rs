@@ -164,6 +164,11 @@ fn large_datagrams() {
         "{} texts",
         api.texts_to(5).len()
     );
+    let text = "é".repeat(3950);
+    let request = mote.post("message", message(&api, "6", &text));
+    mote.separate(&request.option(65_000, [b'x'; 2000]))
+        .expect("2.05", SENT);
+    assert!(api.texts_to(6) == [text], "cut");
     let longer = message(&api, "5", &"x".repeat(65_000));
     let code = mote.post_piggybacked("message", longer).code();
     assert!(code == "4.00" || code == "4.13", "{code}");

@@ -855,6 +855,28 @@ fn a_disk_that_cannot_be_written() {
     }
 }
 
+/// A disk that takes its time (here: until somebody reads what is written) delays no response to a message.
+#[test]
+fn a_slow_disk() {
+    let api = BotApi::start();
+    let gateway = start_with(&api, Setup::new(&api));
+    let mote = Mote::new(gateway.address());
+    let pipe = gateway.directory().join("state.json.new");
+    let made = Command::new("mkfifo").arg(&pipe).status();
+    assert!(made.unwrap().success());
+    api.block_chat(ADA);
+    let start = Instant::now();
+    mote.post_separate("message", message(&api, "1234567890,5", "x"))
+        .expect("2.05", SENT);
+    let taken = start.elapsed();
+    assert!(taken < Duration::from_millis(500), "{taken:?}");
+    assert!(!mote.ping(QUIET), "the removal is being written");
+    let state = fs::read_to_string(&pipe).unwrap();
+    assert!(state.contains("1234567890"), "{state}");
+    fs::remove_file(&pipe).unwrap();
+    assert!(mote.ping(PATIENCE));
+}
+
 // --- systemd ---
 
 /// What the service manager hears until `limit`, or until `done` says so.
