@@ -12,9 +12,9 @@
 //!
 //! One thread owns everything ([`Gateway`]) and does one thing at a time: it receives a datagram,
 //! sends the empty ACK, calls Telegram, sends the separate response, and only then writes to the
-//! disk and to people. Whatever comes meanwhile waits in the socket. When nothing waits there, it
+//! disk and to people. What comes meanwhile waits in the socket. When nothing waits there, it
 //! retransmits, and fetches what people wrote. A second thread logs a heartbeat; a text to several
-//! chats has a thread for each as long as it takes.
+//! chats has a thread for each while it is sent.
 //!
 //! The file reads top-down. A datagram travels [`Gateway::run`] → [`coap::Exchanges::receive`] →
 //! [`Gateway::handle`] → [`Gateway::deliver`] or [`Gateway::update`] → [`Gateway::settle`]. What
@@ -22,24 +22,26 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Write};
-use std::net::{IpAddr, SocketAddr, ToSocketAddrs, UdpSocket};
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::os::unix::net::{SocketAddr as UnixAddr, UnixDatagram};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-use std::{env, mem, thread};
+use std::{env, fmt, mem, thread};
 
 use coap::{Event, Exchanges, Request, Response};
 use coap_lite::ResponseType;
-use log::{error, info, warn};
+use log::{LevelFilter, error, info, warn};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use simple_logger::SimpleLogger;
 use ureq::config::IpFamily;
+use ureq::tls::{PemItem, RootCerts, TlsConfig};
 use ureq::unversioned::resolver::{DefaultResolver, ResolvedSocketAddrs, Resolver};
 use ureq::unversioned::transport::{DefaultConnector, NextTimeout};
 
@@ -54,7 +56,7 @@ const REQUEST_TIME: Duration = Duration::from_millis(8500);
 const REQUEST_TIME_IN_A_HANG: Duration = Duration::from_secs(2);
 /// For the gateway's own fetch, during which requests wait.
 const FETCH_TIME: Duration = Duration::from_secs(5);
-/// Between two fetches. With three connections in turn, each is used every 45 s.
+/// Between two fetches. Three connections take turns, so each is used every 45 s.
 const FETCH_EVERY: Duration = Duration::from_secs(15);
 /// After a failed fetch; and in a hang, between two tries with all the time.
 const FETCH_AFTER_FAILURE: Duration = Duration::from_secs(60);
@@ -63,8 +65,8 @@ const FOUND_NOTHING_HOLDS: Duration = Duration::from_secs(3);
 /// How long idle connections are kept: Telegram closes them after about a minute, and a text that
 /// meets the closing is lost.
 const IDLE_CONNECTION: Duration = Duration::from_secs(50);
-/// For one connection (TCP and TLS, over all addresses of the host), and for a look-up: leaves time
-/// for a second attempt.
+/// For one connection (TCP and TLS, over all addresses of the host), and for a look-up of these:
+/// leaves time for a second attempt.
 const CONNECT_TIME: Duration = Duration::from_secs(5);
 /// How long the addresses of the host serve without a new look-up.
 const ADDRESSES_HOLD: Duration = Duration::from_secs(60);
@@ -73,9 +75,9 @@ const LOOK_UP_AGAIN_TIME: Duration = Duration::from_secs(1);
 /// Calls that surely did not reach Telegram, and HTTP 429, are tried this often in all.
 const ATTEMPTS: u32 = 3;
 const ATTEMPT_PAUSE: Duration = Duration::from_millis(500);
-/// Bot API server: a page of updates is cut at 4 MiB of JSON. Twice that, for the one that exceeds.
+/// Bot API server: a page of updates is cut at 4 MiB of JSON; twice that, for the one beyond.
 const PAGE_BYTES_MAX: u64 = 8 << 20;
-/// Of any other answer: a `Message` with its text, each character as `\uXXXX\uXXXX`.
+/// Of any other answer: a `Message` whose text has 4,096 characters, each `\uXXXX\uXXXX`.
 const ANSWER_BYTES_MAX: u64 = 64 << 10;
 /// Bot API, getUpdates: updates in one page.
 const PAGE: usize = 100;
@@ -85,11 +87,11 @@ const REASON_MAX: usize = 300;
 const TEXT_MAX: usize = 4096;
 /// Firmware: users it keeps, hence chats it can name in one message.
 const USERS_MAX: usize = 10;
-/// Removals that are remembered: chats to which nothing is sent.
+/// Removed chats that are remembered.
 const REMOVED_MAX: usize = 100;
 /// Motes that are remembered; the longest silent is forgotten, and told everything again.
 const MOTES_MAX: usize = 64;
-/// A mote that has restarted unnoticed is right again after that.
+/// After that a mote is told everything again, as it may have restarted unnoticed.
 const ACKNOWLEDGED_HOLDS: Duration = Duration::from_secs(3600);
 /// Firmware: its message IDs go up by 1 to 3 from one request to the next, and begin anew, at
 /// random, when it boots. Room for what is lost in between.
@@ -100,7 +102,7 @@ const NAME_MAX: usize = 14;
 const CHAT_ID_MAX: i64 = 99_999_999_999;
 /// Firmware: bytes of a reply; a longer one is thrown away whole.
 const REPLY_MAX: usize = 302;
-/// Firmware: bytes of its token, with the NUL behind.
+/// Firmware: bytes of its token.
 const MOTE_TOKEN_MAX: usize = 49;
 /// Wrong passwords in a row from one chat, after which its `config` is ignored for `LOCKED_OUT`.
 const WRONG_PASSWORDS_MAX: u32 = 5;
@@ -110,21 +112,22 @@ const SUSPECTS_MAX: usize = 256;
 /// Of `coap_server.log`, bytes; then it becomes `coap_server.log.1`.
 const LOG_MAX: u64 = 1 << 20;
 const HEARTBEAT: Duration = Duration::from_secs(15 * 60);
-/// Longest sleep of the loop: systemd's watchdog is served each time.
+/// Longest sleep of the loop, which serves systemd's watchdog.
 const TICK: Duration = Duration::from_secs(1);
 /// More datagrams than Linux's default socket buffer holds: after so many in a row, all that waited
 /// at the first has been read, so a flood cannot put off retransmissions for ever.
 const SOCKET_HOLDS: u32 = 1000;
 
-const LINKS: &str = r#"</message>;rt="telegram.message";ct=0,</update>;rt="telegram.update";ct=0"#;
 const MESSAGES_SENT: &str = "Messages sent successfully";
 const NO_UPDATES: &str = "No Updates";
 const MISSING_FIELDS: &str = "Missing required fields";
+const LINKS: &str = r#"</message>;rt="telegram.message";ct=0,</update>;rt="telegram.update";ct=0"#;
 const HELP: &str = "I pass on what the sensors report.\n\
     remove me - no more messages\n\
     config <password> interval <1..120> - minutes between two reports\n\
     config <password> feedback <0|1> - LED feedback off or on\n\
     help - this text";
+const REGISTERED: &str = "You are registered.";
 const LIST_IS_FULL: &str = "The list is full: 10 people are registered already.";
 const REMOVED: &str = "You are removed and get no more messages. Write anything to register again.";
 const CONFIG_FORM: &str = "Allowed is: config <password> interval <1..120>, \
@@ -141,35 +144,29 @@ usage: coap_websocket                serve
 // -------------------------------------------------------------------------------------------------
 
 fn main() -> ExitCode {
-    let arguments = env::args_os().skip(1);
-    let words: Vec<String> = arguments
-        .map(|word| word.to_string_lossy().into_owned())
-        .collect();
-    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let words: Vec<_> = env::args_os().skip(1).collect();
+    let words: Vec<_> = words.iter().map(|word| word.to_string_lossy()).collect();
+    let words: Vec<&str> = words.iter().map(AsRef::as_ref).collect();
     let outcome = match words[..] {
-        [] => Config::load().and_then(serve),
-        ["check"] => Config::load().and_then(|config| check(&config)),
-        ["send", ref options @ ..] => match SendOptions::parse(options) {
-            Some(options) => Config::load().and_then(|config| send(&config, &options)),
-            None => return usage(),
-        },
-        ["--help" | "-h"] => {
-            say(USAGE);
-            Ok(())
+        [] => serve(),
+        ["check"] => check(),
+        ["send", ref options @ ..] => {
+            let after = |name: &str| options.iter().skip_while(move |word| **word != name).nth(1);
+            match (after("-i"), after("-m"), after("-u"), options.len()) {
+                (Some(chat), Some(text), None, 4) => send(chat, text, None),
+                (Some(chat), Some(text), Some(uri), 6) => send(chat, text, Some(uri)),
+                _ => return usage(),
+            }
         }
-        ["--version" | "-V"] => {
-            say(concat!("coap_websocket ", env!("CARGO_PKG_VERSION")));
-            Ok(())
-        }
+        ["--help" | "-h"] => say(USAGE),
+        ["--version" | "-V"] => say(concat!("coap_websocket ", env!("CARGO_PKG_VERSION"))),
         _ => return usage(),
     };
-    match outcome {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(reason) => {
-            let _ = writeln!(io::stderr(), "coap_websocket: {reason}");
-            ExitCode::FAILURE
-        }
-    }
+    let Err(reason) = outcome else {
+        return ExitCode::SUCCESS;
+    };
+    let _ = writeln!(io::stderr(), "coap_websocket: {reason}");
+    ExitCode::FAILURE
 }
 
 fn usage() -> ExitCode {
@@ -178,8 +175,9 @@ fn usage() -> ExitCode {
 }
 
 /// `println!`, but a closed pipe is no reason to panic.
-fn say(text: &str) {
+fn say(text: &str) -> Result<(), String> {
     let _ = writeln!(io::stdout(), "{text}");
+    Ok(())
 }
 
 /// A token or a password. It has neither `Debug` nor `Display`, so that it cannot get into a log
@@ -191,20 +189,19 @@ impl Secret {
     /// A bot token, `<bot id>:<letters, digits, _ and ->`, so that it can stand in a URL as it is.
     fn bot_token(text: &str) -> Option<Secret> {
         let (id, key) = text.split_once(':')?;
-        let id_fits = (1..=20).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_digit());
-        let key_byte = |b: u8| b.is_ascii_alphanumeric() || b == b'_' || b == b'-';
-        let key_fits = (1..=100).contains(&key.len()) && key.bytes().all(key_byte);
-        (id_fits && key_fits).then(|| Secret(text.to_string()))
+        let is_id = (1..=20).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_digit());
+        let fits = |b: u8| b.is_ascii_alphanumeric() || b == b'_' || b == b'-';
+        let is_key = (1..=100).contains(&key.len()) && key.bytes().all(fits);
+        (is_id && is_key).then(|| Secret(text.to_string()))
+    }
+
+    fn mote_token(text: &str) -> Option<Secret> {
+        let fits = text.len() <= MOTE_TOKEN_MAX && !text.contains('&');
+        Secret::password(text).filter(|_| fits)
     }
 
     fn password(text: &str) -> Option<Secret> {
         (!text.contains(char::is_whitespace)).then(|| Secret(text.to_string()))
-    }
-
-    fn mote_token(text: &str) -> Option<Secret> {
-        let separates = |c: char| c.is_whitespace() || c == '&';
-        (text.len() <= MOTE_TOKEN_MAX && !text.contains(separates))
-            .then(|| Secret(text.to_string()))
     }
 
     /// The part of a bot token before the colon: the bot's user id, which is public.
@@ -234,139 +231,106 @@ struct Config {
     /// `None`: every `config` is refused.
     password: Option<Secret>,
     listen: SocketAddr,
-    roots: Option<Roots>,
-    places: Places,
-    /// For the log, once there is one.
-    warnings: Vec<String>,
-}
-
-/// Root certificates instead of the built-in Mozilla roots.
-struct Roots {
-    file: String,
-    certificates: Vec<ureq::tls::Certificate<'static>>,
-}
-
-/// Where the files are.
-struct Places {
-    config_ini: PathBuf,
-    dot_env: PathBuf,
-    state: PathBuf,
-    log: PathBuf,
-}
-
-impl Places {
-    /// What systemd names; else the working directory if it holds settings; else an installation,
-    /// so that `check` and `send` work from every folder of the Pi; else the working directory.
-    fn find() -> Places {
-        let here = Path::new("config.ini").exists() || Path::new(".env").exists();
-        let [mut settings, mut state, mut logs] = [(); 3].map(|()| PathBuf::new());
-        if !here && Path::new("/etc/coap_websocket/config.ini").exists() {
-            settings = "/etc/coap_websocket".into();
-            state = "/var/lib/coap_websocket".into();
-            logs = "/var/log/coap_websocket".into();
-        }
-        let mut dot_env = settings.join(".env");
-        if let Some(credentials) = systemd_directory("CREDENTIALS_DIRECTORY") {
-            dot_env = credentials.join("env"); // a credential's name cannot start with a dot
-            settings = credentials;
-        }
-        let state = systemd_directory("STATE_DIRECTORY").unwrap_or(state);
-        let logs = systemd_directory("LOGS_DIRECTORY").unwrap_or(logs);
-        Places {
-            config_ini: settings.join("config.ini"),
-            dot_env,
-            state: state.join("state.json"),
-            log: logs.join("coap_server.log"),
-        }
-    }
-}
-
-/// Of several directories, separated by colons, the first.
-fn systemd_directory(variable: &str) -> Option<PathBuf> {
-    let value = env::var(variable).ok()?;
-    let first = value.split(':').next()?;
-    (!first.is_empty()).then(|| first.into())
+    roots: RootCerts,
+    /// Where the roots come from.
+    roots_origin: String,
+    state_path: PathBuf,
 }
 
 impl Config {
     /// Reads `config.ini`, `.env` and the environment. An error is one line that names file, line
     /// and reason.
     fn load() -> Result<Config, String> {
-        let places = Places::find();
-        let ini = read_settings(&places.config_ini, true)?;
-        let variables = read_settings(&places.dot_env, false)?;
-        let key = |name| ini.get(name).cloned();
-        let variable = |name| variable(&variables, name);
+        let mut config = Config {
+            url: "https://api.telegram.org/bot".to_string(),
+            token: None,
+            mote_token: None,
+            ip_family: IpFamily::Any,
+            password: None,
+            listen: SocketAddr::new(Ipv6Addr::LOCALHOST.into(), coap::PORT),
+            roots: RootCerts::WebPki,
+            roots_origin: "Mozilla's, built in".to_string(),
+            state_path: folder("STATE_DIRECTORY", "/var/lib").join("state.json"),
+        };
+        config.read_ini()?;
+        config.read_variables()?;
+        Ok(config)
+    }
 
-        let token = key("bot_token").filter(|set| set.text != "your_telegram_bot_token");
-        let token_rule = "is not a bot token (digits, a colon, letters, as BotFather shows it)";
-        let token = parsed(token, token_rule, Secret::bot_token)?;
-        let mote_token_rule = "is not a word of at most 49 characters without white space and &";
-        let mote_token = parsed(key("mote_token"), mote_token_rule, Secret::mote_token)?;
-        if let (Some(_), None, Some(set)) = (&mote_token, &token, key("mote_token")) {
-            return Err(format!(
-                "{}: mote_token stands for bot_token, which is not set",
-                set.origin
-            ));
-        }
-        let password_rule = "holds white space, so nobody could write it in a `config` message";
-        let password = parsed(variable("PASSWORD"), password_rule, Secret::password)?;
-        let url = parsed(key("url"), "is not of the form https://host/bot", https_url)?;
-        let family = parsed(key("ip_family"), "is none of any, ipv4, ipv6", ip_family)?;
-        let address_rule = "is not an IP address (one without a zone)";
-        let address = parsed(variable("COAP_SERVER_IP"), address_rule, |text| {
-            text.parse().ok()
-        })?;
-        let port_rule = "is not a port (0 to 65535)";
-        let port = parsed(variable("COAP_SERVER_PORT"), port_rule, |text| {
-            text.parse().ok()
-        })?;
-        let roots = variable("SSL_CERT_FILE").map(Roots::read).transpose()?;
+    /// For the commands that cannot do without.
+    fn required_token(&self) -> Result<&Secret, String> {
+        let file = folder("CREDENTIALS_DIRECTORY", "/etc").join("config.ini");
+        let missing = format!("no bot_token is set in {}", file.display());
+        self.token.as_ref().ok_or(missing)
+    }
 
-        let mut warnings = Vec::new();
-        for (name, set) in &ini {
-            if !["bot_token", "mote_token", "url", "ip_family"].contains(&name.as_str()) {
-                warnings.push(format!("{}: unknown key `{name}` is ignored", set.origin));
+    fn read_ini(&mut self) -> Result<(), String> {
+        let file = folder("CREDENTIALS_DIRECTORY", "/etc").join("config.ini");
+        let settings = read_settings(&file, true)?;
+        for set in &settings {
+            match set.name.as_str() {
+                "bot_token" if set.text == "your_telegram_bot_token" => {}
+                "bot_token" => self.token = Some(set.parsed(Secret::bot_token)?),
+                "mote_token" => self.mote_token = Some(set.parsed(Secret::mote_token)?),
+                "url" => self.url = set.parsed(https_url)?,
+                "ip_family" => self.ip_family = set.parsed(ip_family)?,
+                name => warn!("{}: unknown key `{name}` is ignored", set.origin),
             }
         }
-        if token.is_none() {
-            let file = places.config_ini.display();
-            warnings.push(format!(
-                "no bot_token in {file}: /message serves any token, /update the first bot that Telegram accepts"
-            ));
+        if self.token.is_none() {
+            if let Some(set) = settings.iter().find(|set| set.name == "mote_token") {
+                return Err(format!("{}: mote_token without bot_token", set.origin));
+            }
+            let file = file.display();
+            warn!(
+                "no bot_token is set in {file}: /message serves any token, \
+                /update the first bot that Telegram accepts"
+            );
         }
-        if password.is_none() {
-            let file = places.dot_env.display();
-            warnings.push(format!(
-                "no PASSWORD in {file}: every `config` message is refused"
-            ));
-        }
-        Ok(Config {
-            url: url.unwrap_or_else(|| "https://api.telegram.org/bot".to_string()),
-            token,
-            mote_token,
-            ip_family: family.unwrap_or(IpFamily::Any),
-            password,
-            listen: SocketAddr::new(
-                address.unwrap_or(std::net::Ipv6Addr::LOCALHOST.into()),
-                port.unwrap_or(coap::PORT),
-            ),
-            roots,
-            places,
-            warnings,
-        })
+        Ok(())
     }
 
-    /// For the commands that need one.
-    fn required_token(&self) -> Result<&Secret, String> {
-        let missing = || {
-            format!(
-                "no bot_token is set in {}",
-                self.places.config_ini.display()
-            )
+    fn read_variables(&mut self) -> Result<(), String> {
+        let name = match env::var_os("CREDENTIALS_DIRECTORY") {
+            Some(_) => "env", // a credential's name cannot start with a dot
+            None => ".env",
         };
-        self.token.as_ref().ok_or_else(missing)
+        let file = folder("CREDENTIALS_DIRECTORY", "/etc").join(name);
+        let dot_env = read_settings(&file, false)?;
+        let variable = |name| Setting::variable(name, &dot_env);
+        if let Some(set) = variable("PASSWORD") {
+            self.password = Some(set.parsed(Secret::password)?);
+        }
+        if let Some(set) = variable("COAP_SERVER_IP") {
+            self.listen.set_ip(set.parsed(|text| text.parse().ok())?);
+        }
+        if let Some(set) = variable("COAP_SERVER_PORT") {
+            self.listen.set_port(set.parsed(|text| text.parse().ok())?);
+        }
+        if let Some(set) = variable("SSL_CERT_FILE") {
+            self.roots = read_roots(&set)?;
+            self.roots_origin = format!("those in SSL_CERT_FILE {}", set.text);
+        }
+        if self.password.is_none() {
+            let file = file.display();
+            warn!("no PASSWORD is set in {file}: every `config` is refused");
+        }
+        Ok(())
     }
+}
+
+/// What systemd names in `variable`; else the working directory if it holds settings; else the
+/// folder of an installation, so that `check` and `send` work from every folder of the Pi; else the
+/// working directory.
+fn folder(variable: &str, root: &str) -> PathBuf {
+    let value = env::var(variable).unwrap_or_default();
+    let first = value.split(':').next().unwrap_or_default();
+    let is_here = Path::new("config.ini").exists() || Path::new(".env").exists();
+    let is_installed = Path::new("/etc/coap_websocket/config.ini").exists();
+    if first.is_empty() && is_installed && !is_here {
+        return Path::new(root).join("coap_websocket");
+    }
+    first.into()
 }
 
 /// What is set, and where it stands, as in `.env:3`.
@@ -377,21 +341,46 @@ struct Setting {
     origin: String,
 }
 
-/// The lines `name = value` that are neither empty nor comments; of an INI file those of
-/// `[telegram]`, for the other sections belong to the firmware's build. None without a file.
-fn read_settings(path: &Path, ini: bool) -> Result<BTreeMap<String, Setting>, String> {
-    let mut found = BTreeMap::<String, Setting>::new();
+impl Setting {
+    /// The real environment wins over `.env`, and an empty variable is not set.
+    fn variable(name: &str, dot_env: &[Setting]) -> Option<Setting> {
+        let Some(value) = env::var_os(name).filter(|value| !value.is_empty()) else {
+            return dot_env.iter().find(|set| set.name == name).cloned();
+        };
+        Some(Setting {
+            name: name.to_string(),
+            text: value.to_string_lossy().into_owned(),
+            origin: "environment".to_string(),
+        })
+    }
+
+    /// What `parse` makes of it, or what is wrong where. The text is not repeated, for it may be a
+    /// secret.
+    fn parsed<T>(&self, parse: impl Fn(&str) -> Option<T>) -> Result<T, String> {
+        let rule = match self.name.as_str() {
+            "bot_token" => "is not a bot token (digits, a colon, letters: as BotFather shows it)",
+            "mote_token" => "is not a word of at most 49 bytes without white space and &",
+            "url" => "is not of the form https://host/bot",
+            "ip_family" => "is none of any, ipv4, ipv6",
+            "PASSWORD" => "holds white space, so nobody could write it in a `config` message",
+            "COAP_SERVER_IP" => "is not an IP address (without a zone)",
+            _ => "is not a port (0 to 65535)",
+        };
+        parse(&self.text).ok_or_else(|| format!("{}: {} {rule}", self.origin, self.name))
+    }
+}
+
+/// The lines `name = value` that are neither empty nor comments, and set something; of an INI file
+/// those of `[telegram]`, for the other sections belong to the firmware's build.
+fn read_settings(path: &Path, ini: bool) -> Result<Vec<Setting>, String> {
     let content = match fs::read(path) {
         Ok(content) => content,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(found),
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
         Err(error) => return Err(format!("cannot read {}: {error}", path.display())),
     };
-    let mut section = if ini {
-        None
-    } else {
-        Some("telegram".to_string())
-    };
     let content = content.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&content);
+    let mut settings = Vec::<Setting>::new();
+    let mut section = if ini { "" } else { "telegram" };
     for (number, line) in (1..).zip(content.split(|byte| *byte == b'\n')) {
         let origin = format!("{}:{number}", path.display());
         let line = str::from_utf8(line)
@@ -400,85 +389,46 @@ fn read_settings(path: &Path, ini: bool) -> Result<BTreeMap<String, Setting>, St
         if line.is_empty() || line.starts_with(['#', ';']) {
             continue;
         }
-        if let Some(name) = line.strip_prefix('[').filter(|_| ini) {
-            let name = name
+        if ini && let Some(name) = line.strip_prefix('[') {
+            section = name
                 .strip_suffix(']')
-                .ok_or(format!("{origin}: `[` without `]`"))?;
-            section = Some(name.trim().to_string());
+                .ok_or(format!("{origin}: `[` without `]`"))?
+                .trim();
             continue;
         }
-        match section.as_deref() {
-            None => return Err(format!("{origin}: no section yet; put [telegram] above it")),
-            Some("telegram") => {}
-            Some(_) => continue,
+        if section.is_empty() {
+            return Err(format!("{origin}: no section yet; put [telegram] above it"));
         }
-        let set = Setting::parse(line, ini, origin)?;
-        if let Some(first) = found.insert(set.name.clone(), set.clone()) {
-            let (origin, first) = (set.origin, first.origin);
+        if section != "telegram" {
+            continue;
+        }
+        let line = line.strip_prefix("export ").unwrap_or(line);
+        let (name, value) = line.split_once('=').unwrap_or_default();
+        let (mut name, value) = (name.trim().to_string(), value.trim());
+        if name.is_empty() || name.contains(|c: char| c.is_whitespace() || c.is_control()) {
+            return Err(format!("{origin}: not `NAME=value`"));
+        }
+        if ini {
+            name.make_ascii_lowercase();
+        }
+        if let Some(first) = settings.iter().find(|set| set.name == name) {
+            let first = &first.origin;
             return Err(format!(
                 "{origin}: set before in {first}; remove one of them"
             ));
         }
-    }
-    Ok(found)
-}
-
-impl Setting {
-    /// `name = value`, perhaps with `export` before and a pair of quotes around the value.
-    fn parse(line: &str, ini: bool, origin: String) -> Result<Setting, String> {
-        let line = line.strip_prefix("export ").unwrap_or(line);
-        let (name, value) = line.split_once('=').unwrap_or_default();
-        let (name, value) = (name.trim(), value.trim());
-        if name.is_empty() || name.contains(|c: char| c.is_whitespace() || c.is_control()) {
-            return Err(format!("{origin}: not `NAME=value`"));
-        }
         let unquote = |quote: char| value.strip_prefix(quote)?.strip_suffix(quote);
         let text = unquote('"').or(unquote('\'')).unwrap_or(value).to_string();
-        let name = if ini {
-            name.to_ascii_lowercase()
-        } else {
-            name.to_string()
-        };
-        Ok(Setting { name, text, origin })
+        settings.push(Setting { name, text, origin });
     }
-}
-
-/// The real environment wins over `.env`, and an empty variable is not set.
-fn variable(dot_env: &BTreeMap<String, Setting>, name: &str) -> Option<Setting> {
-    match env::var_os(name) {
-        Some(value) if !value.is_empty() => Some(Setting {
-            name: name.to_string(),
-            text: value.to_string_lossy().into_owned(),
-            origin: "environment".to_string(),
-        }),
-        _ => dot_env
-            .get(name)
-            .filter(|set| !set.text.is_empty())
-            .cloned(),
-    }
-}
-
-/// What `parse` makes of a setting (`None`: it is not set), or what is wrong where. The text is not
-/// repeated, for it may be a secret.
-fn parsed<T>(
-    set: Option<Setting>,
-    rule: &str,
-    parse: impl Fn(&str) -> Option<T>,
-) -> Result<Option<T>, String> {
-    let Some(set) = set.filter(|set| !set.text.is_empty()) else {
-        return Ok(None);
-    };
-    match parse(&set.text) {
-        None => Err(format!("{}: {} {rule}", set.origin, set.name)),
-        value => Ok(value),
-    }
+    settings.retain(|set| !set.text.is_empty());
+    Ok(settings)
 }
 
 fn https_url(text: &str) -> Option<String> {
     let uri: ureq::http::Uri = text.parse().ok()?;
-    let plain = uri.query().is_none() && !text.contains('#');
-    let has_host = !uri.host()?.is_empty();
-    (uri.scheme_str() == Some("https") && plain && has_host).then(|| text.to_string())
+    let is_plain = uri.query().is_none() && !text.contains('#') && !uri.host()?.is_empty();
+    (uri.scheme_str() == Some("https") && is_plain).then(|| text.to_string())
 }
 
 fn ip_family(text: &str) -> Option<IpFamily> {
@@ -490,24 +440,22 @@ fn ip_family(text: &str) -> Option<IpFamily> {
     }
 }
 
-impl Roots {
-    fn read(set: Setting) -> Result<Roots, String> {
-        let (origin, file) = (set.origin, set.text);
-        let pem = fs::read(&file)
-            .map_err(|error| format!("{origin}: cannot read SSL_CERT_FILE {file}: {error}"))?;
-        let mut certificates = Vec::new();
-        for item in ureq::tls::parse_pem(&pem) {
-            if let Ok(ureq::tls::PemItem::Certificate(certificate)) = item {
-                certificates.push(certificate);
-            }
+fn read_roots(set: &Setting) -> Result<RootCerts, String> {
+    let (origin, file) = (&set.origin, &set.text);
+    let pem = fs::read(file)
+        .map_err(|error| format!("{origin}: cannot read SSL_CERT_FILE {file}: {error}"))?;
+    let mut certificates = Vec::new();
+    for item in ureq::tls::parse_pem(&pem) {
+        if let Ok(PemItem::Certificate(certificate)) = item {
+            certificates.push(certificate);
         }
-        if certificates.is_empty() {
-            return Err(format!(
-                "{origin}: SSL_CERT_FILE {file} holds no PEM certificate"
-            ));
-        }
-        Ok(Roots { file, certificates })
     }
+    if certificates.is_empty() {
+        return Err(format!(
+            "{origin}: SSL_CERT_FILE {file} holds no PEM certificate"
+        ));
+    }
+    Ok(RootCerts::new_with_certs(&certificates))
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -523,7 +471,7 @@ struct Gateway {
     exchanges: Exchanges,
     telegram: Telegram,
     state: State,
-    /// What `state.json` holds, if it is known.
+    /// What `state.json` holds, as far as this process knows.
     saved: Option<State>,
     motes: Motes,
     people: People,
@@ -533,34 +481,25 @@ struct Gateway {
     next_fetch: Instant,
     /// When the last fetch found that nobody had written.
     found_nothing: Option<Instant>,
-    /// Set while fetching fails, so that start and end are logged once.
+    /// Set while fetching fails, so that start and end of it are logged once.
     fetch_fails: bool,
     /// Set while Telegram does not answer: when the next try may take all its time.
     hang: Option<Instant>,
+    /// Of the request or the fetch under way.
+    deadline: Instant,
 }
 
 /// Serves for ever. Faults of the start end it; afterwards nothing that a datagram holds does.
-fn serve(config: Config) -> Result<(), String> {
-    start_log(&config.places.log)?;
-    for warning in &config.warnings {
-        warn!("{warning}");
-    }
-    let mut state = State::open(&config.places.state);
-    // Update ids are counted for each bot.
-    let bot = config
-        .token
-        .as_ref()
-        .map(|token| token.bot_id().to_string());
-    if bot.is_some() && bot != state.bot {
-        state.bot = bot;
-        state.offset = 0;
-    }
+fn serve() -> Result<(), String> {
+    start_log(folder("LOGS_DIRECTORY", "/var/log").join("coap_server.log"))?;
+    let config = Config::load()?;
+    let state = State::open(&config);
     notify("READY=1");
     let socket = bind(config.listen)?;
-    thread::Builder::new()
-        .name("heartbeat".to_string())
-        .spawn(heartbeat)
-        .map_err(|error| format!("cannot start a thread: {error}"))?;
+    let heart = thread::Builder::new().spawn(heartbeat);
+    heart.map_err(|error| format!("cannot start a thread: {error}"))?;
+    let version = env!("CARGO_PKG_VERSION");
+    info!("coap_websocket {version} serves CoAP on {}", config.listen);
     let mut gateway = Gateway {
         socket,
         exchanges: Exchanges::new(),
@@ -568,39 +507,34 @@ fn serve(config: Config) -> Result<(), String> {
         state,
         saved: None,
         motes: Motes::default(),
-        people: People::default(),
+        people: People::new(config.password.clone()),
         token: config.token.clone(),
         next_fetch: Instant::now(),
         found_nothing: None,
         fetch_fails: false,
         hang: None,
+        deadline: Instant::now(),
         config,
     };
-    info!(
-        "coap_websocket {} serves CoAP on {}",
-        env!("CARGO_PKG_VERSION"),
-        gateway.local_address()
-    );
     gateway.tell_status();
-    // At once, so that a first start that crashes is not followed by another first start.
-    gateway.settle(Instant::now());
+    gateway.settle(); // so that the time of the first start outlives a crash
     gateway.run()
 }
 
 /// Waits for an address that does not exist yet: READY was said before, for a unit that waits would
 /// hold up the boot.
 fn bind(listen: SocketAddr) -> Result<UdpSocket, String> {
-    let mut told = false;
+    let mut is_told = false;
     loop {
         match UdpSocket::bind(listen) {
             Ok(socket) => return Ok(socket),
-            Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => {}
+            Err(error) if error.kind() == ErrorKind::AddrNotAvailable => {}
             Err(error) => return Err(format!("cannot bind {listen}: {error}")),
         }
-        if !told {
+        if !is_told {
             warn!("address {listen} does not exist yet; trying every second");
             notify(&format!("STATUS=Waits for address {listen} to appear"));
-            told = true;
+            is_told = true;
         }
         notify("WATCHDOG=1");
         thread::sleep(TICK);
@@ -619,8 +553,8 @@ impl Gateway {
                     self.receive(peer, &buffer[..length]);
                     in_a_row += 1;
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => in_a_row = SOCKET_HOLDS,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => in_a_row = SOCKET_HOLDS,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) => {
                     warn!("cannot receive: {error}");
                     thread::sleep(TICK);
@@ -641,15 +575,10 @@ impl Gateway {
     /// How long there is nothing to do but to receive.
     fn rest(&self) -> Duration {
         let now = Instant::now();
-        let mut due = now + TICK;
-        if let Some(retransmission) = self.exchanges.next_due() {
-            due = due.min(retransmission);
-        }
-        if self.token.is_some() {
-            due = due.min(self.next_fetch);
-        }
-        due.saturating_duration_since(now)
-            .max(Duration::from_millis(1))
+        let fetch = self.token.is_some().then_some(self.next_fetch);
+        let due = self.exchanges.next_due().into_iter().chain(fetch).min();
+        let rest = due.map_or(TICK, |due| due.saturating_duration_since(now));
+        rest.clamp(Duration::from_millis(1), TICK) // zero would be no limit at all
     }
 
     /// What is done when nothing waits in the socket.
@@ -661,9 +590,9 @@ impl Gateway {
         if now >= self.next_fetch
             && let Some(token) = self.token.clone()
         {
-            let deadline = now + self.time_for(FETCH_TIME);
-            let _ = self.fetch(&token, deadline); // it has logged how it went
-            self.settle(deadline);
+            self.deadline = now + self.time_for(FETCH_TIME);
+            let _ = self.fetch(&token); // which logs how it went
+            self.settle();
         }
     }
 
@@ -673,39 +602,38 @@ impl Gateway {
             Event::Send(bytes) => self.transmit(peer, &bytes),
             Event::Request(request) => self.handle(request),
             Event::Acknowledged(version) => self.motes.acknowledge(peer, version, Instant::now()),
-            Event::Refused => info!("{peer} did not want the response (RST): it is told again"),
+            Event::Refused => info!("{peer} did not want the response (RST)"),
         }
     }
 
     fn handle(&mut self, mut request: Request) {
-        let work = match self.judge(&mut request) {
-            Ok(Verdict::Work(work)) => work,
-            Ok(Verdict::Reply(response)) | Err(response) => return self.reply(&request, response),
+        let response = match self.judge(&mut request) {
+            Err(response) | Ok(Work::Reply(response)) => {
+                log_outcome(&request, &response);
+                let reply = self.exchanges.reply(&request, response);
+                return self.transmit(request.peer, &reply);
+            }
+            Ok(Work::Message(message)) => {
+                self.begin(&request);
+                self.deliver(&message)
+            }
+            Ok(Work::Update(token)) => {
+                self.begin(&request);
+                self.update(&token, request.peer)
+            }
         };
-        let acknowledgement = self.exchanges.accept(&request);
-        self.transmit(request.peer, &acknowledgement);
-        self.motes.note_request(request.peer, request.message_id());
-        let deadline = request.at + self.time_for(REQUEST_TIME);
-        let outcome = match work {
-            Work::Message(message) => self.deliver(&message, deadline),
-            Work::Update(token) => self.update(&token, request.peer, deadline),
-        };
-        let code = outcome.response.code();
-        let bytes = self
-            .exchanges
-            .respond(Instant::now(), &request, outcome.response);
-        self.transmit(request.peer, &bytes);
-        log_outcome(&request, &code, &outcome.detail);
-        self.settle(deadline);
+        log_outcome(&request, &response);
+        let response = self.exchanges.respond(Instant::now(), &request, response);
+        self.transmit(request.peer, &response);
+        self.settle();
     }
 
-    /// Answers at once, inside the ACK.
-    fn reply(&mut self, request: &Request, response: Response) {
-        let code = response.code();
-        let detail = response.diagnostic();
-        let bytes = self.exchanges.reply(request, response);
-        self.transmit(request.peer, &bytes);
-        log_outcome(request, &code, &detail);
+    /// Promises a response.
+    fn begin(&mut self, request: &Request) {
+        let acknowledgement = self.exchanges.accept(request);
+        self.transmit(request.peer, &acknowledgement);
+        self.motes.note_request(request.peer, request.message_id());
+        self.deadline = request.at + self.time_for(REQUEST_TIME);
     }
 
     /// A datagram that cannot be sent is one that was lost: CoAP retransmits.
@@ -715,11 +643,12 @@ impl Gateway {
         }
     }
 
-    /// The disk, then the people: nobody is told of a change that a power cut would undo.
-    fn settle(&mut self, deadline: Instant) {
+    /// What can wait until the mote has its response: the disk, then the people, for nobody is told
+    /// of a change that a power cut would undo.
+    fn settle(&mut self) {
         USERS.store(self.state.users.len() as u64, Relaxed);
         match self.save() {
-            Ok(()) => self.answer_people(deadline),
+            Ok(()) => self.answer_people(),
             Err(reason) => error!("{reason}"),
         }
     }
@@ -727,43 +656,35 @@ impl Gateway {
     /// Writes `state.json` if it is not what it should be.
     fn save(&mut self) -> Result<(), String> {
         if self.saved.as_ref() != Some(&self.state) {
-            let path = &self.config.places.state;
-            self.state
-                .write(path)
-                .map_err(|error| format!("cannot write {}: {error}", path.display()))?;
+            let path = &self.config.state_path;
+            let fault = |error| format!("cannot write {}: {error}", path.display());
+            self.state.write(path).map_err(fault)?;
             self.saved = Some(self.state.clone());
         }
         Ok(())
     }
 
-    /// The time for a request or a fetch, which is `usual` unless Telegram does not answer. In a
-    /// hang, one try a minute has all the time, and so notices the end of it.
+    /// The time for a request or a fetch: `usual`, but in a hang only one try a minute has that, and
+    /// so notices the end of the hang.
     fn time_for(&mut self, usual: Duration) -> Duration {
         let now = Instant::now();
         match self.hang {
-            None => usual,
-            Some(next) if now < next => REQUEST_TIME_IN_A_HANG,
+            Some(next_try) if now < next_try => REQUEST_TIME_IN_A_HANG,
             Some(_) => {
                 self.hang = Some(now + FETCH_AFTER_FAILURE);
                 usual
             }
+            None => usual,
         }
     }
 
-    fn local_address(&self) -> SocketAddr {
-        self.socket.local_addr().unwrap_or(self.config.listen)
-    }
-
     fn tell_status(&self) {
-        let trouble = if self.fetch_fails {
-            ", but Telegram does not answer: see the log"
-        } else {
-            ""
+        let trouble = match self.fetch_fails {
+            true => ", but cannot fetch what people write: see the log",
+            false => "",
         };
-        notify(&format!(
-            "STATUS=Serves CoAP on {}{trouble}",
-            self.local_address()
-        ));
+        let listen = self.config.listen;
+        notify(&format!("STATUS=Serves CoAP on {listen}{trouble}"));
     }
 }
 
@@ -771,14 +692,10 @@ impl Gateway {
 // Judging a request
 // -------------------------------------------------------------------------------------------------
 
-/// What becomes of an acceptable request.
-enum Verdict {
-    /// It is answered without Telegram.
-    Reply(Response),
-    Work(Work),
-}
-
+/// What an acceptable request asks for.
 enum Work {
+    /// Nothing of Telegram: this answers it.
+    Reply(Response),
     Message(Message),
     /// With the bot's token.
     Update(Secret),
@@ -800,78 +717,49 @@ enum Resource {
 
 impl Gateway {
     /// Whether the request can be carried out; else the answer to it.
-    fn judge(&mut self, request: &mut Request) -> Result<Verdict, Response> {
+    fn judge(&mut self, request: &mut Request) -> Result<Work, Response> {
         let resource = route(request)?;
         if resource == Resource::Discovery {
-            let links = Response::content(ResponseType::Content, LINKS, coap::LINK_FORMAT);
-            return Ok(Verdict::Reply(links));
+            return Ok(Work::Reply(Response::links(LINKS)));
         }
         if !self.exchanges.assemble(request)? {
-            return Ok(Verdict::Reply(Response::empty(ResponseType::Continue)));
+            return Ok(Work::Reply(Response::error(ResponseType::Continue, "")));
         }
         let payload = String::from_utf8_lossy(&request.payload);
+        let payload = format!("&{}", trim(&payload)); // so that each key has its `&`
         let form = Form::parse(&payload);
         let is_message = resource == Resource::Message;
-        let chats = if is_message {
-            chats(form.chat_ids)
-        } else {
-            Ok(Vec::new())
-        };
-        let no_chats = chats.as_ref().is_ok_and(Vec::is_empty);
         if form.url.is_empty()
             || form.token.is_empty()
-            || (is_message && (no_chats || form.text.is_empty()))
+            || is_message && (form.chat_ids.is_empty() || form.text.is_empty())
         {
             return Err(bad_request(MISSING_FIELDS));
         }
         if form.url != self.config.url {
-            return Err(forbidden("This gateway does not serve that url"));
+            return Err(forbidden("url"));
         }
         let token = self.served_token(form.token, resource)?;
-        if resource == Resource::Update {
-            return Ok(Verdict::Work(Work::Update(token)));
-        }
-        let chats = chats?;
-        if chats.len() > USERS_MAX {
-            return Err(bad_request(&format!(
-                "Too many chat ids, at most {USERS_MAX}"
-            )));
-        }
-        if form.text.chars().count() > TEXT_MAX {
-            return Err(bad_request(&format!(
-                "Text too long, at most {TEXT_MAX} characters"
-            )));
-        }
-        let text = form.text.to_string();
-        Ok(Verdict::Work(Work::Message(Message { token, chats, text })))
+        Ok(match resource {
+            Resource::Message => Work::Message(form.message(token)?),
+            _ => Work::Update(token),
+        })
     }
 
     /// The bot's token for what a mote has presented.
     fn served_token(&self, presented: &str, resource: Resource) -> Result<Secret, Response> {
-        let refusal = || forbidden("This gateway does not serve that token");
         if let Some(own) = &self.config.token {
-            let is_mote_token = self
-                .config
-                .mote_token
-                .as_ref()
-                .is_some_and(|word| word.is(presented));
-            return if is_mote_token || own.is(presented) {
-                Ok(own.clone())
-            } else {
-                Err(refusal())
-            };
+            let mote_token = self.config.mote_token.as_ref();
+            let is_mote_token = mote_token.is_some_and(|word| word.is(presented));
+            let is_served = is_mote_token || own.is(presented);
+            return is_served.then(|| own.clone()).ok_or(forbidden("token"));
         }
         let token = Secret::bot_token(presented).ok_or(bad_request("Malformed token"))?;
-        let other_bot = self
-            .state
-            .bot
-            .as_ref()
-            .is_some_and(|bot| bot != token.bot_id());
-        if resource == Resource::Update && other_bot {
-            Err(refusal())
-        } else {
-            Ok(token)
+        let bot = self.state.bot.as_deref();
+        let is_other_bot = bot.is_some_and(|bot| bot != token.bot_id());
+        if resource == Resource::Update && is_other_bot {
+            return Err(forbidden("token"));
         }
+        Ok(token)
     }
 }
 
@@ -879,44 +767,35 @@ fn bad_request(reason: &str) -> Response {
     Response::error(ResponseType::BadRequest, reason)
 }
 
-fn forbidden(reason: &str) -> Response {
-    Response::error(ResponseType::Forbidden, reason)
+fn forbidden(what: &str) -> Response {
+    let reason = format!("This gateway does not serve that {what}");
+    Response::error(ResponseType::Forbidden, &reason)
 }
 
-/// Options, path, method and formats. RFC 7252 §5.4, §5.8 and §5.10, RFC 7959 §2.2.
+/// Options, path, method and formats. RFC 7252 §5.4, §5.8 and §5.10.
 fn route(request: &Request) -> Result<Resource, Response> {
-    use ResponseType::{MethodNotAllowed, NotAcceptable, NotFound, UnsupportedContentFormat};
     request.check_options()?;
     let (resource, method, format) = match request.path().as_str() {
         "message" => (Resource::Message, coap::POST, coap::TEXT_PLAIN),
         "update" => (Resource::Update, coap::POST, coap::TEXT_PLAIN),
         ".well-known/core" => (Resource::Discovery, coap::GET, coap::LINK_FORMAT),
-        _ => return Err(Response::error(NotFound, "No such resource")),
+        _ => return Err(Response::error(ResponseType::NotFound, "No such resource")),
     };
+    let error = |code, reason| Err(Response::error(code, reason));
+    let given = request.uint(coap::CONTENT_FORMAT);
+    let wanted = request.uint(coap::ACCEPT);
     if request.code != method {
-        return Err(Response::error(MethodNotAllowed, "Method not allowed"));
+        return error(ResponseType::MethodNotAllowed, "Method not allowed");
     }
-    if method == coap::POST
-        && request
-            .uint(coap::CONTENT_FORMAT)
-            .is_some_and(|given| given != coap::TEXT_PLAIN)
-    {
-        return Err(Response::error(UnsupportedContentFormat, "Only text/plain"));
+    if method == coap::POST && given.is_some_and(|given| given != coap::TEXT_PLAIN) {
+        return error(ResponseType::UnsupportedContentFormat, "Only text/plain");
     }
-    if request
-        .uint(coap::ACCEPT)
-        .is_some_and(|wanted| wanted != format)
-    {
-        return Err(Response::error(
-            NotAcceptable,
-            "Not available in this format",
-        ));
+    if wanted.is_some_and(|wanted| wanted != format) {
+        return error(ResponseType::NotAcceptable, "Not available in this format");
     }
     // Replies are short and go whole, whatever size of block is asked for.
-    if request
-        .block(coap::BLOCK2)?
-        .is_some_and(|block| block.number > 0)
-    {
+    let block = request.block(coap::BLOCK2)?;
+    if block.is_some_and(|block| block.number > 0) {
         return Err(bad_request("No such block"));
     }
     Ok(resource)
@@ -931,29 +810,18 @@ struct Form<'a> {
 }
 
 impl Form<'_> {
-    /// Values are not percent-encoded. A key separates only where it stands at the start or behind
-    /// `&`, and only once: a text may hold anything else.
+    /// Values are not percent-encoded. A key separates only behind `&`, and only once: a text may
+    /// hold anything else.
     fn parse(payload: &str) -> Form<'_> {
-        let payload = trim(payload);
-        let keys = ["url=", "token=", "chat_ids=", "text="];
-        // Of each key: where it (with its `&`) starts, and where its value does.
-        let found = keys.map(|key| {
-            if payload.starts_with(key) {
-                return Some((0, key.len()));
-            }
-            let start = payload.find(&format!("&{key}"))?;
-            Some((start, start + 1 + key.len()))
-        });
-        let value = |index: usize| {
-            let Some((start, value)) = found[index] else {
+        let keys = ["&url=", "&token=", "&chat_ids=", "&text="];
+        let starts = keys.map(|key| payload.find(key));
+        let value = |field: usize| {
+            let Some(start) = starts[field] else {
                 return "";
             };
-            let starts = found.iter().flatten().map(|(start, _)| *start);
-            let end = starts
-                .filter(|other| *other > start)
-                .min()
-                .unwrap_or(payload.len());
-            trim(&payload[value..end])
+            let others = starts.iter().flatten().filter(|other| **other > start);
+            let end = others.min().copied().unwrap_or(payload.len());
+            trim(&payload[start + keys[field].len()..end])
         };
         Form {
             url: value(0),
@@ -962,6 +830,28 @@ impl Form<'_> {
             text: value(3),
         }
     }
+
+    fn message(&self, token: Secret) -> Result<Message, Response> {
+        let mut chats = Vec::new();
+        let entries = self.chat_ids.split(',').map(trim);
+        for entry in entries.filter(|entry| !entry.is_empty()) {
+            let chat = chat_id(entry).ok_or(bad_request("Malformed chat id"))?;
+            if !chats.contains(&chat) {
+                chats.push(chat);
+            }
+        }
+        if chats.is_empty() {
+            return Err(bad_request(MISSING_FIELDS));
+        }
+        if chats.len() > USERS_MAX {
+            return Err(bad_request("Too many chat ids, at most 10"));
+        }
+        if self.text.chars().count() > TEXT_MAX {
+            return Err(bad_request("Text too long, at most 4096 characters"));
+        }
+        let text = self.text.to_string();
+        Ok(Message { token, chats, text })
+    }
 }
 
 /// Firmware: payloads are padded with NUL, texts may end in a line feed.
@@ -969,24 +859,12 @@ fn trim(text: &str) -> &str {
     text.trim_matches(|c: char| c == '\0' || c.is_whitespace())
 }
 
-/// Each chat once.
-fn chats(list: &str) -> Result<Vec<Value>, Response> {
-    let mut chats = Vec::new();
-    for entry in list.split(',').map(trim).filter(|entry| !entry.is_empty()) {
-        let chat = chat_id(entry).ok_or(bad_request("Malformed chat id"))?;
-        if !chats.contains(&chat) {
-            chats.push(chat);
-        }
-    }
-    Ok(chats)
-}
-
 /// Bot API, `chat_id`: an integer, or `@` and the username of a channel.
 fn chat_id(text: &str) -> Option<Value> {
     if let Some(name) = text.strip_prefix('@') {
-        let fits = (1..=32).contains(&name.len());
-        let valid = fits && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_');
-        return valid.then(|| text.into());
+        let fits = |b: u8| b.is_ascii_alphanumeric() || b == b'_';
+        let is_name = (1..=32).contains(&name.len()) && name.bytes().all(fits);
+        return is_name.then(|| text.into());
     }
     let number = text.parse::<i64>().ok()?;
     (!text.starts_with('+')).then(|| number.into())
@@ -996,113 +874,81 @@ fn chat_id(text: &str) -> Option<Value> {
 // Message and update
 // -------------------------------------------------------------------------------------------------
 
-/// What becomes of a request, and what the log says of it.
-struct Outcome {
-    response: Response,
-    detail: String,
-}
-
 impl Gateway {
     /// Sends the text to every chat that has not asked to be left alone.
-    fn deliver(&mut self, message: &Message, deadline: Instant) -> Outcome {
-        let wanted = |chat: &&Value| {
-            !chat
-                .as_i64()
-                .is_some_and(|id| self.state.removed.contains(&id))
-        };
-        let chats: Vec<&Value> = message.chats.iter().filter(wanted).collect();
-        let results = self
-            .telegram
-            .send_to_all(&message.token, &chats, &message.text, deadline);
+    fn deliver(&mut self, message: &Message) -> Response {
+        let mut chats = message.chats.clone();
+        chats.retain(|chat| !self.state.removed.iter().any(|removed| chat == removed));
+        let results = self.telegram.send_to_all(message, &chats, self.deadline);
         let sent = results.iter().filter(|result| result.is_ok()).count();
-        let mut answered = sent > 0;
-        let mut timed_out = false;
-        for (chat, result) in chats.iter().zip(&results) {
+        let (mut is_answered, mut is_hang) = (sent > 0, false);
+        for (chat, result) in chats.iter().zip(results) {
             let Err(failure) = result else { continue };
             warn!("sendMessage to {chat} failed: {}", failure.reason);
-            answered |= failure.code.is_some();
-            timed_out |= failure.timed_out;
-            if let (Some(403), Some(id)) = (failure.code, chat.as_i64().filter(is_private)) {
+            is_answered |= failure.code.is_some();
+            is_hang |= failure.timed_out;
+            if failure.code == Some(403)
+                && let Some(id) = chat.as_i64().filter(is_private)
+            {
                 let user = self.state.remove(id);
                 info!("{user} is removed, for Telegram refuses messages to it");
             }
         }
-        let failed = chats.len() - sent;
-        FORWARDED.fetch_add(sent as u64, Relaxed);
-        FAILURES.fetch_add(failed as u64, Relaxed);
-        if answered && self.hang.take().is_some() {
+        if is_answered && self.hang.take().is_some() {
             self.next_fetch = Instant::now();
-        } else if timed_out && !answered {
+        } else if is_hang && !is_answered {
             self.note_hang();
         }
+        FORWARDED.fetch_add(sent as u64, Relaxed);
+        FAILURES.fetch_add((chats.len() - sent) as u64, Relaxed);
         let detail = format!("{sent} of {} chats", message.chats.len());
-        if sent > 0 || chats.is_empty() {
-            let response = Response::text(ResponseType::Content, MESSAGES_SENT);
-            return Outcome { response, detail };
+        if sent == 0 && !chats.is_empty() {
+            return Response::failed(detail);
         }
-        Outcome {
-            response: Response::empty(ResponseType::InternalServerError),
-            detail,
-        }
+        Response::text(ResponseType::Content, MESSAGES_SENT, detail)
     }
 
     /// Fetches what people wrote, and tells the mote all that it should know, unless it does.
-    fn update(&mut self, token: &Secret, peer: SocketAddr, deadline: Instant) -> Outcome {
-        let fetched = self.token.as_ref().is_some_and(|own| own.is(&token.0))
-            && self
-                .found_nothing
-                .is_some_and(|at| at.elapsed() < FOUND_NOTHING_HOLDS);
-        if !fetched && let Err(failure) = self.fetch(token, deadline) {
+    fn update(&mut self, token: &Secret, peer: SocketAddr) -> Response {
+        let is_fresh = |at: Instant| at.elapsed() < FOUND_NOTHING_HOLDS;
+        let is_accepted = self.token.as_ref().is_some_and(|own| own.is(&token.0));
+        if !(is_accepted && self.found_nothing.is_some_and(is_fresh))
+            && let Err(failure) = self.fetch(token)
+        {
             FAILURES.fetch_add(1, Relaxed);
-            return Outcome {
-                response: Response::empty(ResponseType::InternalServerError),
-                detail: failure.reason,
-            };
+            return Response::failed(failure.reason);
         }
         let tokens = self.state.tokens();
         let version = self.motes.offer(&tokens);
         if tokens.is_empty() || self.motes.has_acknowledged(peer, version, Instant::now()) {
-            let response = Response::text(ResponseType::Valid, NO_UPDATES);
-            return Outcome {
-                response,
-                detail: String::new(),
-            };
+            return Response::text(ResponseType::Valid, NO_UPDATES, String::new());
         }
-        let mut response = Response::text(ResponseType::Content, &tokens);
+        let mut response = Response::text(ResponseType::Content, &tokens, tokens.clone());
         response.version = Some(version);
-        Outcome {
-            response,
-            detail: tokens,
-        }
+        response
     }
 
-    /// Takes in what people wrote. The first failure and the first success after it are logged.
-    fn fetch(&mut self, token: &Secret, deadline: Instant) -> Result<(), Failure> {
-        let result = self.fetch_pages(token, deadline);
-        let fails = result.is_err();
+    /// Takes in what people wrote. The first failure, and the first success after it, are logged.
+    fn fetch(&mut self, token: &Secret) -> Result<(), Failure> {
+        let result = self.fetch_pages(token);
         match &result {
+            Err(failure) if failure.timed_out => self.note_hang(),
+            Err(_) => {
+                self.hang = None;
+                self.next_fetch = Instant::now() + FETCH_AFTER_FAILURE;
+            }
             Ok(()) => {
-                self.token = Some(token.clone());
                 self.hang = None;
                 self.next_fetch = Instant::now() + FETCH_EVERY;
-                if self.fetch_fails {
-                    info!("Telegram answers again");
-                }
-            }
-            Err(failure) => {
-                if !self.fetch_fails {
-                    warn!("cannot fetch what people write: {}", failure.reason);
-                }
-                if failure.timed_out {
-                    self.note_hang();
-                } else {
-                    self.hang = None;
-                    self.next_fetch = Instant::now() + FETCH_AFTER_FAILURE;
-                }
+                self.token = Some(token.clone());
             }
         }
-        if self.fetch_fails != fails {
-            self.fetch_fails = fails;
+        if result.is_err() != self.fetch_fails {
+            self.fetch_fails = result.is_err();
+            match &result {
+                Err(failure) => warn!("cannot fetch what people write: {}", failure.reason),
+                Ok(()) => info!("Telegram answers again"),
+            }
             self.tell_status();
         }
         result
@@ -1110,56 +956,52 @@ impl Gateway {
 
     /// Progress is saved before it is confirmed to Telegram (by the next call's offset) and before
     /// anybody is answered.
-    fn fetch_pages(&mut self, token: &Secret, deadline: Instant) -> Result<(), Failure> {
+    fn fetch_pages(&mut self, token: &Secret) -> Result<(), Failure> {
         loop {
             self.save().map_err(Failure::new)?;
-            let updates = self
-                .telegram
-                .get_updates(token, self.state.offset, deadline)?;
-            let page = updates.len();
+            let offset = Some(self.state.offset);
+            let page = self.telegram.get_updates(token, offset, self.deadline)?;
+            let length = page.len();
             self.state.bot = Some(token.bot_id().to_string());
-            for update in updates {
-                self.people
-                    .take(update, &mut self.state, self.config.password.as_ref());
+            for update in page {
+                self.people.take(update, &mut self.state);
             }
-            if page == 0 {
-                // Only an empty page is proof that there is nothing more: Telegram cuts others.
+            if length == 0 {
+                // Only this proves that there is nothing more: Telegram also cuts pages by bytes.
                 self.state.ignore_commands_before = None;
                 self.found_nothing = Some(Instant::now());
             }
-            if page < PAGE {
+            if length < PAGE {
                 return self.save().map_err(Failure::new);
             }
         }
     }
 
-    /// Telegram does not answer: from now on requests are short, until a call is answered.
+    /// Telegram does not answer: requests get little time until it answers one of them.
     fn note_hang(&mut self) {
-        let next = *self
-            .hang
-            .get_or_insert(Instant::now() + FETCH_AFTER_FAILURE);
-        self.next_fetch = next;
+        let next_try = Instant::now() + FETCH_AFTER_FAILURE;
+        self.next_fetch = *self.hang.get_or_insert(next_try);
     }
 
-    /// Best effort, for the mote has its answer already: what does not fit into the time is dropped.
-    fn answer_people(&mut self, deadline: Instant) {
-        let Some(token) = self.token.clone() else {
-            return;
-        };
+    /// Best effort, for the mote has its answer already.
+    fn answer_people(&mut self) {
+        let Some(token) = &self.token else { return };
         let mut dropped = 0;
-        for answer in mem::take(&mut self.people.answers) {
-            for (method, parameters) in answer.calls() {
-                if Instant::now() >= deadline {
+        for (chat, answer) in mem::take(&mut self.people.answers) {
+            for (method, parameters) in answer.calls(chat) {
+                if Instant::now() >= self.deadline {
                     dropped += 1;
                     continue;
                 }
-                if let Err(failure) = self.telegram.call(&token, method, &parameters, deadline) {
-                    warn!("{method} to {} failed: {}", answer.chat, failure.reason);
+                let telegram = &self.telegram;
+                let result = telegram.call(token, method, &parameters, self.deadline);
+                if let Err(failure) = result {
+                    warn!("{method} to {chat} failed: {}", failure.reason);
                 }
             }
         }
         if dropped > 0 {
-            warn!("{dropped} answers to people are dropped, for there was no time left");
+            warn!("no time left: {dropped} answers to people are dropped");
         }
     }
 }
@@ -1172,10 +1014,12 @@ impl Gateway {
 struct Telegram {
     agent: ureq::Agent,
     url: String,
+    /// For people, as the next.
     host: String,
-    /// For people.
     roots: String,
 }
+
+type Called = Result<Value, Failure>;
 
 /// Why a call did not succeed.
 struct Failure {
@@ -1202,13 +1046,8 @@ impl Failure {
 
 impl Telegram {
     fn new(config: &Config) -> Telegram {
-        let mut tls = ureq::tls::TlsConfig::builder();
-        let mut roots = "the built-in Mozilla roots".to_string();
-        if let Some(own) = &config.roots {
-            tls = tls.root_certs(ureq::tls::RootCerts::new_with_certs(&own.certificates));
-            roots = format!("those in SSL_CERT_FILE {}", own.file);
-        }
-        let agent = ureq::Agent::config_builder()
+        let tls = TlsConfig::builder().root_certs(config.roots.clone());
+        let settings = ureq::Agent::config_builder()
             .http_status_as_error(false) // description and retry_after are in the body
             .max_redirects(0)
             .max_redirects_will_error(false)
@@ -1217,59 +1056,42 @@ impl Telegram {
             .timeout_global(Some(REQUEST_TIME))
             .timeout_connect(Some(CONNECT_TIME))
             .timeout_resolve(Some(CONNECT_TIME))
-            .input_buffer_size(8 << 10) // half the memory of a text to ten chats
+            .input_buffer_size(8 << 10) // of each connection
             .output_buffer_size(8 << 10)
             .max_idle_connections(USERS_MAX)
             .max_idle_connections_per_host(USERS_MAX)
             .max_idle_age(IDLE_CONNECTION)
             .user_agent(concat!("coap_websocket/", env!("CARGO_PKG_VERSION")))
             .build();
-        let uri: ureq::http::Uri = config.url.parse().unwrap_or_default(); // it was checked
+        let (connector, resolver) = (DefaultConnector::default(), Addresses::default());
+        let host = config.url.trim_start_matches("https://").split('/').next();
         Telegram {
-            agent: ureq::Agent::with_parts(
-                agent,
-                DefaultConnector::default(),
-                Addresses::default(),
-            ),
+            agent: ureq::Agent::with_parts(settings, connector, resolver),
             url: config.url.clone(),
-            host: uri.authority().map(ToString::to_string).unwrap_or_default(),
-            roots,
+            host: host.unwrap_or_default().to_string(),
+            roots: config.roots_origin.clone(),
         }
     }
 
-    /// The updates from `offset` on, which confirms all before. Without `offset`, those that nobody
-    /// has confirmed, and nothing is.
+    /// The updates from `offset` on; those before are confirmed. Without `offset`, nothing is.
     fn get_updates(
         &self,
         token: &Secret,
-        offset: impl Into<Option<i64>>,
+        offset: Option<i64>,
         deadline: Instant,
     ) -> Result<Vec<Value>, Failure> {
-        let parameters = json!({
-            "offset": offset.into(),
-            "limit": PAGE,
-            "timeout": 0,
-            "allowed_updates": ["message"],
-        });
+        let parameters = json!({"offset": offset, "limit": PAGE, "allowed_updates": ["message"]});
         match self.call(token, "getUpdates", &parameters, deadline)? {
             Value::Array(updates) => Ok(updates),
-            _ => Err(Failure::new(
-                "getUpdates: Telegram's answer is not a list".to_string(),
-            )),
+            _ => Err(Failure::new("the updates are no list".to_string())),
         }
     }
 
     /// One `sendMessage` for each chat, all at the same time; the results in the same order.
-    fn send_to_all(
-        &self,
-        token: &Secret,
-        chats: &[&Value],
-        text: &str,
-        deadline: Instant,
-    ) -> Vec<Result<Value, Failure>> {
+    fn send_to_all(&self, message: &Message, chats: &[Value], deadline: Instant) -> Vec<Called> {
         let send = |chat: &Value| {
-            let parameters = json!({"chat_id": chat, "text": text});
-            self.call(token, "sendMessage", &parameters, deadline)
+            let parameters = json!({"chat_id": chat, "text": message.text});
+            self.call(&message.token, "sendMessage", &parameters, deadline)
         };
         let Some((first, others)) = chats.split_first() else {
             return Vec::new();
@@ -1281,10 +1103,10 @@ impl Telegram {
             }
             let mut results = vec![send(first)];
             for thread in threads {
-                results.push(match thread {
-                    Ok(running) => running
-                        .join()
-                        .unwrap_or_else(|_| Err(Failure::new("its thread died".to_string()))),
+                let ended = thread.map(|thread| thread.join());
+                results.push(match ended {
+                    Ok(Ok(result)) => result,
+                    Ok(Err(_)) => Err(Failure::new("its thread died".to_string())),
                     Err(error) => Err(Failure::new(format!("cannot start a thread: {error}"))),
                 });
             }
@@ -1292,96 +1114,62 @@ impl Telegram {
         })
     }
 
-    /// Calls a method: again only where the first call surely had no effect and the time allows it.
-    fn call(
-        &self,
-        token: &Secret,
-        method: &str,
-        parameters: &Value,
-        deadline: Instant,
-    ) -> Result<Value, Failure> {
-        let mut first: Option<Failure> = None;
-        let mut attempt = 1;
-        loop {
-            let failure = match self.call_once(token, method, parameters, deadline) {
-                Ok(result) => return Ok(result),
-                Err(failure) => failure,
+    /// Calls a method, until `by`: again only where the call before surely had no effect.
+    fn call(&self, token: &Secret, method: &str, parameters: &Value, by: Instant) -> Called {
+        let call = || self.call_once(token, method, parameters, by);
+        let first = match call() {
+            Err(failure) => failure,
+            done => return done,
+        };
+        let mut retry_in = first.retry_in;
+        for _ in 1..ATTEMPTS {
+            let Some(pause) = retry_in.filter(|pause| Instant::now() + *pause < by) else {
+                break;
             };
-            match failure.retry_in {
-                Some(pause) if attempt < ATTEMPTS && Instant::now() + pause < deadline => {
-                    first.get_or_insert(failure);
-                    attempt += 1;
-                    thread::sleep(pause);
-                }
-                // What Telegram says is the truth; else the first reason tells more than the last.
-                None if failure.code.is_some() => return Err(failure),
-                _ => return Err(first.unwrap_or(failure)),
+            thread::sleep(pause);
+            match call() {
+                Err(failure) if failure.code.is_none() => retry_in = failure.retry_in,
+                Err(failure) if failure.retry_in.is_some() => retry_in = failure.retry_in,
+                done => return done,
             }
         }
+        Err(first) // its reason tells more than the last one's
     }
 
-    fn call_once(
-        &self,
-        token: &Secret,
-        method: &str,
-        parameters: &Value,
-        deadline: Instant,
-    ) -> Result<Value, Failure> {
-        let remaining = deadline.saturating_duration_since(Instant::now());
-        if remaining.is_zero() {
-            return Err(Failure {
-                timed_out: true,
-                ..Failure::new("no time left".to_string())
-            });
-        }
+    fn call_once(&self, token: &Secret, method: &str, parameters: &Value, by: Instant) -> Called {
+        let remaining = by.saturating_duration_since(Instant::now());
         let bytes = parameters.to_string().into_bytes();
-        let mut body = Body {
-            bytes: &bytes,
-            read: false,
-        };
+        let mut body = Body::new(&bytes);
         let mut request = self.agent.post(format!("{}{}/{method}", self.url, token.0));
-        request = request
-            .header("content-type", "application/json")
-            .header("content-length", bytes.len());
+        request = request.header("content-type", "application/json");
+        request = request.header("content-length", bytes.len());
         // ureq caches the TLS configuration only for requests with the agent's own settings.
         if remaining + Duration::from_millis(100) < REQUEST_TIME {
             request = request.config().timeout_global(Some(remaining)).build();
         }
-        let limit = if method == "getUpdates" {
-            PAGE_BYTES_MAX
-        } else {
-            ANSWER_BYTES_MAX
+        let limit = match method {
+            "getUpdates" => PAGE_BYTES_MAX,
+            _ => ANSWER_BYTES_MAX,
         };
-        let exchange = |mut response: ureq::http::Response<ureq::Body>| {
-            let status = response.status().as_u16();
-            let answer = response
-                .body_mut()
-                .with_config()
-                .limit(limit)
-                .read_to_vec()?;
-            Ok((status, answer))
-        };
-        let answer = request
-            .send(ureq::SendBody::from_reader(&mut body))
-            .and_then(exchange);
+        let answer = request.send(ureq::SendBody::from_reader(&mut body));
+        let answer = answer.and_then(|mut response| {
+            let body = response.body_mut().with_config().limit(limit);
+            let body = body.read_to_vec()?;
+            Ok((response.status().as_u16(), body))
+        });
         let result = match answer {
             Ok((status, answer)) => read_answer(status, &answer),
             Err(error) => Err(Failure {
-                retry_in: (!body.read).then_some(ATTEMPT_PAUSE),
+                retry_in: (!body.is_read).then_some(ATTEMPT_PAUSE),
                 timed_out: matches!(error, ureq::Error::Timeout(_)),
                 ..Failure::new(self.describe(&error))
             }),
         };
         result.map_err(|failure| {
-            let reason = format!(
-                "{}: {}",
-                self.host,
-                failure.reason.replace(&token.0, "<token>")
-            );
-            Failure {
-                reason: reason.chars().take(REASON_MAX).collect(),
-                ..failure
-            }
+            let reason = failure.reason.replace(&token.0, "<token>");
+            let reason = format!("{}: {reason}", self.host);
+            let reason = reason.chars().take(REASON_MAX).collect();
+            Failure { reason, ..failure }
         })
     }
 
@@ -1402,10 +1190,8 @@ impl Telegram {
             }
             _ => "",
         };
-        format!(
-            "its certificate is not trusted: {reason} (roots: {}{hint})",
-            self.roots
-        )
+        let roots = &self.roots;
+        format!("its certificate is not trusted: {reason} (roots: {roots}{hint})")
     }
 }
 
@@ -1413,41 +1199,47 @@ impl Telegram {
 /// have acted on the request, whatever happened to the connection.
 struct Body<'a> {
     bytes: &'a [u8],
-    read: bool,
+    is_read: bool,
+}
+
+impl Body<'_> {
+    fn new(bytes: &[u8]) -> Body<'_> {
+        let is_read = false;
+        Body { bytes, is_read }
+    }
 }
 
 impl Read for Body<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.read = true;
+        self.is_read = true;
         self.bytes.read(buffer)
     }
 }
 
 /// Success is `200` and `"ok": true`, nothing else.
-fn read_answer(status: u16, body: &[u8]) -> Result<Value, Failure> {
+fn read_answer(status: u16, body: &[u8]) -> Called {
     let mut answer: Value = serde_json::from_slice(body).unwrap_or_default();
     if status == 200 && answer["ok"] == true {
         return Ok(answer["result"].take());
     }
-    let (Some(false), Some(code)) = (answer["ok"].as_bool(), answer["error_code"].as_u64()) else {
-        return Err(Failure::new(format!(
-            "HTTP {status} that does not come from the Bot API (a proxy, a login page of the network?)"
-        )));
+    let code = answer["error_code"].as_u64();
+    let Some(code) = code.filter(|_| answer["ok"] == false) else {
+        let origin = "from a proxy, or a login page of the network?";
+        let reason = format!("HTTP {status} without the Bot API's JSON ({origin})");
+        return Err(Failure::new(reason));
     };
     let description = answer["description"].as_str().unwrap_or("no description");
     let parameters = &answer["parameters"];
-    let retry_after = parameters["retry_after"].as_u64().filter(|_| code == 429);
-    let migrated = parameters["migrate_to_chat_id"].as_i64();
-    let hint = match code {
-        401 | 404 => " (is the bot's token right?)".to_string(),
-        409 if description.contains("webhook") => {
+    let hint = match (code, parameters["migrate_to_chat_id"].as_i64()) {
+        (401 | 404, _) => " (is the bot's token right?)".to_string(),
+        (409, _) if description.contains("webhook") => {
             " (open <url><token>/deleteWebhook in a browser once)".to_string()
         }
-        409 => " (another program uses this bot: stop it)".to_string(),
-        _ => migrated
-            .map(|id| format!(" (the group's id is now {id}: change it in the mote)"))
-            .unwrap_or_default(),
+        (409, _) => " (another program uses this bot: stop it)".to_string(),
+        (_, Some(id)) => format!(" (the group's id is now {id}: tell the mote)"),
+        _ => String::new(),
     };
+    let retry_after = parameters["retry_after"].as_u64().filter(|_| code == 429);
     Err(Failure {
         code: Some(code),
         retry_in: retry_after.map(Duration::from_secs),
@@ -1476,17 +1268,14 @@ impl Resolver for Addresses {
         mut timeout: NextTimeout,
     ) -> Result<ResolvedSocketAddrs, ureq::Error> {
         let asked = Instant::now();
-        let mut last = self
-            .0
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(found) = &last.found {
             if last.at.is_some_and(|at| at.elapsed() < ADDRESSES_HOLD) {
                 return Ok(found.clone());
             }
             timeout.after = (*timeout.after).min(LOOK_UP_AGAIN_TIME).into();
         } else if last.at.is_some_and(|at| at >= asked) {
-            return Err(ureq::Error::HostNotFound); // somebody else's look-up has just failed
+            return Err(ureq::Error::HostNotFound); // another call's look-up has just failed
         }
         let result = DefaultResolver::default().resolve(uri, config, timeout);
         last.at = Some(Instant::now());
@@ -1516,9 +1305,8 @@ struct State {
     bot: Option<String>,
     /// Bot API: the next update's id. It may fall: after a quiet week Telegram numbers anew.
     offset: i64,
-    /// The first start, Unix seconds: commands written before are not carried out. None once all of
-    /// them were fetched.
-    ignore_commands_before: Option<i64>,
+    /// The first start, Unix seconds; none once all that was written before was fetched.
+    ignore_commands_before: Option<u64>,
 }
 
 #[derive(Clone, PartialEq, Serialize, Deserialize)]
@@ -1528,58 +1316,60 @@ struct User {
     chat: i64,
 }
 
-enum Registration {
-    New,
-    Known,
-    /// There are `USERS_MAX` already.
-    Full,
-}
-
 impl State {
     /// A damaged file is set aside, for its content may be worth a look, and the gateway must start.
-    fn open(path: &Path) -> State {
-        let fresh = State {
-            ignore_commands_before: Some(unix_now() as i64),
+    fn open(config: &Config) -> State {
+        let path = &config.state_path;
+        let known = State::read(path).unwrap_or_else(|reason| {
+            let aside = beside(path, ".damaged");
+            match fs::rename(path, &aside) {
+                Ok(()) => error!("{reason}; starting anew, it is kept as {}", aside.display()),
+                Err(error) => error!("{reason}; starting anew, and it cannot be kept: {error}"),
+            }
+            None
+        });
+        let mut state = known.unwrap_or_else(|| State {
+            ignore_commands_before: Some(unix_now()),
             ..State::default()
-        };
-        let reason = match fs::read(path).map(|text| serde_json::from_slice(&text)) {
-            Ok(Ok(state)) => return state,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return fresh,
-            Ok(Err(error)) => error.to_string(),
-            Err(error) => error.to_string(),
-        };
-        let aside = beside(path, ".damaged");
-        let (file, kept) = (path.display(), aside.display());
-        match fs::rename(path, &aside) {
-            Ok(()) => error!("cannot read {file}, starting anew; it is kept as {kept}: {reason}"),
-            Err(error) => error!("cannot read {file}: {reason}; nor keep it as {kept}: {error}"),
+        });
+        // Update ids are counted for each bot.
+        if let Some(token) = &config.token
+            && state.bot.as_deref() != Some(token.bot_id())
+        {
+            state.bot = Some(token.bot_id().to_string());
+            state.offset = 0;
         }
-        fresh
+        state
+    }
+
+    /// `None`: there is no such file.
+    fn read(path: &Path) -> Result<Option<State>, String> {
+        let result = match fs::read(path) {
+            Ok(text) => serde_json::from_slice(&text).map_err(io::Error::from),
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(error) => Err(error),
+        };
+        result.map_err(|error| format!("cannot read {}: {error}", path.display()))
     }
 
     /// The file is the old or the new one after a power cut, too. Readable by its owner alone.
     fn write(&self, path: &Path) -> io::Result<()> {
         let new = beside(path, ".new");
         let mut options = OpenOptions::new();
-        let mut file = options
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&new)?;
+        options.write(true).create(true).truncate(true).mode(0o600);
+        let mut file = options.open(&new)?;
         file.write_all(&serde_json::to_vec_pretty(self)?)?;
         file.sync_all()?;
         fs::rename(&new, path)?;
-        let folder = path
-            .parent()
-            .filter(|folder| !folder.as_os_str().is_empty());
-        File::open(folder.unwrap_or(Path::new(".")))?.sync_all()
+        let folder = Path::new(".").join(path); // for a path without a folder
+        File::open(folder.parent().unwrap_or(path))?.sync_all()
     }
 
-    fn register(&mut self, chat: i64, name: &str) -> Registration {
+    /// What is said to a chat that is not registered; `None` to one that is.
+    fn register(&mut self, chat: i64, name: &str) -> Option<&'static str> {
         let known = self.users.iter().position(|user| user.chat == chat);
         if known.is_none() && self.users.len() >= USERS_MAX {
-            return Registration::Full;
+            return Some(LIST_IS_FULL);
         }
         let others = self.users.iter().filter(|user| user.chat != chat);
         let taken: Vec<&str> = others.map(|user| user.name.as_str()).collect();
@@ -1588,13 +1378,13 @@ impl State {
             info!("{name} ({chat}) is registered");
             self.removed.retain(|removed| *removed != chat);
             self.users.push(User { name, chat });
-            return Registration::New;
+            return Some(REGISTERED);
         };
         if self.users[at].name != name {
-            info!("{name} ({chat}) is the new name of {}", self.users[at].name);
+            info!("{} ({chat}) is now called {name}", self.users[at].name);
             self.users[at].name = name;
         }
-        Registration::Known
+        None
     }
 
     /// Returns the user for the log.
@@ -1609,27 +1399,25 @@ impl State {
         user.map_or(chat.to_string(), |user| format!("{} ({chat})", user.name))
     }
 
-    /// All that a mote should know: removals first, which make room in its list. Settings and ten
+    /// All that a mote should know. Removals first, for they make room in its list. Settings and ten
     /// users are at most 277 bytes; of the removals, the latest that still fit go with them.
     fn tokens(&self) -> String {
         let mut tokens = Vec::new();
         tokens.extend(self.interval.map(|minutes| format!("i{minutes}")));
         tokens.extend(self.feedback.map(|on| format!("f{on}")));
-        tokens.extend(
-            self.users
-                .iter()
-                .map(|user| format!("{}:{}", user.name, user.chat)),
-        );
-        let mut length = tokens.join(";").len();
+        for User { name, chat } in &self.users {
+            tokens.push(format!("{name}:{chat}"));
+        }
+        let mut tokens = tokens.join(";");
         for chat in self.removed.iter().rev() {
-            let token = format!("r{chat}");
-            length += token.len() + 1;
-            if length > REPLY_MAX {
+            let separator = if tokens.is_empty() { "" } else { ";" };
+            let longer = format!("r{chat}{separator}{tokens}");
+            if longer.len() > REPLY_MAX {
                 break;
             }
-            tokens.insert(0, token);
+            tokens = longer;
         }
-        tokens.join(";")
+        tokens
     }
 }
 
@@ -1648,8 +1436,8 @@ fn is_private(chat: &i64) -> bool {
 /// A name that the firmware neither cuts nor takes for something else, and unlike every one of
 /// `taken`, for it looks users up by name first.
 fn wire_name(name: &str, taken: &[&str]) -> String {
-    let allowed = |c: &char| !c.is_control() && !";:,&=".contains(*c);
-    let clean: String = name.chars().filter(allowed).collect();
+    let fits = |c: &char| !c.is_control() && !";:,&=".contains(*c);
+    let clean: String = name.chars().filter(fits).collect();
     let base = match cut(clean.trim(), NAME_MAX) {
         "" => "user".to_string(),
         name if is_misread(name) => format!("_{name}"),
@@ -1675,10 +1463,11 @@ fn is_misread(name: &str) -> bool {
 
 /// At most `end` bytes, whole characters, no white space behind.
 fn cut(text: &str, end: usize) -> &str {
-    let end = (0..=end.min(text.len()))
-        .rev()
-        .find(|end| text.is_char_boundary(*end));
-    text[..end.unwrap_or(0)].trim_end()
+    let mut end = end.min(text.len());
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    text[..end].trim_end()
 }
 
 /// What the motes have acknowledged. Forgotten with the process: then they are told everything.
@@ -1695,8 +1484,12 @@ struct Mote {
     address: IpAddr,
     port: u16,
     message_id: u16,
-    /// Version and time of the last acknowledgement.
-    acknowledged: Option<(u64, Instant)>,
+    acknowledged: Option<Acknowledged>,
+}
+
+struct Acknowledged {
+    version: u64,
+    at: Instant,
 }
 
 impl Motes {
@@ -1712,16 +1505,15 @@ impl Motes {
     /// A mote whose message ID does not go on from its last one has restarted, and knows nothing. A
     /// client with a new port for each request tells nothing by its message IDs.
     fn note_request(&mut self, peer: SocketAddr, message_id: u16) {
-        let address = peer.ip().to_canonical();
-        let known = self.known.iter().position(|mote| mote.address == address);
+        let (address, port) = (peer.ip().to_canonical(), peer.port());
         let mut acknowledged = None;
-        if let Some(at) = known {
+        if let Some(at) = self.known.iter().position(|mote| mote.address == address) {
             let mote = self.known.remove(at);
             let step = message_id.wrapping_sub(mote.message_id);
-            acknowledged = mote.acknowledged;
-            if mote.port == peer.port() && !(1..=MESSAGE_ID_STEP_MAX).contains(&step) {
-                info!("{address} has restarted, as its message ID tells: it is told everything");
-                acknowledged = None;
+            if mote.port != port || (1..=MESSAGE_ID_STEP_MAX).contains(&step) {
+                acknowledged = mote.acknowledged;
+            } else {
+                info!("{address} has restarted, its message ID says: it is told everything");
             }
         }
         if self.known.len() >= MOTES_MAX {
@@ -1729,26 +1521,26 @@ impl Motes {
         }
         self.known.push(Mote {
             address,
-            port: peer.port(),
+            port,
             message_id,
             acknowledged,
         });
     }
 
-    fn acknowledge(&mut self, peer: SocketAddr, version: u64, now: Instant) {
+    fn acknowledge(&mut self, peer: SocketAddr, version: u64, at: Instant) {
         let address = peer.ip().to_canonical();
         if let Some(mote) = self.known.iter_mut().find(|mote| mote.address == address) {
-            mote.acknowledged = Some((version, now));
+            mote.acknowledged = Some(Acknowledged { version, at });
         }
     }
 
     fn has_acknowledged(&self, peer: SocketAddr, version: u64, now: Instant) -> bool {
         let address = peer.ip().to_canonical();
         let mote = self.known.iter().find(|mote| mote.address == address);
-        mote.and_then(|mote| mote.acknowledged)
-            .is_some_and(|(acknowledged, at)| {
-                acknowledged == version && now.saturating_duration_since(at) < ACKNOWLEDGED_HOLDS
-            })
+        let Some(last) = mote.and_then(|mote| mote.acknowledged.as_ref()) else {
+            return false;
+        };
+        last.version == version && now.saturating_duration_since(last.at) < ACKNOWLEDGED_HOLDS
     }
 }
 
@@ -1761,9 +1553,10 @@ impl Motes {
 struct Written {
     message_id: i64,
     /// Unix seconds.
-    date: i64,
+    date: u64,
     chat: Chat,
-    text: Option<String>,
+    #[serde(default)]
+    text: String,
 }
 
 /// Bot API, `Chat`.
@@ -1777,123 +1570,123 @@ struct Chat {
     username: Option<String>,
 }
 
-impl Chat {
-    fn name(&self) -> &str {
-        let names = [&self.first_name, &self.title, &self.username];
-        names
-            .into_iter()
-            .flatten()
-            .next()
-            .map_or("", String::as_str)
+/// For the log and `check`.
+impl fmt::Display for Chat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {} ({})", self.id, self.name(), self.kind)
     }
 }
 
-/// Whoever writes to the bot.
-#[derive(Default)]
-struct People {
-    /// What is to be said to them, when what it says is saved: one answer for each chat.
-    answers: Vec<Answer>,
-    suspects: Vec<Suspect>,
+impl Chat {
+    fn name(&self) -> &str {
+        let name = self.first_name.as_ref().or(self.title.as_ref());
+        name.or(self.username.as_ref()).map_or("", String::as_str)
+    }
 }
 
+/// Those who write to the bot.
+struct People {
+    password: Option<Secret>,
+    /// By chat: what is to be said once it is saved.
+    answers: BTreeMap<i64, Answer>,
+    /// By chat: who has tried wrong passwords.
+    suspects: BTreeMap<i64, Suspect>,
+}
+
+#[derive(Default)]
 struct Answer {
-    chat: i64,
     texts: Vec<String>,
-    /// Messages that held a password.
-    delete: Vec<i64>,
+    /// Messages to delete, for they may hold the password.
+    deleted: Vec<i64>,
+}
+
+#[derive(Default)]
+struct Suspect {
+    /// Wrong passwords in a row.
+    wrong: u32,
+    locked_until: Option<Instant>,
 }
 
 impl Answer {
-    /// Methods of the Bot API with their parameters.
-    fn calls(&self) -> Vec<(&'static str, Value)> {
+    /// Each text once.
+    fn say(&mut self, text: &str) {
+        if !self.texts.iter().any(|said| said == text) {
+            self.texts.push(text.to_string());
+        }
+    }
+
+    /// Methods of the Bot API, with their parameters.
+    fn calls(&self, chat: i64) -> Vec<(&'static str, Value)> {
         let mut calls = Vec::new();
         if !self.texts.is_empty() {
             let text: String = self.texts.join("\n\n").chars().take(TEXT_MAX).collect();
-            calls.push(("sendMessage", json!({"chat_id": self.chat, "text": text})));
+            calls.push(("sendMessage", json!({"chat_id": chat, "text": text})));
         }
-        for message in &self.delete {
-            let parameters = json!({"chat_id": self.chat, "message_id": message});
-            calls.push(("deleteMessage", parameters));
+        for id in &self.deleted {
+            calls.push(("deleteMessage", json!({"chat_id": chat, "message_id": id})));
         }
         calls
     }
 }
 
-/// A chat that has tried a wrong password.
-struct Suspect {
-    chat: i64,
-    /// In a row.
-    wrong: u32,
-    locked_until: Option<Instant>,
-}
-
 impl People {
+    fn new(password: Option<Secret>) -> People {
+        People {
+            password,
+            answers: BTreeMap::new(),
+            suspects: BTreeMap::new(),
+        }
+    }
+
     /// Progress before judgement: an update that cannot be understood must not come back.
-    fn take(&mut self, mut update: Value, state: &mut State, password: Option<&Secret>) {
+    fn take(&mut self, mut update: Value, state: &mut State) {
         let Some(id) = update["update_id"].as_i64() else {
             return;
         };
         state.offset = id.saturating_add(1);
-        let written = match serde_json::from_value::<Written>(update["message"].take()) {
+        let written: Written = match serde_json::from_value(update["message"].take()) {
             Ok(written) => written,
             Err(error) => return info!("update {id} is not understood: {error}"),
         };
         let chat = &written.chat;
-        if chat.kind == "private" && is_private(&chat.id) {
-            self.take_message(&written, state, password, Instant::now());
-        } else {
-            info!(
-                "chat {} ({}, {}) cannot be registered",
-                chat.id,
-                chat.kind,
-                chat.name()
-            );
+        if chat.kind != "private" || !is_private(&chat.id) {
+            return info!("{chat} cannot register");
         }
+        let mut answer = self.answers.remove(&chat.id).unwrap_or_default();
+        self.take_message(&written, state, &mut answer);
+        self.answers.insert(chat.id, answer);
     }
 
     /// Carries out a message from a private chat.
-    fn take_message(
-        &mut self,
-        written: &Written,
-        state: &mut State,
-        password: Option<&Secret>,
-        now: Instant,
-    ) {
+    fn take_message(&mut self, written: &Written, state: &mut State, answer: &mut Answer) {
         let chat = written.chat.id;
-        let text = written.text.as_deref().unwrap_or_default();
-        let lower = text.to_ascii_lowercase();
+        let lower = written.text.to_ascii_lowercase();
         let words: Vec<&str> = lower.split_whitespace().collect();
         // Written before the gateway was there: the sender could not know what it does.
-        let is_old = state
-            .ignore_commands_before
-            .is_some_and(|start| written.date < start);
+        let start = state.ignore_commands_before;
+        let is_old = start.is_some_and(|start| written.date < start);
         if words == ["remove", "me"] && !is_old {
-            let user = state.remove(chat);
-            info!("{user} is removed, as asked");
-            return self.answer(chat, REMOVED);
+            info!("{} is removed, as asked", state.remove(chat));
+            return answer.say(REMOVED);
         }
-        let registration = state.register(chat, written.chat.name());
-        match registration {
-            Registration::New => {
-                self.answer(chat, "You are registered.");
-                self.answer(chat, HELP);
-            }
-            Registration::Full => self.answer(chat, LIST_IS_FULL),
-            Registration::Known => {}
+        let news = state.register(chat, written.chat.name());
+        if let Some(news) = news {
+            answer.say(news);
+        }
+        if news == Some(REGISTERED) || matches!(words[..], ["help" | "/help" | "/start"]) {
+            return answer.say(HELP);
         }
         match words[..] {
             ["config" | "/config", ..] => {
                 if !is_old {
-                    self.configure(chat, text, state, password, now);
+                    self.configure(written, state, answer);
                 }
                 // Whether right or wrong: a wrong password may be nearly right.
-                self.answer_to(chat).delete.push(written.message_id);
+                answer.deleted.push(written.message_id);
             }
-            [] => {} // a sticker or the like
-            ["help" | "/help" | "/start", ..] => self.answer(chat, HELP),
-            _ if matches!(registration, Registration::Known) => {
-                self.answer(chat, "I do not understand that.");
-                self.answer(chat, HELP);
+            _ if news.is_none() && !words.is_empty() => {
+                answer.say("I do not understand that.");
+                answer.say(HELP);
             }
             _ => {}
         }
@@ -1901,107 +1694,55 @@ impl People {
 
     /// Carries out `config …`. Only a complete command is a guess at the password, and nothing is
     /// said about the rest of it unless the password is right.
-    fn configure(
-        &mut self,
-        chat: i64,
-        text: &str,
-        state: &mut State,
-        password: Option<&Secret>,
-        now: Instant,
-    ) {
-        let Some(password) = password else {
-            return self.answer(
-                chat,
-                "No password is set on the gateway, so nothing can be changed.",
-            );
+    fn configure(&mut self, written: &Written, state: &mut State, answer: &mut Answer) {
+        let chat = written.chat.id;
+        let Some(password) = &self.password else {
+            return answer.say("No password is set, so nothing can be changed.");
         };
-        let suspect = self.suspects.iter().find(|suspect| suspect.chat == chat);
-        if suspect
-            .and_then(|suspect| suspect.locked_until)
-            .is_some_and(|until| now < until)
-        {
+        let suspect = self.suspects.get(&chat);
+        let locked_until = suspect.and_then(|suspect| suspect.locked_until);
+        if locked_until.is_some_and(|until| Instant::now() < until) {
             return;
         }
-        let words: Vec<&str> = text.split_whitespace().collect();
+        let words: Vec<&str> = written.text.split_whitespace().collect();
         let [_, guess, key, value] = words[..] else {
-            return self.answer(chat, CONFIG_FORM);
+            return answer.say(CONFIG_FORM);
         };
         if !password.is(guess) {
-            return self.suspect(chat, now);
+            return self.suspect(chat, answer);
         }
-        self.suspects.retain(|suspect| suspect.chat != chat);
+        self.suspects.remove(&chat);
         let number = value.parse::<u8>().ok().filter(|_| !value.starts_with('+'));
         let told = match (key.to_ascii_lowercase().as_str(), number) {
             ("interval", Some(minutes @ 1..=120)) => {
                 state.interval = Some(minutes);
-                info!("interval is set to {minutes} minutes by chat {chat}");
                 format!("The interval is set to {minutes} minutes.")
             }
             ("feedback", Some(on @ 0..=1)) => {
                 state.feedback = Some(on);
-                info!("LED feedback is set to {on} by chat {chat}");
-                let state = if on == 1 { "on" } else { "off" };
-                format!("The LED feedback is set to {on} ({state}).")
+                format!("The LED feedback is set to {on}.")
             }
-            _ => CONFIG_FORM.to_string(),
+            _ => return answer.say(CONFIG_FORM),
         };
-        self.answer(chat, &told);
+        info!("chat {chat}: {told}");
+        answer.say(&told);
     }
 
     /// Counts a wrong password.
-    fn suspect(&mut self, chat: i64, now: Instant) {
-        let known = self
-            .suspects
-            .iter()
-            .position(|suspect| suspect.chat == chat);
-        let before = known
-            .map(|at| self.suspects.remove(at))
-            .filter(|s| s.locked_until.is_none());
-        let wrong = 1 + before.map_or(0, |suspect| suspect.wrong);
+    fn suspect(&mut self, chat: i64, answer: &mut Answer) {
         if self.suspects.len() >= SUSPECTS_MAX {
-            // Those that are not locked out go first.
-            let least = |at: &usize| (self.suspects[*at].locked_until, self.suspects[*at].wrong);
-            let least = (0..self.suspects.len())
-                .min_by_key(least)
-                .unwrap_or_default();
-            self.suspects.remove(least);
+            self.suspects.pop_first();
         }
-        let is_locked = wrong >= WRONG_PASSWORDS_MAX;
-        let locked_until = is_locked.then(|| now + LOCKED_OUT);
-        self.suspects.push(Suspect {
-            chat,
-            wrong,
-            locked_until,
-        });
-        let mut told = "Wrong password. Nothing was changed.".to_string();
-        if is_locked {
-            told += " Your config messages are ignored for an hour.";
-            warn!("wrong password from chat {chat}: its config is ignored for an hour");
-        } else {
-            warn!("wrong password from chat {chat}");
+        let suspect = self.suspects.entry(chat).or_default();
+        suspect.wrong += 1;
+        let mut told = "Wrong password. Nothing was changed.";
+        if suspect.wrong >= WRONG_PASSWORDS_MAX {
+            suspect.wrong = 0;
+            suspect.locked_until = Some(Instant::now() + LOCKED_OUT);
+            told = "Wrong password. Your config messages are ignored for an hour.";
         }
-        self.answer(chat, &told);
-    }
-
-    /// Says the same once.
-    fn answer(&mut self, chat: i64, text: &str) {
-        let answer = self.answer_to(chat);
-        if !answer.texts.iter().any(|said| said == text) {
-            answer.texts.push(text.to_string());
-        }
-    }
-
-    fn answer_to(&mut self, chat: i64) -> &mut Answer {
-        let known = self.answers.iter().position(|answer| answer.chat == chat);
-        let at = known.unwrap_or_else(|| {
-            self.answers.push(Answer {
-                chat,
-                texts: Vec::new(),
-                delete: Vec::new(),
-            });
-            self.answers.len() - 1
-        });
-        &mut self.answers[at]
+        warn!("chat {chat}: {told}");
+        answer.say(told);
     }
 }
 
@@ -2009,44 +1750,43 @@ impl People {
 // Log, heartbeat, systemd
 // -------------------------------------------------------------------------------------------------
 
-/// For the heartbeat, which has a thread of its own: all that threads share.
+/// For the heartbeat, which has a thread of its own.
 static FORWARDED: AtomicU64 = AtomicU64::new(0);
 static FAILURES: AtomicU64 = AtomicU64::new(0);
 static USERS: AtomicU64 = AtomicU64::new(0);
 
-/// simple_logger writes to the console; beside it, the same goes to a file.
+/// What simple_logger writes to the console goes to a file, too.
 struct Log {
-    console: simple_logger::SimpleLogger,
+    console: SimpleLogger,
     path: PathBuf,
-    /// `None`: it cannot be opened.
-    file: Mutex<Option<File>>,
 }
 
-fn start_log(path: &Path) -> Result<(), String> {
+fn start_log(path: PathBuf) -> Result<(), String> {
     // Off for the libraries: their records hold URLs, and so the token.
-    let console = simple_logger::SimpleLogger::new()
-        .with_level(log::LevelFilter::Off)
-        .with_module_level("coap_websocket", log::LevelFilter::Info);
-    log::set_max_level(console.max_level());
-    let file = open_log(path);
-    let fault = file.as_ref().err().map(ToString::to_string);
-    let log = Log {
-        console,
-        path: path.to_path_buf(),
-        file: Mutex::new(file.ok()),
-    };
+    let console = SimpleLogger::new().with_level(LevelFilter::Off);
+    let console = console.with_module_level("coap_websocket", LevelFilter::Info);
+    log::set_max_level(LevelFilter::Info);
+    let name = path.display().to_string();
+    let log = Log { console, path };
+    let result = log.append("");
     log::set_boxed_logger(Box::new(log)).map_err(|error| error.to_string())?;
-    if let Some(fault) = fault {
-        warn!(
-            "cannot open {}, so the log goes to the console alone: {fault}",
-            path.display()
-        );
+    if let Err(error) = result {
+        warn!("cannot write {name}, so the log goes to the console alone: {error}");
     }
     Ok(())
 }
 
-fn open_log(path: &Path) -> io::Result<File> {
-    OpenOptions::new().append(true).create(true).open(path)
+impl Log {
+    fn append(&self, line: &str) -> io::Result<()> {
+        let mut options = OpenOptions::new();
+        options.append(true).create(true);
+        let mut file = options.open(&self.path)?;
+        if file.metadata()?.len() + line.len() as u64 > LOG_MAX {
+            fs::rename(&self.path, beside(&self.path, ".1"))?;
+            file = options.open(&self.path)?;
+        }
+        file.write_all(line.as_bytes())
+    }
 }
 
 impl log::Log for Log {
@@ -2055,32 +1795,15 @@ impl log::Log for Log {
     }
 
     fn log(&self, record: &log::Record) {
-        if !self.enabled(record.metadata()) {
-            return;
+        if self.enabled(record.metadata()) {
+            let text = escape(&record.args().to_string());
+            let mut escaped = log::Record::builder();
+            escaped.metadata(record.metadata().clone());
+            let console = &self.console;
+            console.log(&escaped.args(format_args!("{text}")).build());
+            let (time, level) = (utc(unix_now()), record.level());
+            let _ = self.append(&format!("{time} [{level}] {text}\n"));
         }
-        let text = escape(&record.args().to_string());
-        let mut escaped = log::Record::builder();
-        escaped.metadata(record.metadata().clone());
-        self.console
-            .log(&escaped.args(format_args!("{text}")).build());
-
-        let line = format!("{} [{}] {text}\n", utc(unix_now()), record.level());
-        let mut open = self
-            .file
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner());
-        let Some(file) = open.as_mut() else { return };
-        if file
-            .metadata()
-            .is_ok_and(|file| file.len() + line.len() as u64 > LOG_MAX)
-        {
-            let moved = fs::rename(&self.path, beside(&self.path, ".1"));
-            let _ = moved.or_else(|_| file.set_len(0));
-            if let Ok(new) = open_log(&self.path) {
-                *file = new;
-            }
-        }
-        let _ = file.write_all(line.as_bytes());
     }
 
     fn flush(&self) {}
@@ -2088,12 +1811,12 @@ impl log::Log for Log {
 
 /// So that what comes from outside cannot forge a line.
 fn escape(text: &str) -> String {
-    let mut escaped = String::with_capacity(text.len());
+    let mut escaped = String::new();
     for c in text.chars() {
-        if c.is_control() || matches!(c, '\u{2028}' | '\u{2029}') {
-            escaped.extend(c.escape_default());
-        } else {
-            escaped.push(c);
+        match c {
+            '\u{2028}' | '\u{2029}' => escaped.extend(c.escape_default()),
+            c if c.is_control() => escaped.extend(c.escape_default()),
+            c => escaped.push(c),
         }
     }
     escaped
@@ -2101,41 +1824,34 @@ fn escape(text: &str) -> String {
 
 fn unix_now() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
-    now.map_or(0, |age| age.as_secs())
+    now.map_or(0, |now| now.as_secs())
 }
 
 /// `2026-01-31 12:00:00` of Unix seconds. Days to a date: H. Hinnant, "chrono-Compatible Low-Level
 /// Date Algorithms", `civil_from_days`.
 fn utc(seconds: u64) -> String {
     let (days, time) = (seconds / 86400 + 719_468, seconds % 86400);
-    let (era, day_of_era) = (days / 146_097, days % 146_097);
-    let year_of_era =
-        (day_of_era - day_of_era / 1460 + day_of_era / 36524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let march_based = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * march_based + 2) / 5 + 1;
-    let month = if march_based < 10 {
-        march_based + 3
-    } else {
-        march_based - 9
-    };
-    let year = era * 400 + year_of_era + u64::from(month <= 2);
+    let (era, day) = (days / 146_097, days % 146_097);
+    let year = (day - day / 1460 + day / 36524 - day / 146_096) / 365;
+    let day = day - (365 * year + year / 4 - year / 100);
+    let month = (5 * day + 2) / 153; // from March on, as the year
+    let day = day - (153 * month + 2) / 5 + 1;
+    let month = if month < 10 { month + 3 } else { month - 9 };
+    let year = era * 400 + year + u64::from(month <= 2);
     let (hours, minutes, seconds) = (time / 3600, time / 60 % 60, time % 60);
     format!("{year:04}-{month:02}-{day:02} {hours:02}:{minutes:02}:{seconds:02}")
 }
 
-fn log_outcome(request: &Request, code: &str, detail: &str) {
-    let level = if code.starts_with('5') {
-        log::Level::Warn
-    } else {
-        log::Level::Info
-    };
-    let (peer, duration) = (request.peer, request.at.elapsed().as_millis());
+fn log_outcome(request: &Request, response: &Response) {
+    let (code, detail) = (response.code(), &response.detail);
+    let (peer, time) = (request.peer, request.at.elapsed().as_millis());
     let separator = if detail.is_empty() { "" } else { ": " };
-    log::log!(
-        level,
-        "{peer} {request} -> {code} in {duration} ms{separator}{detail}"
-    );
+    let line = format!("{peer} {request} -> {code} in {time} ms{separator}{detail}");
+    if code.starts_with('5') {
+        warn!("{line}");
+    } else {
+        info!("{line}");
+    }
 }
 
 fn heartbeat() {
@@ -2143,13 +1859,12 @@ fn heartbeat() {
     loop {
         thread::sleep(HEARTBEAT);
         let minutes = start.elapsed().as_secs() / 60;
+        let (hours, minutes) = (minutes / 60, minutes % 60);
+        let (forwarded, failures) = (FORWARDED.load(Relaxed), FAILURES.load(Relaxed));
+        let users = USERS.load(Relaxed);
         info!(
-            "Server is still running: up {} h {} min, {} messages forwarded, {} failures, {} registered users",
-            minutes / 60,
-            minutes % 60,
-            FORWARDED.load(Relaxed),
-            FAILURES.load(Relaxed),
-            USERS.load(Relaxed),
+            "Server is still running: up {hours} h {minutes} min, {forwarded} messages forwarded, \
+            {failures} failures, {users} registered users"
         );
     }
 }
@@ -2163,8 +1878,10 @@ fn notify(message: &str) {
         Some(name) => UnixAddr::from_abstract_name(name),
         None => UnixAddr::from_pathname(&path),
     };
-    let _ = address
-        .and_then(|address| UnixDatagram::unbound()?.send_to_addr(message.as_bytes(), &address));
+    let socket = UnixDatagram::unbound();
+    if let (Ok(address), Ok(socket)) = (address, socket) {
+        let _ = socket.send_to_addr(message.as_bytes(), &address);
+    }
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -2172,171 +1889,108 @@ fn notify(message: &str) {
 // -------------------------------------------------------------------------------------------------
 
 /// Changes nothing: what people wrote is shown, not confirmed.
-fn check(config: &Config) -> Result<(), String> {
-    for warning in &config.warnings {
-        say(&format!("warning: {warning}"));
-    }
+fn check() -> Result<(), String> {
+    let console = SimpleLogger::new().with_level(LevelFilter::Warn);
+    console.init().map_err(|error| error.to_string())?;
+    let config = Config::load()?;
     let token = config.required_token()?;
-    let telegram = Telegram::new(config);
+    let telegram = Telegram::new(&config);
     let deadline = Instant::now() + REQUEST_TIME;
-    let explained = |failure: Failure| escape(&failure.reason);
-    let me = telegram
-        .call(token, "getMe", &json!({}), deadline)
-        .map_err(explained)?;
-    let name = |key: &str| me[key].as_str().unwrap_or("?");
-    say(&escape(&format!(
-        "bot: {} (@{})",
-        name("first_name"),
-        name("username")
-    )));
-
-    let path = &config.places.state;
-    let state = match fs::read(path).map(|text| serde_json::from_slice::<State>(&text)) {
-        Ok(Ok(state)) => state,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => State::default(),
-        Ok(Err(error)) => return Err(format!("cannot read {}: {error}", path.display())),
-        Err(error) => return Err(format!("cannot read {}: {error}", path.display())),
-    };
-    say("registered users:");
-    for user in &state.users {
-        say(&format!("  {} {}", user.chat, user.name));
+    let fault = |failure: Failure| escape(&failure.reason);
+    let bot = telegram.call(token, "getMe", &json!({}), deadline);
+    let bot = bot.map_err(fault)?;
+    let [name, username] = ["first_name", "username"].map(|key| bot[key].as_str());
+    let (name, username) = (name.unwrap_or("?"), username.unwrap_or("?"));
+    say(&escape(&format!("bot: {name} (@{username})")))?;
+    say("registered users:")?;
+    for user in State::read(&config.state_path)?.unwrap_or_default().users {
+        say(&format!("  {} {}", user.chat, user.name))?;
     }
-    let updates = telegram
-        .get_updates(token, None, deadline)
-        .map_err(explained)?;
-    let mut chats: Vec<String> = Vec::new();
-    for mut update in updates {
-        if let Ok(chat) = serde_json::from_value::<Chat>(update["message"]["chat"].take()) {
-            let line = escape(&format!("  {} {} ({})", chat.id, chat.name(), chat.kind));
-            if !chats.contains(&line) {
-                chats.push(line);
-            }
+    say("chats whose messages no gateway has fetched yet (for others see its log):")?;
+    let mut told = Vec::new();
+    let updates = telegram.get_updates(token, None, deadline);
+    for mut update in updates.map_err(fault)? {
+        if let Ok(chat) = serde_json::from_value::<Chat>(update["message"]["chat"].take())
+            && !told.contains(&chat.id)
+        {
+            say(&escape(&format!("  {chat}")))?;
+            told.push(chat.id);
         }
-    }
-    say("chats with a message that no gateway has fetched yet (others: see the log):");
-    for line in chats {
-        say(&line);
     }
     Ok(())
-}
-
-struct SendOptions<'a> {
-    chat: &'a str,
-    message: &'a str,
-    uri: Option<&'a str>,
-}
-
-impl SendOptions<'_> {
-    fn parse<'a>(words: &[&'a str]) -> Option<SendOptions<'a>> {
-        let [mut chat, mut message, mut uri] = [None; 3];
-        for pair in words.chunks(2) {
-            match *pair {
-                ["-i", value] => chat = Some(value),
-                ["-m", value] => message = Some(value),
-                ["-u", value] if value.starts_with("coap://") => uri = Some(value),
-                _ => return None,
-            }
-        }
-        Some(SendOptions {
-            chat: chat?,
-            message: message?,
-            uri,
-        })
-    }
 }
 
 /// One `POST /message` as a mote would send it; to the gateway of this configuration if no URI is
 /// given.
-fn send(config: &Config, options: &SendOptions) -> Result<(), String> {
-    let token = config
-        .mote_token
-        .as_ref()
-        .unwrap_or(config.required_token()?);
-    let peer = match options.uri {
+fn send(chat: &str, text: &str, uri: Option<&str>) -> Result<(), String> {
+    let config = Config::load()?;
+    let token = config.required_token()?;
+    let token = &config.mote_token.as_ref().unwrap_or(token).0;
+    let peer = match uri {
+        Some(uri) => address_of(uri).ok_or(format!("cannot resolve {}", escape(uri)))?,
         None => config.listen,
-        Some(uri) => address_of(uri).ok_or(format!("cannot resolve `{}`", uri.escape_debug()))?,
     };
-    let SendOptions { chat, message, .. } = options;
-    let payload = format!(
-        "url={}&token={}&chat_ids={chat}&text={message}",
-        config.url, token.0
-    );
-    let response = exchange(peer, payload.as_bytes())
-        .map_err(|error| format!("cannot reach a gateway at {peer}: {error}"))?
-        .ok_or(format!("no answer from {peer}"))?;
+    let url = &config.url;
+    let form = format!("url={url}&token={token}&chat_ids={chat}&text={text}");
+    let answer = exchange(peer, &coap::encode_post("message", &form));
+    let answer = answer.map_err(|error| format!("cannot reach a gateway at {peer}: {error}"))?;
+    let answer = answer.ok_or(format!("no answer from {peer}"))?;
     let line = format!(
         "{} {}",
-        response.code,
-        escape(&String::from_utf8_lossy(&response.payload))
+        answer.code,
+        escape(&String::from_utf8_lossy(&answer.payload))
     );
-    if !response.code.starts_with('2') {
+    if !answer.code.starts_with('2') {
         return Err(format!("{} (the gateway's log tells why)", line.trim_end()));
     }
-    say(&line);
-    Ok(())
+    say(&line)
 }
 
 /// Of a URI `coap://host[:port]`.
 fn address_of(uri: &str) -> Option<SocketAddr> {
     let host = uri.strip_prefix("coap://")?.trim_end_matches('/');
-    let has_port = host.contains(':') && !host.ends_with(']');
-    let host = if has_port {
-        host.to_string()
-    } else {
-        format!("{host}:{}", coap::PORT)
-    };
+    if host.contains(':') && !host.ends_with(']') {
+        return host.to_socket_addrs().ok()?.next();
+    }
+    let host = format!("{host}:{}", coap::PORT);
     host.to_socket_addrs().ok()?.next()
 }
 
 /// A client's side of one exchange, RFC 7252 §4.2. `None`: nobody answers.
-fn exchange(peer: SocketAddr, payload: &[u8]) -> io::Result<Option<coap::ClientResponse>> {
-    let socket = UdpSocket::bind(if peer.is_ipv4() {
-        "0.0.0.0:0"
-    } else {
-        "[::]:0"
-    })?;
+fn exchange(peer: SocketAddr, request: &[u8]) -> io::Result<Option<coap::Answer>> {
+    let local = if peer.is_ipv4() { "0.0.0.0" } else { "::" };
+    let socket = UdpSocket::bind((local, 0))?;
     socket.connect(peer)?;
-    let request = coap::encode_request("message", payload);
-    let mut timeout = coap::ACK_TIMEOUT;
-    for _ in 0..=coap::MAX_RETRANSMIT {
-        socket.send(&request)?;
-        if let Some(response) = next_response(&socket, &request, timeout)? {
-            if response.code != coap::EMPTY_CODE {
-                return Ok(Some(response));
-            }
-            // Acknowledged: the gateway answers within 9 s, and on a lossy link again later.
-            return next_response(&socket, &request, 2 * REQUEST_TIME);
-        }
-        timeout *= 2;
-    }
-    Ok(None)
-}
-
-/// The next datagram that belongs to the request; a response is acknowledged. `None`: none in time.
-fn next_response(
-    socket: &UdpSocket,
-    request: &[u8],
-    timeout: Duration,
-) -> io::Result<Option<coap::ClientResponse>> {
-    let end = Instant::now() + timeout;
     let mut buffer = vec![0; coap::DATAGRAM_MAX];
-    loop {
-        let left = end.saturating_duration_since(Instant::now());
-        socket.set_read_timeout(Some(left.max(Duration::from_millis(1))))?;
-        match socket.recv(&mut buffer) {
-            Ok(length) => {
-                if let Some(response) = coap::decode_response(&buffer[..length], request) {
-                    socket.send(&response.acknowledgement)?;
-                    return Ok(Some(response));
+    let mut timeout = coap::ACK_TIMEOUT;
+    let mut is_acknowledged = false;
+    for _ in 0..=coap::MAX_RETRANSMIT {
+        socket.send(request)?;
+        socket.set_read_timeout(Some(timeout))?;
+        timeout *= 2;
+        loop {
+            let length = match socket.recv(&mut buffer) {
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                result => result?,
+            };
+            let Some(answer) = coap::decode_answer(&buffer[..length], request) else {
+                continue;
+            };
+            if answer.code != coap::EMPTY {
+                if let Some(acknowledgement) = &answer.acknowledgement {
+                    socket.send(acknowledgement)?;
                 }
+                return Ok(Some(answer));
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(error),
+            // The gateway answers within 9 s, and repeats what gets lost.
+            is_acknowledged = true;
+            socket.set_read_timeout(Some(2 * REQUEST_TIME))?;
         }
-        if Instant::now() >= end {
+        if is_acknowledged {
             return Ok(None);
         }
     }
+    Ok(None)
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -2358,13 +2012,12 @@ mod coap {
     pub const PORT: u16 = 5683;
     /// RFC 7252 §4.8, transmission parameters, and §4.8.2, what follows from them.
     pub const ACK_TIMEOUT: Duration = Duration::from_secs(2);
+    const ACK_RANDOM: Duration = Duration::from_secs(1);
     pub const MAX_RETRANSMIT: u32 = 4;
-    const ACK_RANDOM_PERCENT: u64 = 50;
     const MAX_LATENCY: Duration = Duration::from_secs(100);
-    const MAX_TRANSMIT_SPAN: Duration = Duration::from_millis(
-        ACK_TIMEOUT.as_millis() as u64 * ((1 << MAX_RETRANSMIT) - 1) * (100 + ACK_RANDOM_PERCENT)
-            / 100,
-    );
+    const MAX_TRANSMIT_SPAN: Duration = ACK_TIMEOUT
+        .saturating_add(ACK_RANDOM)
+        .saturating_mul((1 << MAX_RETRANSMIT) - 1);
     pub const NON_LIFETIME: Duration = MAX_TRANSMIT_SPAN.saturating_add(MAX_LATENCY);
     pub const EXCHANGE_LIFETIME: Duration = NON_LIFETIME
         .saturating_add(MAX_LATENCY)
@@ -2385,7 +2038,6 @@ mod coap {
     /// RFC 7252 §12.1.1, §12.2 and §12.3.
     pub const GET: u8 = 1;
     pub const POST: u8 = 2;
-    pub const EMPTY_CODE: &str = "0.00";
     const URI_HOST: u16 = 3;
     const URI_PORT: u16 = 7;
     const URI_PATH: u16 = 11;
@@ -2397,6 +2049,7 @@ mod coap {
     const PROXY_URI: u16 = 35;
     const PROXY_SCHEME: u16 = 39;
     const SIZE1: u16 = 60;
+    pub const EMPTY: &str = "0.00";
     pub const TEXT_PLAIN: u32 = 0;
     pub const LINK_FORMAT: u32 = 40;
 
@@ -2406,7 +2059,7 @@ mod coap {
     }
 
     /// RFC 7959 §2.2.
-    #[derive(Clone, Copy, Debug, PartialEq)]
+    #[derive(Clone, Copy)]
     pub struct Block {
         pub number: usize,
         more: bool,
@@ -2425,8 +2078,8 @@ mod coap {
 
     /// RFC 7252 §3.2: no leading zeros.
     fn uint(value: u32) -> Vec<u8> {
-        let bytes = value.to_be_bytes();
-        bytes.into_iter().skip_while(|byte| *byte == 0).collect()
+        let zeros = value.leading_zeros() as usize / 8;
+        value.to_be_bytes()[zeros..].to_vec()
     }
 
     /// A request that nobody has acted on.
@@ -2445,12 +2098,9 @@ mod coap {
     /// the token there.
     impl fmt::Display for Request {
         fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            let path: String = self
-                .path()
-                .chars()
-                .take(24)
-                .take_while(|c| *c != ':')
-                .collect();
+            let path = self.path();
+            let path = path.chars().take(24).take_while(|c| *c != ':');
+            let path: String = path.collect();
             match self.code {
                 GET => write!(f, "GET /{path}"),
                 POST => write!(f, "POST /{path}"),
@@ -2468,47 +2118,48 @@ mod coap {
             self.packet.header.get_type() == MessageType::Confirmable
         }
 
+        fn values(&self, option: u16) -> impl Iterator<Item = &Vec<u8>> {
+            self.packet.get_option(option.into()).into_iter().flatten()
+        }
+
         /// As in a URI: segments joined with `/`, one inside a segment encoded. RFC 7252 §6.5.
         pub fn path(&self) -> String {
             let segments = self
-                .packet
-                .get_option(URI_PATH.into())
-                .into_iter()
-                .flatten();
-            let segments =
-                segments.map(|segment| String::from_utf8_lossy(segment).replace('/', "%2F"));
-            segments.collect::<Vec<_>>().join("/")
+                .values(URI_PATH)
+                .map(|value| String::from_utf8_lossy(value));
+            let segments: Vec<_> = segments
+                .map(|segment| segment.replace('/', "%2F"))
+                .collect();
+            segments.join("/")
         }
 
         /// The first value; none if it is too long for its option, as RFC 7252 §5.4.3 asks of
         /// elective ones.
         pub fn uint(&self, option: u16) -> Option<u32> {
-            let value = self.packet.get_first_option(option.into())?;
-            let limit = if [BLOCK1, BLOCK2].contains(&option) {
+            let longest = if matches!(option, BLOCK1 | BLOCK2) {
                 3
             } else {
                 2
             };
-            let number = || {
-                value
-                    .iter()
-                    .fold(0, |all, byte| all << 8 | u32::from(*byte))
-            };
-            (value.len() <= limit).then(number)
+            let value = self.values(option).next()?;
+            let number = value
+                .iter()
+                .fold(0, |all, byte| all << 8 | u32::from(*byte));
+            (value.len() <= longest).then_some(number)
         }
 
         pub fn block(&self, option: u16) -> Result<Option<Block>, Response> {
             let Some(value) = self.uint(option) else {
                 return Ok(None);
             };
-            let (number, more, exponent) =
-                ((value >> 4) as usize, value & 8 != 0, (value & 7) as u8);
+            let (number, more, exponent) = (value >> 4, value & 8 != 0, (value & 7) as u8);
             if exponent == 7 {
                 return Err(Response::error(
                     ResponseType::BadRequest,
                     "Reserved block size",
                 ));
             }
+            let number = number as usize;
             Ok(Some(Block {
                 number,
                 more,
@@ -2519,96 +2170,87 @@ mod coap {
         /// RFC 7252 §5.4: critical options must be known, of a valid length, and not repeated where
         /// they may not be.
         pub fn check_options(&self) -> Result<(), Response> {
-            let is_critical = |number: u16| number % 2 == 1;
-            for (&number, values) in self
-                .packet
-                .options()
-                .filter(|(number, _)| is_critical(**number))
-            {
-                let (shortest, longest, repeatable) = match number {
-                    URI_HOST | PROXY_SCHEME => (1, 255, false),
-                    URI_PORT | ACCEPT => (0, 2, false),
-                    URI_PATH | URI_QUERY => (0, 255, true),
-                    BLOCK1 | BLOCK2 => (0, 3, false),
-                    PROXY_URI => (1, 1034, false),
+            for (&number, values) in self.packet.options() {
+                let (lengths, is_repeatable) = match number {
+                    URI_HOST | PROXY_SCHEME => (1..=255, false),
+                    URI_PORT | ACCEPT => (0..=2, false),
+                    URI_PATH | URI_QUERY => (0..=255, true),
+                    BLOCK1 | BLOCK2 => (0..=3, false),
+                    PROXY_URI => (1..=1034, false),
+                    elective if elective % 2 == 0 => continue,
                     _ => return Err(bad_option(number, "not supported")),
                 };
-                let fits = values
-                    .iter()
-                    .all(|value| (shortest..=longest).contains(&value.len()));
-                if !fits || (values.len() > 1 && !repeatable) {
+                let is_valid = values.iter().all(|value| lengths.contains(&value.len()));
+                if !is_valid || values.len() > 1 && !is_repeatable {
                     return Err(bad_option(number, "malformed"));
                 }
             }
-            let has = |option: u16| self.packet.get_option(option.into()).is_some();
-            if has(PROXY_URI) || has(PROXY_SCHEME) {
-                return Err(Response::error(
-                    ResponseType::ProxyingNotSupported,
-                    "This is no proxy",
-                ));
+            if self
+                .values(PROXY_URI)
+                .chain(self.values(PROXY_SCHEME))
+                .next()
+                .is_some()
+            {
+                let code = ResponseType::ProxyingNotSupported;
+                return Err(Response::error(code, "This is no proxy"));
             }
             Ok(())
         }
     }
 
     fn bad_option(number: u16, fault: &str) -> Response {
-        Response::error(
-            ResponseType::BadOption,
-            &format!("Option {number} is {fault}"),
-        )
+        let reason = format!("Option {number} is {fault}");
+        Response::error(ResponseType::BadOption, &reason)
     }
 
-    /// Numbers and values.
-    type Options = Vec<(u16, Vec<u8>)>;
-
     /// A response; message ID, type and token come from the exchange.
-    #[derive(Debug)]
     pub struct Response {
-        pub code: ResponseType,
-        pub payload: Vec<u8>,
-        options: Options,
+        code: ResponseType,
+        payload: Vec<u8>,
+        /// Numbers and values.
+        options: Vec<(u16, Vec<u8>)>,
         /// Of the state that it tells; comes back with its ACK.
         pub version: Option<u64>,
+        /// For the log.
+        pub detail: String,
     }
 
     impl Response {
-        pub fn content(code: ResponseType, payload: &str, format: u32) -> Response {
-            let options = vec![(CONTENT_FORMAT, uint(format))];
-            Response {
-                code,
-                payload: payload.as_bytes().to_vec(),
-                options,
-                version: None,
-            }
-        }
-
-        pub fn text(code: ResponseType, payload: &str) -> Response {
-            Response::content(code, payload, TEXT_PLAIN)
-        }
-
-        pub fn empty(code: ResponseType) -> Response {
-            Response::error(code, "")
-        }
-
-        /// A diagnostic payload, RFC 7252 §5.5.2. It leaves only inside an ACK, see `encode`.
+        /// With a diagnostic payload, RFC 7252 §5.5.2. It leaves only inside an ACK, see `encode`.
         pub fn error(code: ResponseType, reason: &str) -> Response {
             Response {
+                code,
+                payload: reason.as_bytes().to_vec(),
                 options: Vec::new(),
-                ..Response::text(code, reason)
+                version: None,
+                detail: reason.to_string(),
             }
+        }
+
+        pub fn failed(detail: String) -> Response {
+            let response = Response::error(ResponseType::InternalServerError, "");
+            Response { detail, ..response }
+        }
+
+        pub fn text(code: ResponseType, payload: &str, detail: String) -> Response {
+            let options = vec![(CONTENT_FORMAT, uint(TEXT_PLAIN))];
+            let response = Response::error(code, payload);
+            Response {
+                options,
+                detail,
+                ..response
+            }
+        }
+
+        pub fn links(links: &str) -> Response {
+            let mut response = Response::text(ResponseType::Content, links, String::new());
+            response.options = vec![(CONTENT_FORMAT, uint(LINK_FORMAT))];
+            response
         }
 
         /// As in `2.05`.
         pub fn code(&self) -> String {
             MessageClass::Response(self.code).to_string()
-        }
-
-        /// What an error says for people.
-        pub fn diagnostic(&self) -> String {
-            if !self.code.is_error() {
-                return String::new();
-            }
-            String::from_utf8_lossy(&self.payload).into_owned()
         }
     }
 
@@ -2652,10 +2294,11 @@ mod coap {
     }
 
     /// Everything about message types, message IDs and time.
+    #[derive(Default)]
     pub struct Exchanges {
         last_message_id: u16,
         hasher: RandomState,
-        /// In the order in which they came.
+        /// In the order in which they came, as the next two.
         seen: VecDeque<Seen>,
         open: VecDeque<Open>,
         assemblies: VecDeque<Assembly>,
@@ -2663,12 +2306,10 @@ mod coap {
 
     impl Exchanges {
         pub fn new() -> Exchanges {
+            let last_message_id = random() as u16;
             Exchanges {
-                last_message_id: random() as u16,
-                hasher: RandomState::new(),
-                seen: VecDeque::new(),
-                open: VecDeque::new(),
-                assemblies: VecDeque::new(),
+                last_message_id,
+                ..Exchanges::default()
             }
         }
 
@@ -2679,27 +2320,22 @@ mod coap {
             }
             let mut packet = match parse(datagram) {
                 Ok(packet) => packet,
-                Err(Malformed::Reset(reset)) => return Event::Send(reset),
-                Err(Malformed::Ignore) => return Event::Nothing,
+                Err(reset) => return Event::Send(reset),
             };
             let (kind, message_id) = (packet.header.get_type(), packet.header.message_id);
             if matches!(kind, MessageType::Acknowledgement | MessageType::Reset) {
                 return self.close(peer, kind, message_id);
             }
             let digest = self.hasher.hash_one((peer, datagram));
-            let twin = self
-                .seen
-                .iter()
-                .find(|seen| seen.digest == digest && now < seen.expires);
-            if let Some(twin) = twin {
+            let is_twin = |seen: &&Seen| seen.digest == digest && now < seen.expires;
+            if let Some(twin) = self.seen.iter().find(is_twin) {
                 return Event::Send(twin.reply.clone());
             }
-            let (code, payload) = (datagram[1], std::mem::take(&mut packet.payload));
             Event::Request(Request {
                 peer,
                 at: now,
-                code,
-                payload,
+                code: datagram[1],
+                payload: std::mem::take(&mut packet.payload),
                 digest,
                 packet,
             })
@@ -2708,14 +2344,11 @@ mod coap {
         /// An ACK or RST ends the retransmission of a response.
         fn close(&mut self, peer: SocketAddr, kind: MessageType, message_id: u16) -> Event {
             let is_own = |open: &Open| open.peer == peer && open.message_id == message_id;
-            let Some(at) = self.open.iter().position(is_own) else {
-                return Event::Nothing;
-            };
-            let version = self.open.remove(at).and_then(|open| open.version);
-            match (kind, version) {
-                (MessageType::Reset, _) => Event::Refused,
-                (_, Some(version)) => Event::Acknowledged(version),
-                (_, None) => Event::Nothing,
+            let at = self.open.iter().position(is_own);
+            match at.and_then(|at| self.open.remove(at)) {
+                Some(_) if kind == MessageType::Reset => Event::Refused,
+                Some(open) => open.version.map_or(Event::Nothing, Event::Acknowledged),
+                None => Event::Nothing,
             }
         }
 
@@ -2723,13 +2356,13 @@ mod coap {
         pub fn reply(&mut self, request: &Request, response: Response) -> Vec<u8> {
             if request.is_confirmable() {
                 let message_id = request.message_id();
-                let bytes = encode(MessageType::Acknowledgement, message_id, request, response);
-                self.remember(request, bytes.clone());
-                return bytes;
+                let reply = encode(MessageType::Acknowledgement, message_id, request, response);
+                self.remember(request, reply.clone());
+                return reply;
             }
             self.remember(request, Vec::new());
             if response.code == ResponseType::BadOption {
-                return Vec::new(); // RFC 7252 §5.4.1: such a NON is rejected, here in silence
+                return Vec::new(); // RFC 7252 §5.4.1: it is rejected, here in silence
             }
             let message_id = self.next_message_id();
             encode(MessageType::NonConfirmable, message_id, request, response)
@@ -2737,10 +2370,10 @@ mod coap {
 
         /// The empty ACK (for NON, nothing), and the promise of `respond`.
         pub fn accept(&mut self, request: &Request) -> Vec<u8> {
-            let acknowledgement = match request.is_confirmable() {
-                true => empty(MessageType::Acknowledgement, request.message_id()),
-                false => Vec::new(),
-            };
+            let mut acknowledgement = Vec::new();
+            if request.is_confirmable() {
+                acknowledgement = empty(MessageType::Acknowledgement, request.message_id());
+            }
             self.remember(request, acknowledgement.clone());
             acknowledgement
         }
@@ -2755,8 +2388,8 @@ mod coap {
             if self.open.len() >= OPEN_MAX {
                 self.open.pop_front();
             }
-            let spread = ACK_TIMEOUT.as_millis() as u64 * ACK_RANDOM_PERCENT / 100;
-            let timeout = ACK_TIMEOUT + Duration::from_millis(random() % (spread + 1));
+            let random = random() % (1 + ACK_RANDOM.as_millis() as u64);
+            let timeout = ACK_TIMEOUT + Duration::from_millis(random);
             self.open.push_back(Open {
                 peer: request.peer,
                 message_id,
@@ -2771,8 +2404,8 @@ mod coap {
 
         /// What is to be sent again now.
         pub fn retransmissions(&mut self, now: Instant) -> Vec<(SocketAddr, Vec<u8>)> {
-            let is_over = |open: &Open| open.due <= now && open.retransmitted >= MAX_RETRANSMIT;
-            self.open.retain(|open| !is_over(open));
+            let goes_on = |open: &Open| now < open.due || open.retransmitted < MAX_RETRANSMIT;
+            self.open.retain(goes_on);
             let mut again = Vec::new();
             for open in self.open.iter_mut().filter(|open| open.due <= now) {
                 again.push((open.peer, open.bytes.clone()));
@@ -2790,59 +2423,51 @@ mod coap {
 
         /// Whether the request is whole; then it has its whole body. `Err` refuses the block.
         pub fn assemble(&mut self, request: &mut Request) -> Result<bool, Response> {
-            let Some(block) = request.block(BLOCK1)? else {
-                return if request.payload.len() > BODY_MAX {
-                    Err(too_large())
-                } else {
-                    Ok(true)
-                };
+            let block = request.block(BLOCK1)?;
+            let mut body = match block {
+                Some(block) => self.blocks_before(request, block)?,
+                None => Vec::new(),
             };
-            let mut body = self.take_assembly(request, block)?;
-            let length = request.payload.len();
-            if length > block.size() || (block.more && length < block.size()) {
-                return Err(Response::error(
-                    ResponseType::BadRequest,
-                    "A block is not of its size",
-                ));
-            }
-            if body.len() + length > BODY_MAX {
+            body.append(&mut request.payload);
+            if body.len() > BODY_MAX {
                 return Err(too_large());
             }
-            body.append(&mut request.payload);
-            if !block.more {
+            if !block.is_some_and(|block| block.more) {
                 request.payload = body;
                 return Ok(true);
             }
             if self.assemblies.len() >= ASSEMBLIES_MAX {
                 self.assemblies.pop_front();
             }
-            let (peer, path, touched) = (request.peer, request.path(), request.at);
             self.assemblies.push_back(Assembly {
-                peer,
-                path,
+                peer: request.peer,
+                path: request.path(),
                 body,
-                touched,
+                touched: request.at,
             });
             Ok(false)
         }
 
-        /// What has come before this block.
-        fn take_assembly(&mut self, request: &Request, block: Block) -> Result<Vec<u8>, Response> {
-            let age = |assembly: &Assembly| request.at.saturating_duration_since(assembly.touched);
+        /// The body so far, if this block goes on from it.
+        fn blocks_before(&mut self, request: &Request, block: Block) -> Result<Vec<u8>, Response> {
+            let (peer, now, path) = (request.peer, request.at, request.path());
             self.assemblies
-                .retain(|assembly| age(assembly) < ASSEMBLY_LIFETIME);
-            let (peer, path) = (request.peer, request.path());
-            let is_own = |assembly: &Assembly| assembly.peer == peer && assembly.path == path;
-            let known = self.assemblies.iter().position(is_own);
-            let known = known.and_then(|at| self.assemblies.remove(at));
-            match known {
-                _ if block.number == 0 => Ok(Vec::new()),
-                Some(known) if known.body.len() == block.number * block.size() => Ok(known.body),
-                _ => Err(Response::error(
-                    ResponseType::RequestEntityIncomplete,
-                    "A block is missing",
-                )),
+                .retain(|known| now < known.touched + ASSEMBLY_LIFETIME);
+            let is_own = |known: &Assembly| known.peer == peer && known.path == path;
+            let at = self.assemblies.iter().position(is_own);
+            let known = at.and_then(|at| self.assemblies.remove(at));
+            let body = known.map(|known| known.body).filter(|_| block.number > 0);
+            let body = body.unwrap_or_default();
+            let length = request.payload.len();
+            if body.len() != block.number * block.size() {
+                let code = ResponseType::RequestEntityIncomplete;
+                return Err(Response::error(code, "A block is missing"));
             }
+            if length > block.size() || block.more && length < block.size() {
+                let reason = "A block is not of its size";
+                return Err(Response::error(ResponseType::BadRequest, reason));
+            }
+            Ok(body)
         }
 
         fn next_message_id(&mut self) -> u16 {
@@ -2851,22 +2476,15 @@ mod coap {
         }
 
         fn remember(&mut self, request: &Request, reply: Vec<u8>) {
-            while self
-                .seen
-                .front()
-                .is_some_and(|seen| seen.expires <= request.at)
-            {
+            let is_over = |seen: &Seen| seen.expires <= request.at;
+            while self.seen.front().is_some_and(is_over) || self.seen.len() >= SEEN_MAX {
                 self.seen.pop_front();
             }
-            if self.seen.len() >= SEEN_MAX {
-                self.seen.pop_front();
+            let mut expires = request.at + NON_LIFETIME;
+            if request.is_confirmable() {
+                expires = request.at + EXCHANGE_LIFETIME;
             }
-            let lifetime = if request.is_confirmable() {
-                EXCHANGE_LIFETIME
-            } else {
-                NON_LIFETIME
-            };
-            let (digest, expires) = (request.digest, request.at + lifetime);
+            let digest = request.digest;
             self.seen.push_back(Seen {
                 digest,
                 expires,
@@ -2882,29 +2500,20 @@ mod coap {
         response
     }
 
-    enum Malformed {
-        /// With the RST that a CON gets.
-        Reset(Vec<u8>),
-        Ignore,
-    }
-
-    /// RFC 7252 §3, §4.2 and §4.3. The codec is laxer than the RFC, so what it reads must be what it
-    /// would write: that leaves no marker without payload, for one.
-    fn parse(datagram: &[u8]) -> Result<Packet, Malformed> {
+    /// RFC 7252 §3, §4.2 and §4.3. `Err` is the RST that a malformed or unexpected CON gets, empty
+    /// for others. The codec is laxer than the RFC, so what it reads must be what it would write:
+    /// that leaves no marker without payload, for one.
+    fn parse(datagram: &[u8]) -> Result<Packet, Vec<u8>> {
         let [first, code, high, low, ..] = *datagram else {
-            return Err(Malformed::Ignore);
+            return Err(Vec::new());
         };
-        let (version, kind, class) = (first >> 6, first >> 4 & 3, code >> 5);
-        if version != 1 {
-            return Err(Malformed::Ignore);
-        }
-        let is_expected = match (kind, class) {
-            (2 | 3, 0) => code == 0 && datagram.len() == 4, // an empty ACK or RST
-            (0 | 1, 0) => code != 0,                        // a request
-            (2, 2 | 4 | 5) => true,                         // a response to nobody's request
-            _ => false,
+        let (version, kind) = (first >> 6, first >> 4 & 3);
+        let is_expected = match kind {
+            0 | 1 => (1..32).contains(&code),      // a request
+            _ => code == 0 && datagram.len() == 4, // an empty ACK or RST
         };
-        if is_expected
+        if version == 1
+            && is_expected
             && let Ok(packet) = Packet::from_bytes(datagram)
             && packet
                 .to_bytes_unlimited()
@@ -2912,105 +2521,82 @@ mod coap {
         {
             return Ok(packet);
         }
-        let is_confirmable = kind == 0;
-        Err(match is_confirmable {
-            true => Malformed::Reset(empty(MessageType::Reset, u16::from_be_bytes([high, low]))),
-            false => Malformed::Ignore,
-        })
+        let is_reset = version == 1 && kind == 0;
+        let id = u16::from_be_bytes([high, low]);
+        Err(is_reset
+            .then(|| empty(MessageType::Reset, id))
+            .unwrap_or_default())
     }
 
     fn empty(kind: MessageType, message_id: u16) -> Vec<u8> {
-        let kind = if kind == MessageType::Reset {
-            0x70
-        } else {
-            0x60
-        };
-        let [high, low] = message_id.to_be_bytes();
-        vec![kind, 0, high, low]
+        to_bytes(&message(kind, MessageClass::Empty, message_id, &[]))
     }
 
     /// Firmware: it takes every payload outside an ACK for configuration, so an error there has none.
-    fn encode(kind: MessageType, id: u16, request: &Request, mut response: Response) -> Vec<u8> {
-        if response.code.is_error() && kind != MessageType::Acknowledgement {
-            response.payload.clear();
+    fn encode(kind: MessageType, id: u16, request: &Request, response: Response) -> Vec<u8> {
+        let code = MessageClass::Response(response.code);
+        let mut packet = message(kind, code, id, request.packet.get_token());
+        for (number, value) in response.options {
+            packet.add_option(number.into(), value);
         }
         // RFC 7959 §2.3: a response to a block says which one.
         if let Ok(Some(block)) = request.block(BLOCK1) {
             let more = response.code == ResponseType::Continue;
-            response
-                .options
-                .push((BLOCK1, Block { more, ..block }.value()));
+            packet.add_option(BLOCK1.into(), Block { more, ..block }.value());
         }
-        let code = MessageClass::Response(response.code);
-        let token = request.packet.get_token();
-        message(kind, code, id, token, response.options, response.payload)
+        if kind == MessageType::Acknowledgement || !response.code.is_error() {
+            packet.payload = response.payload;
+        }
+        to_bytes(&packet)
     }
 
-    fn message(
-        kind: MessageType,
-        code: MessageClass,
-        message_id: u16,
-        token: &[u8],
-        options: Options,
-        payload: Vec<u8>,
-    ) -> Vec<u8> {
+    fn message(kind: MessageType, code: MessageClass, message_id: u16, token: &[u8]) -> Packet {
         let mut packet = Packet::new();
         packet.header.set_version(1);
         packet.header.set_type(kind);
         packet.header.code = code;
         packet.header.message_id = message_id;
         packet.set_token(token.to_vec());
-        for (number, value) in options {
-            packet.add_option(number.into(), value);
-        }
-        packet.payload = payload;
+        packet
+    }
+
+    fn to_bytes(packet: &Packet) -> Vec<u8> {
         packet.to_bytes_unlimited().unwrap_or_default() // fails only over a size limit
     }
 
     /// A client's CON `POST`.
-    pub fn encode_request(path: &str, payload: &[u8]) -> Vec<u8> {
-        let seed = random();
-        let options = vec![(URI_PATH, path.as_bytes().to_vec())];
-        let token = &seed.to_be_bytes()[..4];
-        message(
-            MessageType::Confirmable,
-            POST.into(),
-            seed as u16,
-            token,
-            options,
-            payload.to_vec(),
-        )
+    pub fn encode_post(path: &str, payload: &str) -> Vec<u8> {
+        let [high, low, token @ ..] = random().to_be_bytes();
+        let id = u16::from_be_bytes([high, low]);
+        let mut packet = message(MessageType::Confirmable, POST.into(), id, &token[..4]);
+        packet.add_option(URI_PATH.into(), path.as_bytes().to_vec());
+        packet.payload = payload.as_bytes().to_vec();
+        to_bytes(&packet)
     }
 
     /// What a client receives for its request.
-    pub struct ClientResponse {
-        /// `EMPTY_CODE`: the empty ACK.
+    pub struct Answer {
+        /// `0.00`: the empty ACK.
         pub code: String,
         pub payload: Vec<u8>,
-        /// The ACK to send; empty if none is.
-        pub acknowledgement: Vec<u8>,
+        /// The ACK to send, if one is due.
+        pub acknowledgement: Option<Vec<u8>>,
     }
 
     /// `None`: the datagram is not for this request.
-    pub fn decode_response(datagram: &[u8], request: &[u8]) -> Option<ClientResponse> {
+    pub fn decode_answer(datagram: &[u8], request: &[u8]) -> Option<Answer> {
         let own = Packet::from_bytes(request).ok()?;
         let packet = Packet::from_bytes(datagram).ok()?;
-        let (kind, message_id) = (packet.header.get_type(), packet.header.message_id);
-        let is_own = match packet.header.code {
-            MessageClass::Empty => {
-                kind == MessageType::Acknowledgement && message_id == own.header.message_id
-            }
+        let id = packet.header.message_id;
+        let is_own = match packet.header.get_type() {
+            MessageType::Acknowledgement => id == own.header.message_id,
             _ => packet.get_token() == own.get_token(),
         };
-        let acknowledgement = match kind {
-            MessageType::Confirmable => empty(MessageType::Acknowledgement, message_id),
-            _ => Vec::new(),
-        };
-        let code = packet.header.get_code();
-        is_own.then_some(ClientResponse {
-            code,
+        let is_due = packet.header.get_type() == MessageType::Confirmable;
+        is_own.then(|| Answer {
+            code: packet.header.get_code(),
             payload: packet.payload,
-            acknowledgement,
+            acknowledgement: is_due.then(|| empty(MessageType::Acknowledgement, id)),
         })
     }
 }
