@@ -22,7 +22,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, Write};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::fs::OpenOptionsExt as _;
@@ -34,7 +34,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use std::{env, fmt, mem, thread};
 
-use coap::{Event, Exchanges, Request, Response};
+use coap::{Event, Exchanges, Request, Response, bad_request};
 use coap_lite::ResponseType;
 use log::{LevelFilter, error, info, warn};
 use serde::{Deserialize, Serialize};
@@ -118,6 +118,8 @@ const TICK: Duration = Duration::from_secs(1);
 /// at the first has been read, so a flood cannot put off retransmissions for ever.
 const SOCKET_HOLDS: u32 = 1000;
 
+/// Of a payload's fields.
+const KEYS: [&str; 4] = ["&url=", "&token=", "&chat_ids=", "&text="];
 const MESSAGES_SENT: &str = "Messages sent successfully";
 const NO_UPDATES: &str = "No Updates";
 const MISSING_FIELDS: &str = "Missing required fields";
@@ -259,14 +261,12 @@ impl Config {
 
     /// For the commands that cannot do without.
     fn required_token(&self) -> Result<&Secret, String> {
-        let file = folder("CREDENTIALS_DIRECTORY", "/etc").join("config.ini");
-        let missing = format!("no bot_token is set in {}", file.display());
+        let missing = format!("no bot_token is set in {}", config_ini().display());
         self.token.as_ref().ok_or(missing)
     }
 
     fn read_ini(&mut self) -> Result<(), String> {
-        let file = folder("CREDENTIALS_DIRECTORY", "/etc").join("config.ini");
-        let settings = read_settings(&file, true)?;
+        let settings = read_settings(&config_ini(), true)?;
         for set in &settings {
             match set.name.as_str() {
                 "bot_token" if set.text == "your_telegram_bot_token" => {}
@@ -281,10 +281,10 @@ impl Config {
             if let Some(set) = settings.iter().find(|set| set.name == "mote_token") {
                 return Err(format!("{}: mote_token without bot_token", set.origin));
             }
-            let file = file.display();
             warn!(
-                "no bot_token is set in {file}: /message serves any token, \
-                /update the first bot that Telegram accepts"
+                "no bot_token is set in {}: /message serves any token, \
+                /update the first bot that Telegram accepts",
+                config_ini().display()
             );
         }
         Ok(())
@@ -317,6 +317,10 @@ impl Config {
         }
         Ok(())
     }
+}
+
+fn config_ini() -> PathBuf {
+    folder("CREDENTIALS_DIRECTORY", "/etc").join("config.ini")
 }
 
 /// What systemd names in `variable`; else the working directory if it holds settings; else the
@@ -383,17 +387,16 @@ fn read_settings(path: &Path, ini: bool) -> Result<Vec<Setting>, String> {
     let mut section = if ini { "" } else { "telegram" };
     for (number, line) in (1..).zip(content.split(|byte| *byte == b'\n')) {
         let origin = format!("{}:{number}", path.display());
-        let line = str::from_utf8(line)
-            .map_err(|_| format!("{origin}: not UTF-8 text"))?
-            .trim();
+        let line = str::from_utf8(line).map_err(|_| format!("{origin}: not UTF-8 text"))?;
+        let line = line.trim();
         if line.is_empty() || line.starts_with(['#', ';']) {
             continue;
         }
         if ini && let Some(name) = line.strip_prefix('[') {
-            section = name
+            let name = name
                 .strip_suffix(']')
-                .ok_or(format!("{origin}: `[` without `]`"))?
-                .trim();
+                .ok_or(format!("{origin}: `[` without `]`"))?;
+            section = name.trim();
             continue;
         }
         if section.is_empty() {
@@ -412,10 +415,7 @@ fn read_settings(path: &Path, ini: bool) -> Result<Vec<Setting>, String> {
             name.make_ascii_lowercase();
         }
         if let Some(first) = settings.iter().find(|set| set.name == name) {
-            let first = &first.origin;
-            return Err(format!(
-                "{origin}: set before in {first}; remove one of them"
-            ));
+            return Err(format!("{origin}: set before in {}", first.origin));
         }
         let unquote = |quote: char| value.strip_prefix(quote)?.strip_suffix(quote);
         let text = unquote('"').or(unquote('\'')).unwrap_or(value).to_string();
@@ -451,9 +451,7 @@ fn read_roots(set: &Setting) -> Result<RootCerts, String> {
         }
     }
     if certificates.is_empty() {
-        return Err(format!(
-            "{origin}: SSL_CERT_FILE {file} holds no PEM certificate"
-        ));
+        return Err(format!("{origin}: no certificate in SSL_CERT_FILE {file}"));
     }
     Ok(RootCerts::new_with_certs(&certificates))
 }
@@ -507,7 +505,7 @@ fn serve() -> Result<(), String> {
         state,
         saved: None,
         motes: Motes::default(),
-        people: People::new(config.password.clone()),
+        people: People::default(),
         token: config.token.clone(),
         next_fetch: Instant::now(),
         found_nothing: None,
@@ -602,7 +600,6 @@ impl Gateway {
             Event::Send(bytes) => self.transmit(peer, &bytes),
             Event::Request(request) => self.handle(request),
             Event::Acknowledged(version) => self.motes.acknowledge(peer, version, Instant::now()),
-            Event::Refused => info!("{peer} did not want the response (RST)"),
         }
     }
 
@@ -632,7 +629,7 @@ impl Gateway {
     fn begin(&mut self, request: &Request) {
         let acknowledgement = self.exchanges.accept(request);
         self.transmit(request.peer, &acknowledgement);
-        self.motes.note_request(request.peer, request.message_id());
+        self.motes.note_request(request.peer, request.message_id);
         self.deadline = request.at + self.time_for(REQUEST_TIME);
     }
 
@@ -720,29 +717,33 @@ impl Gateway {
     fn judge(&mut self, request: &mut Request) -> Result<Work, Response> {
         let resource = route(request)?;
         if resource == Resource::Discovery {
-            return Ok(Work::Reply(Response::links(LINKS)));
+            let code = ResponseType::Content;
+            let links = Response::content(code, coap::LINK_FORMAT, LINKS, "");
+            return Ok(Work::Reply(links));
         }
         if !self.exchanges.assemble(request)? {
             return Ok(Work::Reply(Response::error(ResponseType::Continue, "")));
         }
         let payload = String::from_utf8_lossy(&request.payload);
         let payload = format!("&{}", trim(&payload)); // so that each key has its `&`
-        let form = Form::parse(&payload);
+        let [url, token, chat_ids, text] = KEYS.map(|key| field(&payload, key));
         let is_message = resource == Resource::Message;
-        if form.url.is_empty()
-            || form.token.is_empty()
-            || is_message && (form.chat_ids.is_empty() || form.text.is_empty())
-        {
+        let is_missing = [url, token].contains(&"");
+        if is_missing || is_message && [chat_ids, text].contains(&"") {
             return Err(bad_request(MISSING_FIELDS));
         }
-        if form.url != self.config.url {
+        if url != self.config.url {
             return Err(forbidden("url"));
         }
-        let token = self.served_token(form.token, resource)?;
-        Ok(match resource {
-            Resource::Message => Work::Message(form.message(token)?),
-            _ => Work::Update(token),
-        })
+        let token = self.served_token(token, resource)?;
+        if !is_message {
+            return Ok(Work::Update(token));
+        }
+        if text.chars().count() > TEXT_MAX {
+            return Err(bad_request("Text too long, at most 4096 characters"));
+        }
+        let (chats, text) = (chats(chat_ids)?, text.to_string());
+        Ok(Work::Message(Message { token, chats, text }))
     }
 
     /// The bot's token for what a mote has presented.
@@ -761,10 +762,6 @@ impl Gateway {
         }
         Ok(token)
     }
-}
-
-fn bad_request(reason: &str) -> Response {
-    Response::error(ResponseType::BadRequest, reason)
 }
 
 fn forbidden(what: &str) -> Response {
@@ -795,68 +792,42 @@ fn route(request: &Request) -> Result<Resource, Response> {
     }
     // Replies are short and go whole, whatever size of block is asked for.
     let block = request.block(coap::BLOCK2)?;
-    if block.is_some_and(|block| block.number > 0) {
+    if block.is_some_and(|block| block.number() > 0) {
         return Err(bad_request("No such block"));
     }
     Ok(resource)
 }
 
-/// The fields of a payload; an empty one is missing.
-struct Form<'a> {
-    url: &'a str,
-    token: &'a str,
-    chat_ids: &'a str,
-    text: &'a str,
-}
-
-impl Form<'_> {
-    /// Values are not percent-encoded. A key separates only behind `&`, and only once: a text may
-    /// hold anything else.
-    fn parse(payload: &str) -> Form<'_> {
-        let keys = ["&url=", "&token=", "&chat_ids=", "&text="];
-        let starts = keys.map(|key| payload.find(key));
-        let value = |field: usize| {
-            let Some(start) = starts[field] else {
-                return "";
-            };
-            let others = starts.iter().flatten().filter(|other| **other > start);
-            let end = others.min().copied().unwrap_or(payload.len());
-            trim(&payload[start + keys[field].len()..end])
-        };
-        Form {
-            url: value(0),
-            token: value(1),
-            chat_ids: value(2),
-            text: value(3),
-        }
-    }
-
-    fn message(&self, token: Secret) -> Result<Message, Response> {
-        let mut chats = Vec::new();
-        let entries = self.chat_ids.split(',').map(trim);
-        for entry in entries.filter(|entry| !entry.is_empty()) {
-            let chat = chat_id(entry).ok_or(bad_request("Malformed chat id"))?;
-            if !chats.contains(&chat) {
-                chats.push(chat);
-            }
-        }
-        if chats.is_empty() {
-            return Err(bad_request(MISSING_FIELDS));
-        }
-        if chats.len() > USERS_MAX {
-            return Err(bad_request("Too many chat ids, at most 10"));
-        }
-        if self.text.chars().count() > TEXT_MAX {
-            return Err(bad_request("Text too long, at most 4096 characters"));
-        }
-        let text = self.text.to_string();
-        Ok(Message { token, chats, text })
-    }
+/// The value of a field, empty if it is missing. Values are not percent-encoded. A key separates
+/// only where it stands first: a text may hold anything else.
+fn field<'a>(payload: &'a str, key: &str) -> &'a str {
+    let Some(start) = payload.find(key) else {
+        return "";
+    };
+    let starts = KEYS.iter().filter_map(|key| payload.find(key));
+    let end = starts.filter(|other| *other > start).min();
+    trim(&payload[start + key.len()..end.unwrap_or(payload.len())])
 }
 
 /// Firmware: payloads are padded with NUL, texts may end in a line feed.
 fn trim(text: &str) -> &str {
     text.trim_matches(|c: char| c == '\0' || c.is_whitespace())
+}
+
+/// Each chat once.
+fn chats(list: &str) -> Result<Vec<Value>, Response> {
+    let mut chats = Vec::new();
+    for entry in list.split(',').map(trim).filter(|entry| !entry.is_empty()) {
+        let chat = chat_id(entry).ok_or(bad_request("Malformed chat id"))?;
+        if !chats.contains(&chat) {
+            chats.push(chat);
+        }
+    }
+    match chats.len() {
+        0 => Err(bad_request(MISSING_FIELDS)),
+        1..=USERS_MAX => Ok(chats),
+        _ => Err(bad_request("Too many chat ids, at most 10")),
+    }
 }
 
 /// Bot API, `chat_id`: an integer, or `@` and the username of a channel.
@@ -905,7 +876,8 @@ impl Gateway {
         if sent == 0 && !chats.is_empty() {
             return Response::failed(detail);
         }
-        Response::text(ResponseType::Content, MESSAGES_SENT, detail)
+        let code = ResponseType::Content;
+        Response::content(code, coap::TEXT_PLAIN, MESSAGES_SENT, &detail)
     }
 
     /// Fetches what people wrote, and tells the mote all that it should know, unless it does.
@@ -921,9 +893,10 @@ impl Gateway {
         let tokens = self.state.tokens();
         let version = self.motes.offer(&tokens);
         if tokens.is_empty() || self.motes.has_acknowledged(peer, version, Instant::now()) {
-            return Response::text(ResponseType::Valid, NO_UPDATES, String::new());
+            return Response::content(ResponseType::Valid, coap::TEXT_PLAIN, NO_UPDATES, "");
         }
-        let mut response = Response::text(ResponseType::Content, &tokens, tokens.clone());
+        let code = ResponseType::Content;
+        let mut response = Response::content(code, coap::TEXT_PLAIN, &tokens, &tokens);
         response.version = Some(version);
         response
     }
@@ -961,10 +934,14 @@ impl Gateway {
             self.save().map_err(Failure::new)?;
             let offset = Some(self.state.offset);
             let page = self.telegram.get_updates(token, offset, self.deadline)?;
+            let Value::Array(page) = page else {
+                return Err(Failure::new("the updates are no list".to_string()));
+            };
             let length = page.len();
             self.state.bot = Some(token.bot_id().to_string());
             for update in page {
-                self.people.take(update, &mut self.state);
+                self.people
+                    .take(update, &mut self.state, &self.config.password);
             }
             if length == 0 {
                 // Only this proves that there is nothing more: Telegram also cuts pages by bytes.
@@ -1014,8 +991,7 @@ impl Gateway {
 struct Telegram {
     agent: ureq::Agent,
     url: String,
-    /// For people, as the next.
-    host: String,
+    /// Where the root certificates come from.
     roots: String,
 }
 
@@ -1061,30 +1037,19 @@ impl Telegram {
             .max_idle_connections(USERS_MAX)
             .max_idle_connections_per_host(USERS_MAX)
             .max_idle_age(IDLE_CONNECTION)
-            .user_agent(concat!("coap_websocket/", env!("CARGO_PKG_VERSION")))
             .build();
         let (connector, resolver) = (DefaultConnector::default(), Addresses::default());
-        let host = config.url.trim_start_matches("https://").split('/').next();
         Telegram {
             agent: ureq::Agent::with_parts(settings, connector, resolver),
             url: config.url.clone(),
-            host: host.unwrap_or_default().to_string(),
             roots: config.roots_origin.clone(),
         }
     }
 
     /// The updates from `offset` on; those before are confirmed. Without `offset`, nothing is.
-    fn get_updates(
-        &self,
-        token: &Secret,
-        offset: Option<i64>,
-        deadline: Instant,
-    ) -> Result<Vec<Value>, Failure> {
+    fn get_updates(&self, token: &Secret, offset: Option<i64>, by: Instant) -> Called {
         let parameters = json!({"offset": offset, "limit": PAGE, "allowed_updates": ["message"]});
-        match self.call(token, "getUpdates", &parameters, deadline)? {
-            Value::Array(updates) => Ok(updates),
-            _ => Err(Failure::new("the updates are no list".to_string())),
-        }
+        self.call(token, "getUpdates", &parameters, by)
     }
 
     /// One `sendMessage` for each chat, all at the same time; the results in the same order.
@@ -1139,7 +1104,7 @@ impl Telegram {
     fn call_once(&self, token: &Secret, method: &str, parameters: &Value, by: Instant) -> Called {
         let remaining = by.saturating_duration_since(Instant::now());
         let bytes = parameters.to_string().into_bytes();
-        let mut body = Body::new(&bytes);
+        let mut unread = bytes.as_slice();
         let mut request = self.agent.post(format!("{}{}/{method}", self.url, token.0));
         request = request.header("content-type", "application/json");
         request = request.header("content-length", bytes.len());
@@ -1151,7 +1116,7 @@ impl Telegram {
             "getUpdates" => PAGE_BYTES_MAX,
             _ => ANSWER_BYTES_MAX,
         };
-        let answer = request.send(ureq::SendBody::from_reader(&mut body));
+        let answer = request.send(ureq::SendBody::from_reader(&mut unread));
         let answer = answer.and_then(|mut response| {
             let body = response.body_mut().with_config().limit(limit);
             let body = body.read_to_vec()?;
@@ -1160,14 +1125,16 @@ impl Telegram {
         let result = match answer {
             Ok((status, answer)) => read_answer(status, &answer),
             Err(error) => Err(Failure {
-                retry_in: (!body.is_read).then_some(ATTEMPT_PAUSE),
+                // As long as nobody asked for the body, Telegram cannot have acted on it, whatever
+                // happened to the connection.
+                retry_in: (unread.len() == bytes.len()).then_some(ATTEMPT_PAUSE),
                 timed_out: matches!(error, ureq::Error::Timeout(_)),
                 ..Failure::new(self.describe(&error))
             }),
         };
         result.map_err(|failure| {
             let reason = failure.reason.replace(&token.0, "<token>");
-            let reason = format!("{}: {reason}", self.host);
+            let reason = format!("{}: {reason}", self.url);
             let reason = reason.chars().take(REASON_MAX).collect();
             Failure { reason, ..failure }
         })
@@ -1195,27 +1162,6 @@ impl Telegram {
     }
 }
 
-/// A request's body that knows whether it was asked for. As long as it was not, Telegram cannot
-/// have acted on the request, whatever happened to the connection.
-struct Body<'a> {
-    bytes: &'a [u8],
-    is_read: bool,
-}
-
-impl Body<'_> {
-    fn new(bytes: &[u8]) -> Body<'_> {
-        let is_read = false;
-        Body { bytes, is_read }
-    }
-}
-
-impl Read for Body<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.is_read = true;
-        self.bytes.read(buffer)
-    }
-}
-
 /// Success is `200` and `"ok": true`, nothing else.
 fn read_answer(status: u16, body: &[u8]) -> Called {
     let mut answer: Value = serde_json::from_slice(body).unwrap_or_default();
@@ -1232,10 +1178,9 @@ fn read_answer(status: u16, body: &[u8]) -> Called {
     let parameters = &answer["parameters"];
     let hint = match (code, parameters["migrate_to_chat_id"].as_i64()) {
         (401 | 404, _) => " (is the bot's token right?)".to_string(),
-        (409, _) if description.contains("webhook") => {
-            " (open <url><token>/deleteWebhook in a browser once)".to_string()
-        }
-        (409, _) => " (another program uses this bot: stop it)".to_string(),
+        (409, _) => " (a webhook: open <url><token>/deleteWebhook in a browser once; \
+            or stop the other program that uses this bot)"
+            .to_string(),
         (_, Some(id)) => format!(" (the group's id is now {id}: tell the mote)"),
         _ => String::new(),
     };
@@ -1484,10 +1429,7 @@ struct Mote {
     address: IpAddr,
     port: u16,
     message_id: u16,
-    acknowledged: Option<Acknowledged>,
-}
-
-struct Acknowledged {
+    /// The version that it acknowledged last, 0 for none, and when.
     version: u64,
     at: Instant,
 }
@@ -1505,42 +1447,44 @@ impl Motes {
     /// A mote whose message ID does not go on from its last one has restarted, and knows nothing. A
     /// client with a new port for each request tells nothing by its message IDs.
     fn note_request(&mut self, peer: SocketAddr, message_id: u16) {
-        let (address, port) = (peer.ip().to_canonical(), peer.port());
-        let mut acknowledged = None;
-        if let Some(at) = self.known.iter().position(|mote| mote.address == address) {
-            let mote = self.known.remove(at);
-            let step = message_id.wrapping_sub(mote.message_id);
-            if mote.port != port || (1..=MESSAGE_ID_STEP_MAX).contains(&step) {
-                acknowledged = mote.acknowledged;
-            } else {
-                info!("{address} has restarted, its message ID says: it is told everything");
-            }
+        let address = peer.ip().to_canonical();
+        let known = self.known.iter().position(|mote| mote.address == address);
+        let mut mote = match known {
+            Some(at) => self.known.remove(at),
+            None => Mote {
+                address,
+                port: peer.port(),
+                message_id: message_id.wrapping_sub(1),
+                version: 0,
+                at: Instant::now(),
+            },
+        };
+        let step = message_id.wrapping_sub(mote.message_id);
+        if mote.port == peer.port() && !(1..=MESSAGE_ID_STEP_MAX).contains(&step) {
+            info!("{address} has restarted, its message ID says: it is told everything");
+            mote.version = 0;
         }
+        (mote.port, mote.message_id) = (peer.port(), message_id);
         if self.known.len() >= MOTES_MAX {
             self.known.remove(0);
         }
-        self.known.push(Mote {
-            address,
-            port,
-            message_id,
-            acknowledged,
-        });
+        self.known.push(mote);
     }
 
-    fn acknowledge(&mut self, peer: SocketAddr, version: u64, at: Instant) {
-        let address = peer.ip().to_canonical();
-        if let Some(mote) = self.known.iter_mut().find(|mote| mote.address == address) {
-            mote.acknowledged = Some(Acknowledged { version, at });
+    fn acknowledge(&mut self, peer: SocketAddr, version: u64, now: Instant) {
+        if let Some(mote) = self.find(peer) {
+            (mote.version, mote.at) = (version, now);
         }
     }
 
-    fn has_acknowledged(&self, peer: SocketAddr, version: u64, now: Instant) -> bool {
+    fn has_acknowledged(&mut self, peer: SocketAddr, version: u64, now: Instant) -> bool {
+        let mote = self.find(peer);
+        mote.is_some_and(|mote| mote.version == version && now < mote.at + ACKNOWLEDGED_HOLDS)
+    }
+
+    fn find(&mut self, peer: SocketAddr) -> Option<&mut Mote> {
         let address = peer.ip().to_canonical();
-        let mote = self.known.iter().find(|mote| mote.address == address);
-        let Some(last) = mote.and_then(|mote| mote.acknowledged.as_ref()) else {
-            return false;
-        };
-        last.version == version && now.saturating_duration_since(last.at) < ACKNOWLEDGED_HOLDS
+        self.known.iter_mut().find(|mote| mote.address == address)
     }
 }
 
@@ -1585,8 +1529,8 @@ impl Chat {
 }
 
 /// Those who write to the bot.
+#[derive(Default)]
 struct People {
-    password: Option<Secret>,
     /// By chat: what is to be said once it is saved.
     answers: BTreeMap<i64, Answer>,
     /// By chat: who has tried wrong passwords.
@@ -1608,13 +1552,6 @@ struct Suspect {
 }
 
 impl Answer {
-    /// Each text once.
-    fn say(&mut self, text: &str) {
-        if !self.texts.iter().any(|said| said == text) {
-            self.texts.push(text.to_string());
-        }
-    }
-
     /// Methods of the Bot API, with their parameters.
     fn calls(&self, chat: i64) -> Vec<(&'static str, Value)> {
         let mut calls = Vec::new();
@@ -1630,16 +1567,8 @@ impl Answer {
 }
 
 impl People {
-    fn new(password: Option<Secret>) -> People {
-        People {
-            password,
-            answers: BTreeMap::new(),
-            suspects: BTreeMap::new(),
-        }
-    }
-
     /// Progress before judgement: an update that cannot be understood must not come back.
-    fn take(&mut self, mut update: Value, state: &mut State) {
+    fn take(&mut self, mut update: Value, state: &mut State, password: &Option<Secret>) {
         let Some(id) = update["update_id"].as_i64() else {
             return;
         };
@@ -1652,64 +1581,57 @@ impl People {
         if chat.kind != "private" || !is_private(&chat.id) {
             return info!("{chat} cannot register");
         }
-        let mut answer = self.answers.remove(&chat.id).unwrap_or_default();
-        self.take_message(&written, state, &mut answer);
-        self.answers.insert(chat.id, answer);
-    }
-
-    /// Carries out a message from a private chat.
-    fn take_message(&mut self, written: &Written, state: &mut State, answer: &mut Answer) {
-        let chat = written.chat.id;
-        let lower = written.text.to_ascii_lowercase();
-        let words: Vec<&str> = lower.split_whitespace().collect();
+        let chat = chat.id;
         // Written before the gateway was there: the sender could not know what it does.
         let start = state.ignore_commands_before;
         let is_old = start.is_some_and(|start| written.date < start);
-        if words == ["remove", "me"] && !is_old {
-            info!("{} is removed, as asked", state.remove(chat));
-            return answer.say(REMOVED);
+        let words: Vec<&str> = written.text.split_whitespace().collect();
+        let lower: Vec<String> = words.iter().map(|word| word.to_lowercase()).collect();
+        let lower: Vec<&str> = lower.iter().map(String::as_str).collect();
+        if lower == ["remove", "me"] && !is_old {
+            let user = state.remove(chat);
+            info!("{user} is removed, as asked");
+            return self.say(chat, REMOVED);
         }
         let news = state.register(chat, written.chat.name());
         if let Some(news) = news {
-            answer.say(news);
+            self.say(chat, news);
         }
-        if news == Some(REGISTERED) || matches!(words[..], ["help" | "/help" | "/start"]) {
-            return answer.say(HELP);
-        }
-        match words[..] {
+        match lower[..] {
             ["config" | "/config", ..] => {
-                if !is_old {
-                    self.configure(written, state, answer);
-                }
                 // Whether right or wrong: a wrong password may be nearly right.
+                let answer = self.answers.entry(chat).or_default();
                 answer.deleted.push(written.message_id);
+                if !is_old {
+                    self.configure(chat, &words, state, password);
+                }
             }
-            _ if news.is_none() && !words.is_empty() => {
-                answer.say("I do not understand that.");
-                answer.say(HELP);
+            ["help" | "/help" | "/start"] => self.say(chat, HELP),
+            _ if news == Some(REGISTERED) => self.say(chat, HELP),
+            _ if news.is_some() || words.is_empty() => {} // the list is full, or a sticker
+            _ => {
+                self.say(chat, "I do not understand that.");
+                self.say(chat, HELP);
             }
-            _ => {}
         }
     }
 
     /// Carries out `config …`. Only a complete command is a guess at the password, and nothing is
     /// said about the rest of it unless the password is right.
-    fn configure(&mut self, written: &Written, state: &mut State, answer: &mut Answer) {
-        let chat = written.chat.id;
-        let Some(password) = &self.password else {
-            return answer.say("No password is set, so nothing can be changed.");
+    fn configure(&mut self, chat: i64, words: &[&str], state: &mut State, own: &Option<Secret>) {
+        let Some(password) = own else {
+            return self.say(chat, "No password is set, so nothing can be changed.");
         };
         let suspect = self.suspects.get(&chat);
         let locked_until = suspect.and_then(|suspect| suspect.locked_until);
         if locked_until.is_some_and(|until| Instant::now() < until) {
             return;
         }
-        let words: Vec<&str> = written.text.split_whitespace().collect();
-        let [_, guess, key, value] = words[..] else {
-            return answer.say(CONFIG_FORM);
+        let [_, guess, key, value] = *words else {
+            return self.say(chat, CONFIG_FORM);
         };
         if !password.is(guess) {
-            return self.suspect(chat, answer);
+            return self.suspect(chat);
         }
         self.suspects.remove(&chat);
         let number = value.parse::<u8>().ok().filter(|_| !value.starts_with('+'));
@@ -1722,14 +1644,14 @@ impl People {
                 state.feedback = Some(on);
                 format!("The LED feedback is set to {on}.")
             }
-            _ => return answer.say(CONFIG_FORM),
+            _ => return self.say(chat, CONFIG_FORM),
         };
         info!("chat {chat}: {told}");
-        answer.say(&told);
+        self.say(chat, &told);
     }
 
     /// Counts a wrong password.
-    fn suspect(&mut self, chat: i64, answer: &mut Answer) {
+    fn suspect(&mut self, chat: i64) {
         if self.suspects.len() >= SUSPECTS_MAX {
             self.suspects.pop_first();
         }
@@ -1742,7 +1664,15 @@ impl People {
             told = "Wrong password. Your config messages are ignored for an hour.";
         }
         warn!("chat {chat}: {told}");
-        answer.say(told);
+        self.say(chat, told);
+    }
+
+    /// Each text once.
+    fn say(&mut self, chat: i64, text: &str) {
+        let texts = &mut self.answers.entry(chat).or_default().texts;
+        if !texts.iter().any(|said| said == text) {
+            texts.push(text.to_string());
+        }
     }
 }
 
@@ -1761,12 +1691,15 @@ struct Log {
     path: PathBuf,
 }
 
+/// Nothing of the libraries: their records hold URLs, and so the token.
+fn console(level: LevelFilter) -> SimpleLogger {
+    log::set_max_level(level);
+    let silent = SimpleLogger::new().with_level(LevelFilter::Off);
+    silent.with_module_level("coap_websocket", level)
+}
+
 fn start_log(path: PathBuf) -> Result<(), String> {
-    // Off for the libraries: their records hold URLs, and so the token.
-    let console = SimpleLogger::new().with_level(LevelFilter::Off);
-    let console = console.with_module_level("coap_websocket", LevelFilter::Info);
-    log::set_max_level(LevelFilter::Info);
-    let name = path.display().to_string();
+    let (console, name) = (console(LevelFilter::Info), path.display().to_string());
     let log = Log { console, path };
     let result = log.append("");
     log::set_boxed_logger(Box::new(log)).map_err(|error| error.to_string())?;
@@ -1782,7 +1715,8 @@ impl Log {
         options.append(true).create(true);
         let mut file = options.open(&self.path)?;
         if file.metadata()?.len() + line.len() as u64 > LOG_MAX {
-            fs::rename(&self.path, beside(&self.path, ".1"))?;
+            let moved = fs::rename(&self.path, beside(&self.path, ".1"));
+            moved.or_else(|_| file.set_len(0))?;
             file = options.open(&self.path)?;
         }
         file.write_all(line.as_bytes())
@@ -1890,8 +1824,9 @@ fn notify(message: &str) {
 
 /// Changes nothing: what people wrote is shown, not confirmed.
 fn check() -> Result<(), String> {
-    let console = SimpleLogger::new().with_level(LevelFilter::Warn);
-    console.init().map_err(|error| error.to_string())?;
+    console(LevelFilter::Warn)
+        .init()
+        .map_err(|error| error.to_string())?;
     let config = Config::load()?;
     let token = config.required_token()?;
     let telegram = Telegram::new(&config);
@@ -1899,8 +1834,8 @@ fn check() -> Result<(), String> {
     let fault = |failure: Failure| escape(&failure.reason);
     let bot = telegram.call(token, "getMe", &json!({}), deadline);
     let bot = bot.map_err(fault)?;
-    let [name, username] = ["first_name", "username"].map(|key| bot[key].as_str());
-    let (name, username) = (name.unwrap_or("?"), username.unwrap_or("?"));
+    let text = |key: &str| bot[key].as_str().unwrap_or("?");
+    let (name, username) = (text("first_name"), text("username"));
     say(&escape(&format!("bot: {name} (@{username})")))?;
     say("registered users:")?;
     for user in State::read(&config.state_path)?.unwrap_or_default().users {
@@ -1908,8 +1843,8 @@ fn check() -> Result<(), String> {
     }
     say("chats whose messages no gateway has fetched yet (for others see its log):")?;
     let mut told = Vec::new();
-    let updates = telegram.get_updates(token, None, deadline);
-    for mut update in updates.map_err(fault)? {
+    let mut updates = telegram.get_updates(token, None, deadline).map_err(fault)?;
+    for update in updates.as_array_mut().into_iter().flatten() {
         if let Ok(chat) = serde_json::from_value::<Chat>(update["message"]["chat"].take())
             && !told.contains(&chat.id)
         {
@@ -1935,11 +1870,7 @@ fn send(chat: &str, text: &str, uri: Option<&str>) -> Result<(), String> {
     let answer = exchange(peer, &coap::encode_post("message", &form));
     let answer = answer.map_err(|error| format!("cannot reach a gateway at {peer}: {error}"))?;
     let answer = answer.ok_or(format!("no answer from {peer}"))?;
-    let line = format!(
-        "{} {}",
-        answer.code,
-        escape(&String::from_utf8_lossy(&answer.payload))
-    );
+    let line = format!("{} {}", answer.code, escape(&answer.text));
     if !answer.code.starts_with('2') {
         return Err(format!("{} (the gateway's log tells why)", line.trim_end()));
     }
@@ -1961,36 +1892,37 @@ fn exchange(peer: SocketAddr, request: &[u8]) -> io::Result<Option<coap::Answer>
     let local = if peer.is_ipv4() { "0.0.0.0" } else { "::" };
     let socket = UdpSocket::bind((local, 0))?;
     socket.connect(peer)?;
-    let mut buffer = vec![0; coap::DATAGRAM_MAX];
-    let mut timeout = coap::ACK_TIMEOUT;
-    let mut is_acknowledged = false;
-    for _ in 0..=coap::MAX_RETRANSMIT {
+    for attempt in 0..=coap::MAX_RETRANSMIT {
         socket.send(request)?;
-        socket.set_read_timeout(Some(timeout))?;
-        timeout *= 2;
-        loop {
-            let length = match socket.recv(&mut buffer) {
-                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
-                result => result?,
-            };
-            let Some(answer) = coap::decode_answer(&buffer[..length], request) else {
-                continue;
-            };
-            if answer.code != coap::EMPTY {
-                if let Some(acknowledgement) = &answer.acknowledgement {
-                    socket.send(acknowledgement)?;
-                }
-                return Ok(Some(answer));
+        socket.set_read_timeout(Some(coap::ACK_TIMEOUT * (1 << attempt)))?;
+        match next_answer(&socket, request)? {
+            None => {}
+            Some(answer) if answer.code != coap::EMPTY => return Ok(Some(answer)),
+            Some(_) => {
+                // The gateway answers within 9 s, and repeats what gets lost.
+                socket.set_read_timeout(Some(2 * REQUEST_TIME))?;
+                return next_answer(&socket, request);
             }
-            // The gateway answers within 9 s, and repeats what gets lost.
-            is_acknowledged = true;
-            socket.set_read_timeout(Some(2 * REQUEST_TIME))?;
-        }
-        if is_acknowledged {
-            return Ok(None);
         }
     }
     Ok(None)
+}
+
+/// `None`: none in time.
+fn next_answer(socket: &UdpSocket, request: &[u8]) -> io::Result<Option<coap::Answer>> {
+    let mut buffer = vec![0; coap::DATAGRAM_MAX];
+    loop {
+        let length = match socket.recv(&mut buffer) {
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(None),
+            length => length?,
+        };
+        if let Some(answer) = coap::decode_answer(&buffer[..length], request) {
+            if let Some(acknowledgement) = &answer.acknowledgement {
+                socket.send(acknowledgement)?;
+            }
+            return Ok(Some(answer));
+        }
+    }
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -2012,16 +1944,13 @@ mod coap {
     pub const PORT: u16 = 5683;
     /// RFC 7252 §4.8, transmission parameters, and §4.8.2, what follows from them.
     pub const ACK_TIMEOUT: Duration = Duration::from_secs(2);
-    const ACK_RANDOM: Duration = Duration::from_secs(1);
+    const ACK_RANDOM_MS: u64 = 1000;
     pub const MAX_RETRANSMIT: u32 = 4;
-    const MAX_LATENCY: Duration = Duration::from_secs(100);
-    const MAX_TRANSMIT_SPAN: Duration = ACK_TIMEOUT
-        .saturating_add(ACK_RANDOM)
-        .saturating_mul((1 << MAX_RETRANSMIT) - 1);
-    pub const NON_LIFETIME: Duration = MAX_TRANSMIT_SPAN.saturating_add(MAX_LATENCY);
-    pub const EXCHANGE_LIFETIME: Duration = NON_LIFETIME
-        .saturating_add(MAX_LATENCY)
-        .saturating_add(ACK_TIMEOUT);
+    const MAX_TRANSMIT_SPAN_S: u64 = 3 * ((1 << MAX_RETRANSMIT) - 1);
+    const MAX_LATENCY_S: u64 = 100;
+    const NON_LIFETIME_S: u64 = MAX_TRANSMIT_SPAN_S + MAX_LATENCY_S;
+    pub const NON_LIFETIME: Duration = Duration::from_secs(NON_LIFETIME_S);
+    pub const EXCHANGE_LIFETIME: Duration = Duration::from_secs(NON_LIFETIME_S + MAX_LATENCY_S + 2);
 
     /// UDP carries no more.
     pub const DATAGRAM_MAX: usize = 1 << 16;
@@ -2038,41 +1967,39 @@ mod coap {
     /// RFC 7252 §12.1.1, §12.2 and §12.3.
     pub const GET: u8 = 1;
     pub const POST: u8 = 2;
-    const URI_HOST: u16 = 3;
-    const URI_PORT: u16 = 7;
     const URI_PATH: u16 = 11;
     pub const CONTENT_FORMAT: u16 = 12;
-    const URI_QUERY: u16 = 15;
     pub const ACCEPT: u16 = 17;
     pub const BLOCK2: u16 = 23;
     const BLOCK1: u16 = 27;
-    const PROXY_URI: u16 = 35;
-    const PROXY_SCHEME: u16 = 39;
     const SIZE1: u16 = 60;
-    pub const EMPTY: &str = "0.00";
     pub const TEXT_PLAIN: u32 = 0;
     pub const LINK_FORMAT: u32 = 40;
+    /// The code of an empty message.
+    pub const EMPTY: &str = "0.00";
 
     /// Random enough for a message ID and a timeout; each call gives another number.
     fn random() -> u64 {
         RandomState::new().build_hasher().finish()
     }
 
-    /// RFC 7959 §2.2.
+    /// RFC 7959 §2.2: number, whether more follow, and exponent of the size.
     #[derive(Clone, Copy)]
-    pub struct Block {
-        pub number: usize,
-        more: bool,
-        exponent: u8,
-    }
+    pub struct Block(u32);
 
     impl Block {
-        fn size(self) -> usize {
-            16 << self.exponent
+        const MORE: u32 = 8;
+
+        pub fn number(self) -> usize {
+            self.0 as usize >> 4
         }
 
-        fn value(self) -> Vec<u8> {
-            uint((self.number as u32) << 4 | u32::from(self.more) << 3 | u32::from(self.exponent))
+        fn has_more(self) -> bool {
+            self.0 & Block::MORE != 0
+        }
+
+        fn size(self) -> usize {
+            16 << (self.0 & 7)
         }
     }
 
@@ -2087,6 +2014,7 @@ mod coap {
         pub peer: SocketAddr,
         pub at: Instant,
         pub code: u8,
+        pub message_id: u16,
         pub payload: Vec<u8>,
         /// Of the peer and the whole datagram: a restarted mote uses message IDs again, for other
         /// requests.
@@ -2099,8 +2027,8 @@ mod coap {
     impl fmt::Display for Request {
         fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
             let path = self.path();
-            let path = path.chars().take(24).take_while(|c| *c != ':');
-            let path: String = path.collect();
+            let path = path.split(':').next().unwrap_or_default();
+            let path: String = path.chars().take(24).collect();
             match self.code {
                 GET => write!(f, "GET /{path}"),
                 POST => write!(f, "POST /{path}"),
@@ -2110,10 +2038,6 @@ mod coap {
     }
 
     impl Request {
-        pub fn message_id(&self) -> u16 {
-            self.packet.header.message_id
-        }
-
         fn is_confirmable(&self) -> bool {
             self.packet.header.get_type() == MessageType::Confirmable
         }
@@ -2124,47 +2048,33 @@ mod coap {
 
         /// As in a URI: segments joined with `/`, one inside a segment encoded. RFC 7252 §6.5.
         pub fn path(&self) -> String {
-            let segments = self
-                .values(URI_PATH)
-                .map(|value| String::from_utf8_lossy(value));
-            let segments: Vec<_> = segments
-                .map(|segment| segment.replace('/', "%2F"))
-                .collect();
-            segments.join("/")
+            let mut path = Vec::new();
+            for segment in self.values(URI_PATH) {
+                path.push(String::from_utf8_lossy(segment).replace('/', "%2F"));
+            }
+            path.join("/")
         }
 
         /// The first value; none if it is too long for its option, as RFC 7252 §5.4.3 asks of
         /// elective ones.
         pub fn uint(&self, option: u16) -> Option<u32> {
-            let longest = if matches!(option, BLOCK1 | BLOCK2) {
-                3
-            } else {
-                2
-            };
             let value = self.values(option).next()?;
-            let number = value
-                .iter()
-                .fold(0, |all, byte| all << 8 | u32::from(*byte));
+            let longest = match option {
+                BLOCK1 | BLOCK2 => 3,
+                _ => 2,
+            };
+            let mut number = 0;
+            for byte in value.iter().take(longest) {
+                number = number << 8 | u32::from(*byte);
+            }
             (value.len() <= longest).then_some(number)
         }
 
         pub fn block(&self, option: u16) -> Result<Option<Block>, Response> {
-            let Some(value) = self.uint(option) else {
-                return Ok(None);
-            };
-            let (number, more, exponent) = (value >> 4, value & 8 != 0, (value & 7) as u8);
-            if exponent == 7 {
-                return Err(Response::error(
-                    ResponseType::BadRequest,
-                    "Reserved block size",
-                ));
+            match self.uint(option) {
+                Some(value) if value & 7 == 7 => Err(bad_request("Reserved block size")),
+                value => Ok(value.map(Block)),
             }
-            let number = number as usize;
-            Ok(Some(Block {
-                number,
-                more,
-                exponent,
-            }))
         }
 
         /// RFC 7252 §5.4: critical options must be known, of a valid length, and not repeated where
@@ -2172,11 +2082,15 @@ mod coap {
         pub fn check_options(&self) -> Result<(), Response> {
             for (&number, values) in self.packet.options() {
                 let (lengths, is_repeatable) = match number {
-                    URI_HOST | PROXY_SCHEME => (1..=255, false),
-                    URI_PORT | ACCEPT => (0..=2, false),
-                    URI_PATH | URI_QUERY => (0..=255, true),
+                    3 => (1..=255, false),            // Uri-Host
+                    7 | ACCEPT => (0..=2, false),     // 7: Uri-Port
+                    URI_PATH | 15 => (0..=255, true), // 15: Uri-Query
                     BLOCK1 | BLOCK2 => (0..=3, false),
-                    PROXY_URI => (1..=1034, false),
+                    35 | 39 => {
+                        // Proxy-Uri, Proxy-Scheme
+                        let code = ResponseType::ProxyingNotSupported;
+                        return Err(Response::error(code, "This is no proxy"));
+                    }
                     elective if elective % 2 == 0 => continue,
                     _ => return Err(bad_option(number, "not supported")),
                 };
@@ -2184,15 +2098,6 @@ mod coap {
                 if !is_valid || values.len() > 1 && !is_repeatable {
                     return Err(bad_option(number, "malformed"));
                 }
-            }
-            if self
-                .values(PROXY_URI)
-                .chain(self.values(PROXY_SCHEME))
-                .next()
-                .is_some()
-            {
-                let code = ResponseType::ProxyingNotSupported;
-                return Err(Response::error(code, "This is no proxy"));
             }
             Ok(())
         }
@@ -2203,12 +2108,13 @@ mod coap {
         Response::error(ResponseType::BadOption, &reason)
     }
 
+    pub fn bad_request(reason: &str) -> Response {
+        Response::error(ResponseType::BadRequest, reason)
+    }
+
     /// A response; message ID, type and token come from the exchange.
     pub struct Response {
-        code: ResponseType,
-        payload: Vec<u8>,
-        /// Numbers and values.
-        options: Vec<(u16, Vec<u8>)>,
+        packet: Packet,
         /// Of the state that it tells; comes back with its ACK.
         pub version: Option<u64>,
         /// For the log.
@@ -2218,10 +2124,11 @@ mod coap {
     impl Response {
         /// With a diagnostic payload, RFC 7252 §5.5.2. It leaves only inside an ACK, see `encode`.
         pub fn error(code: ResponseType, reason: &str) -> Response {
+            let mut packet = Packet::new();
+            packet.header.code = MessageClass::Response(code);
+            packet.payload = reason.as_bytes().to_vec();
             Response {
-                code,
-                payload: reason.as_bytes().to_vec(),
-                options: Vec::new(),
+                packet,
                 version: None,
                 detail: reason.to_string(),
             }
@@ -2232,25 +2139,24 @@ mod coap {
             Response { detail, ..response }
         }
 
-        pub fn text(code: ResponseType, payload: &str, detail: String) -> Response {
-            let options = vec![(CONTENT_FORMAT, uint(TEXT_PLAIN))];
-            let response = Response::error(code, payload);
-            Response {
-                options,
-                detail,
-                ..response
-            }
+        pub fn content(code: ResponseType, format: u32, payload: &str, detail: &str) -> Response {
+            let mut response = Response::error(code, payload);
+            response.option(CONTENT_FORMAT, format);
+            response.detail = detail.to_string();
+            response
         }
 
-        pub fn links(links: &str) -> Response {
-            let mut response = Response::text(ResponseType::Content, links, String::new());
-            response.options = vec![(CONTENT_FORMAT, uint(LINK_FORMAT))];
-            response
+        fn option(&mut self, number: u16, value: u32) {
+            self.packet.add_option(number.into(), uint(value));
         }
 
         /// As in `2.05`.
         pub fn code(&self) -> String {
-            MessageClass::Response(self.code).to_string()
+            self.packet.header.get_code()
+        }
+
+        fn is_error(&self) -> bool {
+            self.code().starts_with(['4', '5'])
         }
     }
 
@@ -2262,8 +2168,6 @@ mod coap {
         Request(Request),
         /// A response that told a version of the state has arrived.
         Acknowledged(u64),
-        /// A response was answered with RST.
-        Refused,
     }
 
     /// A message that was acted on. RFC 7252 §4.5.
@@ -2335,6 +2239,7 @@ mod coap {
                 peer,
                 at: now,
                 code: datagram[1],
+                message_id,
                 payload: std::mem::take(&mut packet.payload),
                 digest,
                 packet,
@@ -2345,23 +2250,25 @@ mod coap {
         fn close(&mut self, peer: SocketAddr, kind: MessageType, message_id: u16) -> Event {
             let is_own = |open: &Open| open.peer == peer && open.message_id == message_id;
             let at = self.open.iter().position(is_own);
-            match at.and_then(|at| self.open.remove(at)) {
-                Some(_) if kind == MessageType::Reset => Event::Refused,
-                Some(open) => open.version.map_or(Event::Nothing, Event::Acknowledged),
-                None => Event::Nothing,
+            let version = at.and_then(|at| self.open.remove(at)?.version);
+            match version {
+                Some(version) if kind == MessageType::Acknowledgement => {
+                    Event::Acknowledged(version)
+                }
+                _ => Event::Nothing,
             }
         }
 
         /// Answers at once: inside the ACK for CON, with a NON for NON.
         pub fn reply(&mut self, request: &Request, response: Response) -> Vec<u8> {
             if request.is_confirmable() {
-                let message_id = request.message_id();
+                let message_id = request.message_id;
                 let reply = encode(MessageType::Acknowledgement, message_id, request, response);
                 self.remember(request, reply.clone());
                 return reply;
             }
             self.remember(request, Vec::new());
-            if response.code == ResponseType::BadOption {
+            if response.code() == "4.02" {
                 return Vec::new(); // RFC 7252 §5.4.1: it is rejected, here in silence
             }
             let message_id = self.next_message_id();
@@ -2372,7 +2279,7 @@ mod coap {
         pub fn accept(&mut self, request: &Request) -> Vec<u8> {
             let mut acknowledgement = Vec::new();
             if request.is_confirmable() {
-                acknowledgement = empty(MessageType::Acknowledgement, request.message_id());
+                acknowledgement = empty(MessageType::Acknowledgement, request.message_id);
             }
             self.remember(request, acknowledgement.clone());
             acknowledgement
@@ -2388,7 +2295,7 @@ mod coap {
             if self.open.len() >= OPEN_MAX {
                 self.open.pop_front();
             }
-            let random = random() % (1 + ACK_RANDOM.as_millis() as u64);
+            let random = random() % (1 + ACK_RANDOM_MS);
             let timeout = ACK_TIMEOUT + Duration::from_millis(random);
             self.open.push_back(Open {
                 peer: request.peer,
@@ -2430,9 +2337,12 @@ mod coap {
             };
             body.append(&mut request.payload);
             if body.len() > BODY_MAX {
-                return Err(too_large());
+                let code = ResponseType::RequestEntityTooLarge;
+                let mut response = Response::error(code, "At most 17 KiB");
+                response.option(SIZE1, BODY_MAX as u32);
+                return Err(response);
             }
-            if !block.is_some_and(|block| block.more) {
+            if !block.is_some_and(Block::has_more) {
                 request.payload = body;
                 return Ok(true);
             }
@@ -2451,21 +2361,20 @@ mod coap {
         /// The body so far, if this block goes on from it.
         fn blocks_before(&mut self, request: &Request, block: Block) -> Result<Vec<u8>, Response> {
             let (peer, now, path) = (request.peer, request.at, request.path());
-            self.assemblies
-                .retain(|known| now < known.touched + ASSEMBLY_LIFETIME);
+            let is_alive = |known: &Assembly| now < known.touched + ASSEMBLY_LIFETIME;
+            self.assemblies.retain(is_alive);
             let is_own = |known: &Assembly| known.peer == peer && known.path == path;
             let at = self.assemblies.iter().position(is_own);
             let known = at.and_then(|at| self.assemblies.remove(at));
-            let body = known.map(|known| known.body).filter(|_| block.number > 0);
+            let body = known.map(|known| known.body).filter(|_| block.number() > 0);
             let body = body.unwrap_or_default();
             let length = request.payload.len();
-            if body.len() != block.number * block.size() {
+            if body.len() != block.number() * block.size() {
                 let code = ResponseType::RequestEntityIncomplete;
                 return Err(Response::error(code, "A block is missing"));
             }
-            if length > block.size() || block.more && length < block.size() {
-                let reason = "A block is not of its size";
-                return Err(Response::error(ResponseType::BadRequest, reason));
+            if length > block.size() || block.has_more() && length < block.size() {
+                return Err(bad_request("A block is not of its size"));
             }
             Ok(body)
         }
@@ -2493,13 +2402,6 @@ mod coap {
         }
     }
 
-    fn too_large() -> Response {
-        let reason = format!("At most {BODY_MAX} bytes");
-        let mut response = Response::error(ResponseType::RequestEntityTooLarge, &reason);
-        response.options.push((SIZE1, uint(BODY_MAX as u32)));
-        response
-    }
-
     /// RFC 7252 §3, §4.2 and §4.3. `Err` is the RST that a malformed or unexpected CON gets, empty
     /// for others. The codec is laxer than the RFC, so what it reads must be what it would write:
     /// that leaves no marker without payload, for one.
@@ -2515,49 +2417,44 @@ mod coap {
         if version == 1
             && is_expected
             && let Ok(packet) = Packet::from_bytes(datagram)
-            && packet
-                .to_bytes_unlimited()
-                .is_ok_and(|bytes| bytes == datagram)
+            && to_bytes(&packet) == datagram
         {
             return Ok(packet);
         }
-        let is_reset = version == 1 && kind == 0;
-        let id = u16::from_be_bytes([high, low]);
-        Err(is_reset
-            .then(|| empty(MessageType::Reset, id))
-            .unwrap_or_default())
+        match (version, kind) {
+            (1, 0) => Err(empty(MessageType::Reset, u16::from_be_bytes([high, low]))),
+            _ => Err(Vec::new()),
+        }
     }
 
     fn empty(kind: MessageType, message_id: u16) -> Vec<u8> {
-        to_bytes(&message(kind, MessageClass::Empty, message_id, &[]))
-    }
-
-    /// Firmware: it takes every payload outside an ACK for configuration, so an error there has none.
-    fn encode(kind: MessageType, id: u16, request: &Request, response: Response) -> Vec<u8> {
-        let code = MessageClass::Response(response.code);
-        let mut packet = message(kind, code, id, request.packet.get_token());
-        for (number, value) in response.options {
-            packet.add_option(number.into(), value);
-        }
-        // RFC 7959 §2.3: a response to a block says which one.
-        if let Ok(Some(block)) = request.block(BLOCK1) {
-            let more = response.code == ResponseType::Continue;
-            packet.add_option(BLOCK1.into(), Block { more, ..block }.value());
-        }
-        if kind == MessageType::Acknowledgement || !response.code.is_error() {
-            packet.payload = response.payload;
-        }
+        let mut packet = Packet::new();
+        packet.header.code = MessageClass::Empty;
+        packet.header.set_type(kind);
+        packet.header.message_id = message_id;
         to_bytes(&packet)
     }
 
-    fn message(kind: MessageType, code: MessageClass, message_id: u16, token: &[u8]) -> Packet {
-        let mut packet = Packet::new();
-        packet.header.set_version(1);
-        packet.header.set_type(kind);
-        packet.header.code = code;
-        packet.header.message_id = message_id;
-        packet.set_token(token.to_vec());
-        packet
+    /// Firmware: it takes every payload outside an ACK for configuration, so an error there has none.
+    fn encode(kind: MessageType, id: u16, request: &Request, mut response: Response) -> Vec<u8> {
+        // RFC 7959 §2.3: a response to a block says which one.
+        if let Ok(Some(block)) = request.block(BLOCK1) {
+            let more = if response.code() == "2.31" {
+                Block::MORE
+            } else {
+                0
+            };
+            response.option(BLOCK1, block.0 & !Block::MORE | more);
+        }
+        if kind != MessageType::Acknowledgement && response.is_error() {
+            response.packet.payload.clear();
+        }
+        response.packet.header.set_type(kind);
+        response.packet.header.message_id = id;
+        response
+            .packet
+            .set_token(request.packet.get_token().to_vec());
+        to_bytes(&response.packet)
     }
 
     fn to_bytes(packet: &Packet) -> Vec<u8> {
@@ -2568,7 +2465,10 @@ mod coap {
     pub fn encode_post(path: &str, payload: &str) -> Vec<u8> {
         let [high, low, token @ ..] = random().to_be_bytes();
         let id = u16::from_be_bytes([high, low]);
-        let mut packet = message(MessageType::Confirmable, POST.into(), id, &token[..4]);
+        let mut packet = Packet::new();
+        packet.header.code = POST.into();
+        packet.header.message_id = id;
+        packet.set_token(token[..4].to_vec());
         packet.add_option(URI_PATH.into(), path.as_bytes().to_vec());
         packet.payload = payload.as_bytes().to_vec();
         to_bytes(&packet)
@@ -2578,7 +2478,7 @@ mod coap {
     pub struct Answer {
         /// `0.00`: the empty ACK.
         pub code: String,
-        pub payload: Vec<u8>,
+        pub text: String,
         /// The ACK to send, if one is due.
         pub acknowledgement: Option<Vec<u8>>,
     }
@@ -2595,7 +2495,7 @@ mod coap {
         let is_due = packet.header.get_type() == MessageType::Confirmable;
         is_own.then(|| Answer {
             code: packet.header.get_code(),
-            payload: packet.payload,
+            text: String::from_utf8_lossy(&packet.payload).into_owned(),
             acknowledgement: is_due.then(|| empty(MessageType::Acknowledgement, id)),
         })
     }
