@@ -34,8 +34,8 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use std::{env, fmt, mem, thread};
 
-use coap::{Event, Exchanges, Request, Response, bad_request};
-use coap_lite::ResponseType;
+use coap::{Event, Exchanges, Request, Response};
+use coap_lite::{MessageClass, MessageType, Packet, ResponseType};
 use log::{LevelFilter, error, info, warn};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -45,9 +45,7 @@ use ureq::tls::{PemItem, RootCerts, TlsConfig};
 use ureq::unversioned::resolver::{DefaultResolver, ResolvedSocketAddrs, Resolver};
 use ureq::unversioned::transport::{DefaultConnector, NextTimeout};
 
-// -------------------------------------------------------------------------------------------------
-// Limits, each with its reason
-// -------------------------------------------------------------------------------------------------
+// ---- Limits, each with its reason ---------------------------------------------------------------
 
 /// For a request, from its arrival: the mote is answered within 9 s, for RIOT's nanocoap_sock waits
 /// 10 s after the empty ACK.
@@ -114,9 +112,6 @@ const LOG_MAX: u64 = 1 << 20;
 const HEARTBEAT: Duration = Duration::from_secs(15 * 60);
 /// Longest sleep of the loop, which serves systemd's watchdog.
 const TICK: Duration = Duration::from_secs(1);
-/// More datagrams than Linux's default socket buffer holds: after so many in a row, all that waited
-/// at the first has been read, so a flood cannot put off retransmissions for ever.
-const SOCKET_HOLDS: u32 = 1000;
 
 /// Of a payload's fields.
 const KEYS: [&str; 4] = ["&url=", "&token=", "&chat_ids=", "&text="];
@@ -141,9 +136,7 @@ usage: coap_websocket                serve
                                      send one message through a running gateway
        coap_websocket --help | --version";
 
-// -------------------------------------------------------------------------------------------------
-// Arguments and configuration
-// -------------------------------------------------------------------------------------------------
+// ---- Arguments and configuration ----------------------------------------------------------------
 
 fn main() -> ExitCode {
     let words: Vec<_> = env::args_os().skip(1).collect();
@@ -456,9 +449,7 @@ fn read_roots(set: &Setting) -> Result<RootCerts, String> {
     Ok(RootCerts::new_with_certs(&certificates))
 }
 
-// -------------------------------------------------------------------------------------------------
-// The loop
-// -------------------------------------------------------------------------------------------------
+// ---- The loop -----------------------------------------------------------------------------------
 
 /// Everything; one thread owns it.
 struct Gateway {
@@ -490,12 +481,12 @@ struct Gateway {
 /// Serves for ever. Faults of the start end it; afterwards nothing that a datagram holds does.
 fn serve() -> Result<(), String> {
     start_log(folder("LOGS_DIRECTORY", "/var/log").join("coap_server.log"))?;
-    let config = Config::load()?;
+    let mut config = Config::load()?;
     let state = State::open(&config);
     notify("READY=1");
     let socket = bind(config.listen)?;
-    let heart = thread::Builder::new().spawn(heartbeat);
-    heart.map_err(|error| format!("cannot start a thread: {error}"))?;
+    config.listen = socket.local_addr().unwrap_or(config.listen); // port 0: any
+    thread::spawn(heartbeat);
     let version = env!("CARGO_PKG_VERSION");
     info!("coap_websocket {version} serves CoAP on {}", config.listen);
     let mut gateway = Gateway {
@@ -542,26 +533,17 @@ fn bind(listen: SocketAddr) -> Result<UdpSocket, String> {
 impl Gateway {
     fn run(&mut self) -> ! {
         let mut buffer = vec![0; coap::DATAGRAM_MAX];
-        let mut in_a_row = 0;
         let mut watched = Instant::now();
         loop {
             let _ = self.socket.set_read_timeout(Some(self.rest()));
             match self.socket.recv_from(&mut buffer) {
-                Ok((length, peer)) => {
-                    self.receive(peer, &buffer[..length]);
-                    in_a_row += 1;
-                }
-                Err(error) if error.kind() == ErrorKind::WouldBlock => in_a_row = SOCKET_HOLDS,
+                Ok((length, peer)) => self.receive(peer, &buffer[..length]),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => self.tend(),
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) => {
                     warn!("cannot receive: {error}");
                     thread::sleep(TICK);
                 }
-            }
-            // Only when all that waited has been read: an ACK may have been among it.
-            if in_a_row >= SOCKET_HOLDS {
-                self.tend();
-                in_a_row = 0;
             }
             if watched.elapsed() >= TICK {
                 notify("WATCHDOG=1");
@@ -579,7 +561,7 @@ impl Gateway {
         rest.clamp(Duration::from_millis(1), TICK) // zero would be no limit at all
     }
 
-    /// What is done when nothing waits in the socket.
+    /// Nothing waits in the socket, so no ACK either.
     fn tend(&mut self) {
         let now = Instant::now();
         for (peer, bytes) in self.exchanges.retransmissions(now) {
@@ -596,7 +578,6 @@ impl Gateway {
 
     fn receive(&mut self, peer: SocketAddr, datagram: &[u8]) {
         match self.exchanges.receive(Instant::now(), peer, datagram) {
-            Event::Nothing => {}
             Event::Send(bytes) => self.transmit(peer, &bytes),
             Event::Request(request) => self.handle(request),
             Event::Acknowledged(version) => self.motes.acknowledge(peer, version, Instant::now()),
@@ -606,9 +587,9 @@ impl Gateway {
     fn handle(&mut self, mut request: Request) {
         let response = match self.judge(&mut request) {
             Err(response) | Ok(Work::Reply(response)) => {
-                log_outcome(&request, &response);
-                let reply = self.exchanges.reply(&request, response);
-                return self.transmit(request.peer, &reply);
+                let reply = self.exchanges.acknowledge(&request, Some(&response));
+                self.transmit(request.peer, &reply);
+                return log_outcome(&request, &response);
             }
             Ok(Work::Message(message)) => {
                 self.begin(&request);
@@ -619,15 +600,15 @@ impl Gateway {
                 self.update(&token, request.peer)
             }
         };
+        let bytes = self.exchanges.respond(Instant::now(), &request, &response);
+        self.transmit(request.peer, &bytes);
         log_outcome(&request, &response);
-        let response = self.exchanges.respond(Instant::now(), &request, response);
-        self.transmit(request.peer, &response);
         self.settle();
     }
 
     /// Promises a response.
     fn begin(&mut self, request: &Request) {
-        let acknowledgement = self.exchanges.accept(request);
+        let acknowledgement = self.exchanges.acknowledge(request, None);
         self.transmit(request.peer, &acknowledgement);
         self.motes.note_request(request.peer, request.message_id);
         self.deadline = request.at + self.time_for(REQUEST_TIME);
@@ -685,9 +666,7 @@ impl Gateway {
     }
 }
 
-// -------------------------------------------------------------------------------------------------
-// Judging a request
-// -------------------------------------------------------------------------------------------------
+// ---- Judging a request --------------------------------------------------------------------------
 
 /// What an acceptable request asks for.
 enum Work {
@@ -764,6 +743,10 @@ impl Gateway {
     }
 }
 
+fn bad_request(reason: &str) -> Response {
+    Response::error(ResponseType::BadRequest, reason)
+}
+
 fn forbidden(what: &str) -> Response {
     let reason = format!("This gateway does not serve that {what}");
     Response::error(ResponseType::Forbidden, &reason)
@@ -791,8 +774,7 @@ fn route(request: &Request) -> Result<Resource, Response> {
         return error(ResponseType::NotAcceptable, "Not available in this format");
     }
     // Replies are short and go whole, whatever size of block is asked for.
-    let block = request.block(coap::BLOCK2)?;
-    if block.is_some_and(|block| block.number() > 0) {
+    if request.block(coap::BLOCK2)?.number > 0 {
         return Err(bad_request("No such block"));
     }
     Ok(resource)
@@ -841,9 +823,7 @@ fn chat_id(text: &str) -> Option<Value> {
     (!text.starts_with('+')).then(|| number.into())
 }
 
-// -------------------------------------------------------------------------------------------------
-// Message and update
-// -------------------------------------------------------------------------------------------------
+// ---- Message and update -------------------------------------------------------------------------
 
 impl Gateway {
     /// Sends the text to every chat that has not asked to be left alone.
@@ -983,9 +963,7 @@ impl Gateway {
     }
 }
 
-// -------------------------------------------------------------------------------------------------
-// Telegram
-// -------------------------------------------------------------------------------------------------
+// ---- Telegram -----------------------------------------------------------------------------------
 
 /// The Bot API.
 struct Telegram {
@@ -1058,20 +1036,13 @@ impl Telegram {
             let parameters = json!({"chat_id": chat, "text": message.text});
             self.call(&message.token, "sendMessage", &parameters, deadline)
         };
-        let Some((first, others)) = chats.split_first() else {
-            return Vec::new();
-        };
         thread::scope(|scope| {
-            let mut threads = Vec::new();
-            for chat in others {
-                threads.push(thread::Builder::new().spawn_scoped(scope, move || send(chat)));
-            }
-            let mut results = vec![send(first)];
-            for thread in threads {
-                let ended = thread.map(|thread| thread.join());
-                results.push(match ended {
-                    Ok(Ok(result)) => result,
-                    Ok(Err(_)) => Err(Failure::new("its thread died".to_string())),
+            let spawn = |chat| thread::Builder::new().spawn_scoped(scope, move || send(chat));
+            let others: Vec<_> = chats.iter().skip(1).map(spawn).collect();
+            let mut results: Vec<Called> = chats.iter().take(1).map(send).collect();
+            for thread in others {
+                results.push(match thread {
+                    Ok(thread) => thread.join().expect("a call does not panic"),
                     Err(error) => Err(Failure::new(format!("cannot start a thread: {error}"))),
                 });
             }
@@ -1141,7 +1112,6 @@ impl Telegram {
     }
 
     fn describe(&self, error: &ureq::Error) -> String {
-        use rustls::CertificateError::{Expired, ExpiredContext, NotValidYet, NotValidYetContext};
         let tls = match error {
             ureq::Error::Timeout(stage) => return format!("no answer in time ({stage})"),
             ureq::Error::Rustls(error) => Some(error),
@@ -1151,14 +1121,8 @@ impl Telegram {
         let Some(rustls::Error::InvalidCertificate(reason)) = tls else {
             return error.to_string();
         };
-        let hint = match reason {
-            Expired | ExpiredContext { .. } | NotValidYet | NotValidYetContext { .. } => {
-                "; is this machine's clock set?"
-            }
-            _ => "",
-        };
-        let roots = &self.roots;
-        format!("its certificate is not trusted: {reason} (roots: {roots}{hint})")
+        let hint = format!("roots: {}; is this machine's clock right?", self.roots);
+        format!("its certificate is not trusted: {reason} ({hint})")
     }
 }
 
@@ -1231,9 +1195,7 @@ impl Resolver for Addresses {
     }
 }
 
-// -------------------------------------------------------------------------------------------------
-// State, and what each mote has acknowledged of it
-// -------------------------------------------------------------------------------------------------
+// ---- State, and what each mote has acknowledged of it -------------------------------------------
 
 /// What outlives the process, in `state.json`.
 #[derive(Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -1488,9 +1450,7 @@ impl Motes {
     }
 }
 
-// -------------------------------------------------------------------------------------------------
-// What people write
-// -------------------------------------------------------------------------------------------------
+// ---- What people write --------------------------------------------------------------------------
 
 /// Bot API, `Message`: what is needed of it.
 #[derive(Deserialize)]
@@ -1509,22 +1469,14 @@ struct Chat {
     id: i64,
     #[serde(rename = "type")]
     kind: String,
-    title: Option<String>,
-    first_name: Option<String>,
-    username: Option<String>,
+    /// A person has a first name, a group a title.
+    #[serde(default, alias = "first_name", alias = "title")]
+    name: String,
 }
 
-/// For the log and `check`.
 impl fmt::Display for Chat {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {} ({})", self.id, self.name(), self.kind)
-    }
-}
-
-impl Chat {
-    fn name(&self) -> &str {
-        let name = self.first_name.as_ref().or(self.title.as_ref());
-        name.or(self.username.as_ref()).map_or("", String::as_str)
+        write!(f, "{} {} ({})", self.id, self.name, self.kind)
     }
 }
 
@@ -1593,7 +1545,7 @@ impl People {
             info!("{user} is removed, as asked");
             return self.say(chat, REMOVED);
         }
-        let news = state.register(chat, written.chat.name());
+        let news = state.register(chat, &written.chat.name);
         if let Some(news) = news {
             self.say(chat, news);
         }
@@ -1676,9 +1628,7 @@ impl People {
     }
 }
 
-// -------------------------------------------------------------------------------------------------
-// Log, heartbeat, systemd
-// -------------------------------------------------------------------------------------------------
+// ---- Log, heartbeat, systemd --------------------------------------------------------------------
 
 /// For the heartbeat, which has a thread of its own.
 static FORWARDED: AtomicU64 = AtomicU64::new(0);
@@ -1745,15 +1695,12 @@ impl log::Log for Log {
 
 /// So that what comes from outside cannot forge a line.
 fn escape(text: &str) -> String {
-    let mut escaped = String::new();
-    for c in text.chars() {
-        match c {
-            '\u{2028}' | '\u{2029}' => escaped.extend(c.escape_default()),
-            c if c.is_control() => escaped.extend(c.escape_default()),
-            c => escaped.push(c),
-        }
-    }
-    escaped
+    let forges = |c: char| c.is_control() || matches!(c, '\u{2028}' | '\u{2029}');
+    let escaped = text.chars().map(|c| match forges(c) {
+        true => c.escape_default().to_string(),
+        false => c.to_string(),
+    });
+    escaped.collect()
 }
 
 fn unix_now() -> u64 {
@@ -1780,12 +1727,7 @@ fn log_outcome(request: &Request, response: &Response) {
     let (code, detail) = (response.code(), &response.detail);
     let (peer, time) = (request.peer, request.at.elapsed().as_millis());
     let separator = if detail.is_empty() { "" } else { ": " };
-    let line = format!("{peer} {request} -> {code} in {time} ms{separator}{detail}");
-    if code.starts_with('5') {
-        warn!("{line}");
-    } else {
-        info!("{line}");
-    }
+    info!("{peer} {request} -> {code} in {time} ms{separator}{detail}");
 }
 
 fn heartbeat() {
@@ -1818,9 +1760,7 @@ fn notify(message: &str) {
     }
 }
 
-// -------------------------------------------------------------------------------------------------
-// `check` and `send`
-// -------------------------------------------------------------------------------------------------
+// ---- `check` and `send` -------------------------------------------------------------------------
 
 /// Changes nothing: what people wrote is shown, not confirmed.
 fn check() -> Result<(), String> {
@@ -1867,67 +1807,67 @@ fn send(chat: &str, text: &str, uri: Option<&str>) -> Result<(), String> {
     };
     let url = &config.url;
     let form = format!("url={url}&token={token}&chat_ids={chat}&text={text}");
-    let answer = exchange(peer, &coap::encode_post("message", &form));
+    let answer = exchange(peer, &coap::post("message", &form));
     let answer = answer.map_err(|error| format!("cannot reach a gateway at {peer}: {error}"))?;
     let answer = answer.ok_or(format!("no answer from {peer}"))?;
-    let line = format!("{} {}", answer.code, escape(&answer.text));
-    if !answer.code.starts_with('2') {
-        return Err(format!("{} (the gateway's log tells why)", line.trim_end()));
+    let (code, text) = (
+        answer.header.get_code(),
+        escape(&String::from_utf8_lossy(&answer.payload)),
+    );
+    if !code.starts_with('2') {
+        return Err(format!("{code} {text} (the gateway's log tells why)"));
     }
-    say(&line)
+    say(&format!("{code} {text}"))
 }
 
 /// Of a URI `coap://host[:port]`.
 fn address_of(uri: &str) -> Option<SocketAddr> {
     let host = uri.strip_prefix("coap://")?.trim_end_matches('/');
-    if host.contains(':') && !host.ends_with(']') {
-        return host.to_socket_addrs().ok()?.next();
-    }
-    let host = format!("{host}:{}", coap::PORT);
-    host.to_socket_addrs().ok()?.next()
+    let with_port = format!("{host}:{}", coap::PORT);
+    let found = host
+        .to_socket_addrs()
+        .or_else(|_| with_port.to_socket_addrs());
+    found.ok()?.next()
 }
 
 /// A client's side of one exchange, RFC 7252 §4.2. `None`: nobody answers.
-fn exchange(peer: SocketAddr, request: &[u8]) -> io::Result<Option<coap::Answer>> {
+fn exchange(peer: SocketAddr, request: &[u8]) -> io::Result<Option<Packet>> {
     let local = if peer.is_ipv4() { "0.0.0.0" } else { "::" };
     let socket = UdpSocket::bind((local, 0))?;
     socket.connect(peer)?;
-    for attempt in 0..=coap::MAX_RETRANSMIT {
+    let mut timeout = coap::ACK_TIMEOUT;
+    for _ in 0..=coap::MAX_RETRANSMIT {
         socket.send(request)?;
-        socket.set_read_timeout(Some(coap::ACK_TIMEOUT * (1 << attempt)))?;
-        match next_answer(&socket, request)? {
-            None => {}
-            Some(answer) if answer.code != coap::EMPTY => return Ok(Some(answer)),
-            Some(_) => {
-                // The gateway answers within 9 s, and repeats what gets lost.
-                socket.set_read_timeout(Some(2 * REQUEST_TIME))?;
-                return next_answer(&socket, request);
+        match receive_packet(&socket, timeout)? {
+            None => timeout *= 2,
+            // The gateway answers within 9 s, and repeats what gets lost.
+            Some(empty) if empty.header.code == MessageClass::Empty => {
+                return receive_packet(&socket, 2 * REQUEST_TIME);
             }
+            response => return Ok(response),
         }
     }
     Ok(None)
 }
 
-/// `None`: none in time.
-fn next_answer(socket: &UdpSocket, request: &[u8]) -> io::Result<Option<coap::Answer>> {
+/// `None`: nothing comes in time.
+fn receive_packet(socket: &UdpSocket, timeout: Duration) -> io::Result<Option<Packet>> {
+    socket.set_read_timeout(Some(timeout))?;
     let mut buffer = vec![0; coap::DATAGRAM_MAX];
-    loop {
-        let length = match socket.recv(&mut buffer) {
-            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(None),
-            length => length?,
-        };
-        if let Some(answer) = coap::decode_answer(&buffer[..length], request) {
-            if let Some(acknowledgement) = &answer.acknowledgement {
-                socket.send(acknowledgement)?;
-            }
-            return Ok(Some(answer));
-        }
+    let length = match socket.recv(&mut buffer) {
+        Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(None),
+        length => length?,
+    };
+    let packet = Packet::from_bytes(&buffer[..length]);
+    let packet = packet.map_err(|error| io::Error::other(error.to_string()))?;
+    if packet.header.get_type() == MessageType::Confirmable {
+        let id = packet.header.message_id;
+        socket.send(&coap::empty(MessageType::Acknowledgement, id))?;
     }
+    Ok(Some(packet))
 }
 
-// -------------------------------------------------------------------------------------------------
-// The CoAP message layer
-// -------------------------------------------------------------------------------------------------
+// ---- The CoAP message layer ---------------------------------------------------------------------
 
 /// RFC 7252 and Block1 of RFC 7959: bytes and a time in, bytes out. It sees neither a socket nor a
 /// clock.
@@ -1973,34 +1913,22 @@ mod coap {
     pub const BLOCK2: u16 = 23;
     const BLOCK1: u16 = 27;
     const SIZE1: u16 = 60;
+    /// RFC 7959 §2.2: more blocks follow.
+    const MORE: u32 = 8;
     pub const TEXT_PLAIN: u32 = 0;
     pub const LINK_FORMAT: u32 = 40;
-    /// The code of an empty message.
-    pub const EMPTY: &str = "0.00";
 
     /// Random enough for a message ID and a timeout; each call gives another number.
     fn random() -> u64 {
         RandomState::new().build_hasher().finish()
     }
 
-    /// RFC 7959 §2.2: number, whether more follow, and exponent of the size.
-    #[derive(Clone, Copy)]
-    pub struct Block(u32);
-
-    impl Block {
-        const MORE: u32 = 8;
-
-        pub fn number(self) -> usize {
-            self.0 as usize >> 4
-        }
-
-        fn has_more(self) -> bool {
-            self.0 & Block::MORE != 0
-        }
-
-        fn size(self) -> usize {
-            16 << (self.0 & 7)
-        }
+    /// RFC 7959 §2.2; a message without the option is its only block.
+    #[derive(Clone, Copy, Default)]
+    pub struct Block {
+        pub number: usize,
+        has_more: bool,
+        size: usize,
     }
 
     /// RFC 7252 §3.2: no leading zeros.
@@ -2070,11 +1998,19 @@ mod coap {
             (value.len() <= longest).then_some(number)
         }
 
-        pub fn block(&self, option: u16) -> Result<Option<Block>, Response> {
-            match self.uint(option) {
-                Some(value) if value & 7 == 7 => Err(bad_request("Reserved block size")),
-                value => Ok(value.map(Block)),
+        pub fn block(&self, option: u16) -> Result<Block, Response> {
+            let Some(value) = self.uint(option) else {
+                return Ok(Block::default());
+            };
+            if value & 7 == 7 {
+                let reason = "Reserved block size";
+                return Err(Response::error(ResponseType::BadRequest, reason));
             }
+            Ok(Block {
+                number: value as usize >> 4,
+                has_more: value & MORE != 0,
+                size: 16 << (value & 7),
+            })
         }
 
         /// RFC 7252 §5.4: critical options must be known, of a valid length, and not repeated where
@@ -2106,10 +2042,6 @@ mod coap {
     fn bad_option(number: u16, fault: &str) -> Response {
         let reason = format!("Option {number} is {fault}");
         Response::error(ResponseType::BadOption, &reason)
-    }
-
-    pub fn bad_request(reason: &str) -> Response {
-        Response::error(ResponseType::BadRequest, reason)
     }
 
     /// A response; message ID, type and token come from the exchange.
@@ -2162,8 +2094,7 @@ mod coap {
 
     /// What a datagram turned out to be.
     pub enum Event {
-        Nothing,
-        /// A reset, or the reply to a duplicate.
+        /// A reset, the reply to a duplicate, or nothing at all.
         Send(Vec<u8>),
         Request(Request),
         /// A response that told a version of the state has arrived.
@@ -2220,7 +2151,7 @@ mod coap {
         /// Judges a datagram, but remembers nothing: `reply` or `accept` does, when it is acted on.
         pub fn receive(&mut self, now: Instant, peer: SocketAddr, datagram: &[u8]) -> Event {
             if peer.ip().is_unspecified() {
-                return Event::Nothing; // firmware: it cannot be answered, and comes again
+                return Event::Send(Vec::new()); // firmware: it cannot be answered, and comes again
             }
             let mut packet = match parse(datagram) {
                 Ok(packet) => packet,
@@ -2255,38 +2186,49 @@ mod coap {
                 Some(version) if kind == MessageType::Acknowledgement => {
                     Event::Acknowledged(version)
                 }
-                _ => Event::Nothing,
+                _ => Event::Send(Vec::new()),
             }
         }
 
-        /// Answers at once: inside the ACK for CON, with a NON for NON.
-        pub fn reply(&mut self, request: &Request, response: Response) -> Vec<u8> {
+        /// Answers at once: inside the ACK for CON, with a NON for NON. Without a response, with an
+        /// empty ACK for CON, and `respond` follows. RFC 7252 §5.2.
+        pub fn acknowledge(&mut self, request: &Request, response: Option<&Response>) -> Vec<u8> {
+            while self
+                .seen
+                .front()
+                .is_some_and(|seen| seen.expires <= request.at)
+                || self.seen.len() >= SEEN_MAX
+            {
+                self.seen.pop_front();
+            }
+            let (mut reply, mut lifetime) = (Vec::new(), NON_LIFETIME);
             if request.is_confirmable() {
-                let message_id = request.message_id;
-                let reply = encode(MessageType::Acknowledgement, message_id, request, response);
-                self.remember(request, reply.clone());
-                return reply;
+                let (kind, id) = (MessageType::Acknowledgement, request.message_id);
+                lifetime = EXCHANGE_LIFETIME;
+                reply = match response {
+                    Some(response) => encode(kind, id, request, response),
+                    None => empty(kind, id),
+                };
             }
-            self.remember(request, Vec::new());
-            if response.code() == "4.02" {
-                return Vec::new(); // RFC 7252 §5.4.1: it is rejected, here in silence
+            self.seen.push_back(Seen {
+                digest: request.digest,
+                expires: request.at + lifetime,
+                reply: reply.clone(),
+            });
+            match response {
+                // RFC 7252 §5.4.1: a NON with a bad option is rejected, here in silence.
+                Some(response) if !request.is_confirmable() && response.code() != "4.02" => encode(
+                    MessageType::NonConfirmable,
+                    self.next_message_id(),
+                    request,
+                    response,
+                ),
+                _ => reply,
             }
-            let message_id = self.next_message_id();
-            encode(MessageType::NonConfirmable, message_id, request, response)
-        }
-
-        /// The empty ACK (for NON, nothing), and the promise of `respond`.
-        pub fn accept(&mut self, request: &Request) -> Vec<u8> {
-            let mut acknowledgement = Vec::new();
-            if request.is_confirmable() {
-                acknowledgement = empty(MessageType::Acknowledgement, request.message_id);
-            }
-            self.remember(request, acknowledgement.clone());
-            acknowledgement
         }
 
         /// The separate response to an accepted request. RFC 7252 §5.2.2.
-        pub fn respond(&mut self, now: Instant, request: &Request, response: Response) -> Vec<u8> {
+        pub fn respond(&mut self, now: Instant, request: &Request, response: &Response) -> Vec<u8> {
             let (message_id, version) = (self.next_message_id(), response.version);
             if !request.is_confirmable() {
                 return encode(MessageType::NonConfirmable, message_id, request, response);
@@ -2331,10 +2273,7 @@ mod coap {
         /// Whether the request is whole; then it has its whole body. `Err` refuses the block.
         pub fn assemble(&mut self, request: &mut Request) -> Result<bool, Response> {
             let block = request.block(BLOCK1)?;
-            let mut body = match block {
-                Some(block) => self.blocks_before(request, block)?,
-                None => Vec::new(),
-            };
+            let mut body = self.blocks_before(request, block)?;
             body.append(&mut request.payload);
             if body.len() > BODY_MAX {
                 let code = ResponseType::RequestEntityTooLarge;
@@ -2342,7 +2281,7 @@ mod coap {
                 response.option(SIZE1, BODY_MAX as u32);
                 return Err(response);
             }
-            if !block.is_some_and(Block::has_more) {
+            if !block.has_more {
                 request.payload = body;
                 return Ok(true);
             }
@@ -2366,15 +2305,16 @@ mod coap {
             let is_own = |known: &Assembly| known.peer == peer && known.path == path;
             let at = self.assemblies.iter().position(is_own);
             let known = at.and_then(|at| self.assemblies.remove(at));
-            let body = known.map(|known| known.body).filter(|_| block.number() > 0);
+            let body = known.map(|known| known.body).filter(|_| block.number > 0);
             let body = body.unwrap_or_default();
             let length = request.payload.len();
-            if body.len() != block.number() * block.size() {
+            if body.len() != block.number * block.size {
                 let code = ResponseType::RequestEntityIncomplete;
                 return Err(Response::error(code, "A block is missing"));
             }
-            if length > block.size() || block.has_more() && length < block.size() {
-                return Err(bad_request("A block is not of its size"));
+            if block.size > 0 && length > block.size || block.has_more && length < block.size {
+                let reason = "A block is not of its size";
+                return Err(Response::error(ResponseType::BadRequest, reason));
             }
             Ok(body)
         }
@@ -2382,23 +2322,6 @@ mod coap {
         fn next_message_id(&mut self) -> u16 {
             self.last_message_id = self.last_message_id.wrapping_add(1);
             self.last_message_id
-        }
-
-        fn remember(&mut self, request: &Request, reply: Vec<u8>) {
-            let is_over = |seen: &Seen| seen.expires <= request.at;
-            while self.seen.front().is_some_and(is_over) || self.seen.len() >= SEEN_MAX {
-                self.seen.pop_front();
-            }
-            let mut expires = request.at + NON_LIFETIME;
-            if request.is_confirmable() {
-                expires = request.at + EXCHANGE_LIFETIME;
-            }
-            let digest = request.digest;
-            self.seen.push_back(Seen {
-                digest,
-                expires,
-                reply,
-            });
         }
     }
 
@@ -2427,7 +2350,7 @@ mod coap {
         }
     }
 
-    fn empty(kind: MessageType, message_id: u16) -> Vec<u8> {
+    pub fn empty(kind: MessageType, message_id: u16) -> Vec<u8> {
         let mut packet = Packet::new();
         packet.header.code = MessageClass::Empty;
         packet.header.set_type(kind);
@@ -2436,25 +2359,20 @@ mod coap {
     }
 
     /// Firmware: it takes every payload outside an ACK for configuration, so an error there has none.
-    fn encode(kind: MessageType, id: u16, request: &Request, mut response: Response) -> Vec<u8> {
+    fn encode(kind: MessageType, id: u16, request: &Request, response: &Response) -> Vec<u8> {
+        let mut packet = response.packet.clone();
         // RFC 7959 §2.3: a response to a block says which one.
-        if let Ok(Some(block)) = request.block(BLOCK1) {
-            let more = if response.code() == "2.31" {
-                Block::MORE
-            } else {
-                0
-            };
-            response.option(BLOCK1, block.0 & !Block::MORE | more);
+        if let Some(block) = request.uint(BLOCK1) {
+            let more = if response.code() == "2.31" { MORE } else { 0 };
+            packet.add_option(BLOCK1.into(), uint(block & !MORE | more));
         }
         if kind != MessageType::Acknowledgement && response.is_error() {
-            response.packet.payload.clear();
+            packet.payload.clear();
         }
-        response.packet.header.set_type(kind);
-        response.packet.header.message_id = id;
-        response
-            .packet
-            .set_token(request.packet.get_token().to_vec());
-        to_bytes(&response.packet)
+        packet.header.set_type(kind);
+        packet.header.message_id = id;
+        packet.set_token(request.packet.get_token().to_vec());
+        to_bytes(&packet)
     }
 
     fn to_bytes(packet: &Packet) -> Vec<u8> {
@@ -2462,7 +2380,7 @@ mod coap {
     }
 
     /// A client's CON `POST`.
-    pub fn encode_post(path: &str, payload: &str) -> Vec<u8> {
+    pub fn post(path: &str, payload: &str) -> Vec<u8> {
         let [high, low, token @ ..] = random().to_be_bytes();
         let id = u16::from_be_bytes([high, low]);
         let mut packet = Packet::new();
@@ -2472,32 +2390,6 @@ mod coap {
         packet.add_option(URI_PATH.into(), path.as_bytes().to_vec());
         packet.payload = payload.as_bytes().to_vec();
         to_bytes(&packet)
-    }
-
-    /// What a client receives for its request.
-    pub struct Answer {
-        /// `0.00`: the empty ACK.
-        pub code: String,
-        pub text: String,
-        /// The ACK to send, if one is due.
-        pub acknowledgement: Option<Vec<u8>>,
-    }
-
-    /// `None`: the datagram is not for this request.
-    pub fn decode_answer(datagram: &[u8], request: &[u8]) -> Option<Answer> {
-        let own = Packet::from_bytes(request).ok()?;
-        let packet = Packet::from_bytes(datagram).ok()?;
-        let id = packet.header.message_id;
-        let is_own = match packet.header.get_type() {
-            MessageType::Acknowledgement => id == own.header.message_id,
-            _ => packet.get_token() == own.get_token(),
-        };
-        let is_due = packet.header.get_type() == MessageType::Confirmable;
-        is_own.then(|| Answer {
-            code: packet.header.get_code(),
-            text: String::from_utf8_lossy(&packet.payload).into_owned(),
-            acknowledgement: is_due.then(|| empty(MessageType::Acknowledgement, id)),
-        })
     }
 }
 
