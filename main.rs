@@ -149,7 +149,9 @@ fn main() -> ExitCode {
             let after = |name: &str| options.iter().skip_while(move |word| **word != name).nth(1);
             match (after("-i"), after("-m"), after("-u"), options.len()) {
                 (Some(chat), Some(text), None, 4) => send(chat, text, None),
-                (Some(chat), Some(text), Some(uri), 6) => send(chat, text, Some(uri)),
+                (Some(chat), Some(text), Some(uri), 6) if uri.starts_with("coap://") => {
+                    send(chat, text, Some(uri))
+                }
                 _ => return usage(),
             }
         }
@@ -915,7 +917,9 @@ impl Gateway {
             let offset = Some(self.state.offset);
             let page = self.telegram.get_updates(token, offset, self.deadline)?;
             let Value::Array(page) = page else {
-                return Err(Failure::new("the updates are no list".to_string()));
+                return Err(Failure::new(
+                    "getUpdates: the answer is no list".to_string(),
+                ));
             };
             let length = page.len();
             self.state.bot = Some(token.bot_id().to_string());
@@ -1252,7 +1256,9 @@ impl State {
     /// `None`: there is no such file.
     fn read(path: &Path) -> Result<Option<State>, String> {
         let result = match fs::read(path) {
-            Ok(text) => serde_json::from_slice(&text).map_err(io::Error::from),
+            Ok(text) => serde_json::from_slice(&text)
+                .map_err(io::Error::from)
+                .map(Some),
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
             Err(error) => Err(error),
         };
@@ -1727,7 +1733,14 @@ fn log_outcome(request: &Request, response: &Response) {
     let (code, detail) = (response.code(), &response.detail);
     let (peer, time) = (request.peer, request.at.elapsed().as_millis());
     let separator = if detail.is_empty() { "" } else { ": " };
-    info!("{peer} {request} -> {code} in {time} ms{separator}{detail}");
+    let level = match code.starts_with('5') {
+        true => log::Level::Warn,
+        false => log::Level::Info,
+    };
+    log::log!(
+        level,
+        "{peer} {request} -> {code} in {time} ms{separator}{detail}"
+    );
 }
 
 fn heartbeat() {
