@@ -383,9 +383,10 @@ fn many_removals() {
 fn how_updates_are_fetched() {
     let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
+    let long = "x".repeat(4000); // a page of 400 KiB
     for number in 0..250 {
         let (id, name) = (1_000_000_000 + number % 10, format!("User{}", number % 10));
-        api.person_writes(id, &name, "hi");
+        api.person_writes(id, &name, &long);
     }
     let expected: Vec<String> = (0..10)
         .map(|n| format!("User{n}:{}", 1_000_000_000 + n))
