@@ -47,8 +47,7 @@ use ureq::unversioned::transport::{DefaultConnector, NextTimeout};
 
 // ---- Limits, each with its reason ---------------------------------------------------------------
 
-/// For a request, from its arrival: the mote is answered within 9 s, for RIOT's nanocoap_sock waits
-/// 10 s after the empty ACK.
+/// For a request: RIOT's nanocoap_sock waits 10 s after the empty ACK, so it is answered within 9 s.
 const REQUEST_TIME: Duration = Duration::from_millis(8500);
 /// The same while Telegram does not answer, so that all the motes that wait are soon told.
 const REQUEST_TIME_IN_A_HANG: Duration = Duration::from_secs(2);
@@ -60,17 +59,15 @@ const FETCH_EVERY: Duration = Duration::from_secs(15);
 const FETCH_AFTER_FAILURE: Duration = Duration::from_secs(60);
 /// tdlib/telegram-bot-api holds a `getUpdates` that repeats the offset of the one before for 3 s.
 const FOUND_NOTHING_HOLDS: Duration = Duration::from_secs(3);
-/// How long idle connections are kept: Telegram closes them after about a minute, and a text that
-/// meets the closing is lost.
+/// Telegram closes idle connections after about a minute, and a text that meets the closing is lost.
 const IDLE_CONNECTION: Duration = Duration::from_secs(50);
-/// For one connection (TCP and TLS, over all addresses of the host), and for a look-up of these:
-/// leaves time for a second attempt.
-const CONNECT_TIME: Duration = Duration::from_secs(5);
+/// For a connection over all addresses of the host, and for their look-up: half of `REQUEST_TIME`.
+const CONNECT_TIME: Duration = Duration::from_secs(4);
 /// How long the addresses of the host serve without a new look-up.
 const ADDRESSES_HOLD: Duration = Duration::from_secs(60);
 /// For a look-up while there are old addresses to fall back on.
 const LOOK_UP_AGAIN_TIME: Duration = Duration::from_secs(1);
-/// Calls that surely did not reach Telegram, and HTTP 429, are tried this often in all.
+/// Of calls that surely did not reach Telegram, or that are to come later (429).
 const ATTEMPTS: u32 = 3;
 const ATTEMPT_PAUSE: Duration = Duration::from_millis(500);
 /// Bot API server: a page of updates is cut at 4 MiB of JSON; twice that, for the one beyond.
@@ -87,12 +84,11 @@ const TEXT_MAX: usize = 4096;
 const USERS_MAX: usize = 10;
 /// Removed chats that are remembered.
 const REMOVED_MAX: usize = 100;
-/// Motes that are remembered; the longest silent is forgotten, and told everything again.
+/// Motes that are remembered.
 const MOTES_MAX: usize = 64;
 /// After that a mote is told everything again, as it may have restarted unnoticed.
 const ACKNOWLEDGED_HOLDS: Duration = Duration::from_secs(3600);
-/// Firmware: its message IDs go up by 1 to 3 from one request to the next, and begin anew, at
-/// random, when it boots. Room for what is lost in between.
+/// Firmware: its message IDs go up by 1 to 3 from one request to the next; some get lost.
 const MESSAGE_ID_STEP_MAX: u16 = 64;
 /// Firmware: bytes of a user's name.
 const NAME_MAX: usize = 14;
@@ -686,21 +682,19 @@ struct Message {
     text: String,
 }
 
-#[derive(Clone, Copy, PartialEq)]
-enum Resource {
-    Message,
-    Update,
-    Discovery,
-}
-
 impl Gateway {
     /// Whether the request can be carried out; else the answer to it.
     fn judge(&mut self, request: &mut Request) -> Result<Work, Response> {
-        let resource = route(request)?;
-        if resource == Resource::Discovery {
-            let code = ResponseType::Content;
-            let links = Response::content(code, coap::LINK_FORMAT, LINKS, "");
-            return Ok(Work::Reply(links));
+        request.check_options()?;
+        let path = request.path();
+        match path.as_str() {
+            "message" | "update" => check_formats(request, coap::POST, coap::TEXT_PLAIN)?,
+            ".well-known/core" => {
+                check_formats(request, coap::GET, coap::LINK_FORMAT)?;
+                let links = Response::content(ResponseType::Content, coap::LINK_FORMAT, LINKS);
+                return Ok(Work::Reply(links));
+            }
+            _ => return Err(Response::error(ResponseType::NotFound, "No such resource")),
         }
         if !self.exchanges.assemble(request)? {
             return Ok(Work::Reply(Response::error(ResponseType::Continue, "")));
@@ -708,7 +702,7 @@ impl Gateway {
         let payload = String::from_utf8_lossy(&request.payload);
         let payload = format!("&{}", trim(&payload)); // so that each key has its `&`
         let [url, token, chat_ids, text] = KEYS.map(|key| field(&payload, key));
-        let is_message = resource == Resource::Message;
+        let is_message = path == "message";
         let is_missing = [url, token].contains(&"");
         if is_missing || is_message && [chat_ids, text].contains(&"") {
             return Err(bad_request(MISSING_FIELDS));
@@ -716,7 +710,7 @@ impl Gateway {
         if url != self.config.url {
             return Err(forbidden("url"));
         }
-        let token = self.served_token(token, resource)?;
+        let token = self.served_token(token, is_message)?;
         if !is_message {
             return Ok(Work::Update(token));
         }
@@ -728,7 +722,7 @@ impl Gateway {
     }
 
     /// The bot's token for what a mote has presented.
-    fn served_token(&self, presented: &str, resource: Resource) -> Result<Secret, Response> {
+    fn served_token(&self, presented: &str, is_message: bool) -> Result<Secret, Response> {
         if let Some(own) = &self.config.token {
             let mote_token = self.config.mote_token.as_ref();
             let is_mote_token = mote_token.is_some_and(|word| word.is(presented));
@@ -736,9 +730,8 @@ impl Gateway {
             return is_served.then(|| own.clone()).ok_or(forbidden("token"));
         }
         let token = Secret::bot_token(presented).ok_or(bad_request("Malformed token"))?;
-        let bot = self.state.bot.as_deref();
-        let is_other_bot = bot.is_some_and(|bot| bot != token.bot_id());
-        if resource == Resource::Update && is_other_bot {
+        let first = self.state.bot.as_deref().unwrap_or(token.bot_id());
+        if !is_message && first != token.bot_id() {
             return Err(forbidden("token"));
         }
         Ok(token)
@@ -754,15 +747,8 @@ fn forbidden(what: &str) -> Response {
     Response::error(ResponseType::Forbidden, &reason)
 }
 
-/// Options, path, method and formats. RFC 7252 §5.4, §5.8 and §5.10.
-fn route(request: &Request) -> Result<Resource, Response> {
-    request.check_options()?;
-    let (resource, method, format) = match request.path().as_str() {
-        "message" => (Resource::Message, coap::POST, coap::TEXT_PLAIN),
-        "update" => (Resource::Update, coap::POST, coap::TEXT_PLAIN),
-        ".well-known/core" => (Resource::Discovery, coap::GET, coap::LINK_FORMAT),
-        _ => return Err(Response::error(ResponseType::NotFound, "No such resource")),
-    };
+/// RFC 7252 §5.8, §5.10.3 and §5.10.4.
+fn check_formats(request: &Request, method: u8, format: u32) -> Result<(), Response> {
     let error = |code, reason| Err(Response::error(code, reason));
     let given = request.uint(coap::CONTENT_FORMAT);
     let wanted = request.uint(coap::ACCEPT);
@@ -777,9 +763,9 @@ fn route(request: &Request) -> Result<Resource, Response> {
     }
     // Replies are short and go whole, whatever size of block is asked for.
     if request.block(coap::BLOCK2)?.number > 0 {
-        return Err(bad_request("No such block"));
+        return error(ResponseType::BadRequest, "No such block");
     }
-    Ok(resource)
+    Ok(())
 }
 
 /// The value of a field, empty if it is missing. Values are not percent-encoded. A key separates
@@ -854,12 +840,12 @@ impl Gateway {
         }
         FORWARDED.fetch_add(sent as u64, Relaxed);
         FAILURES.fetch_add((chats.len() - sent) as u64, Relaxed);
-        let detail = format!("{sent} of {} chats", message.chats.len());
+        let mut response = Response::text(ResponseType::Content, MESSAGES_SENT);
         if sent == 0 && !chats.is_empty() {
-            return Response::failed(detail);
+            response = Response::failed();
         }
-        let code = ResponseType::Content;
-        Response::content(code, coap::TEXT_PLAIN, MESSAGES_SENT, &detail)
+        response.detail = format!("{sent} of {} chats", message.chats.len());
+        response
     }
 
     /// Fetches what people wrote, and tells the mote all that it should know, unless it does.
@@ -870,16 +856,17 @@ impl Gateway {
             && let Err(failure) = self.fetch(token)
         {
             FAILURES.fetch_add(1, Relaxed);
-            return Response::failed(failure.reason);
+            let mut response = Response::failed();
+            response.detail = failure.reason;
+            return response;
         }
         let tokens = self.state.tokens();
         let version = self.motes.offer(&tokens);
         if tokens.is_empty() || self.motes.has_acknowledged(peer, version, Instant::now()) {
-            return Response::content(ResponseType::Valid, coap::TEXT_PLAIN, NO_UPDATES, "");
+            return Response::text(ResponseType::Valid, NO_UPDATES);
         }
-        let code = ResponseType::Content;
-        let mut response = Response::content(code, coap::TEXT_PLAIN, &tokens, &tokens);
-        response.version = Some(version);
+        let mut response = Response::text(ResponseType::Content, &tokens);
+        (response.version, response.detail) = (Some(version), tokens);
         response
     }
 
@@ -1970,11 +1957,9 @@ mod coap {
             let path = self.path();
             let path = path.split(':').next().unwrap_or_default();
             let path: String = path.chars().take(24).collect();
-            match self.code {
-                GET => write!(f, "GET /{path}"),
-                POST => write!(f, "POST /{path}"),
-                code => write!(f, "{}.{:02} /{path}", code >> 5, code & 31),
-            }
+            let methods = ["", "GET", "POST", "PUT", "DELETE"];
+            let method = methods.get(usize::from(self.code)).unwrap_or(&"?");
+            write!(f, "{method} /{path}")
         }
     }
 
@@ -2079,16 +2064,20 @@ mod coap {
             }
         }
 
-        pub fn failed(detail: String) -> Response {
-            let response = Response::error(ResponseType::InternalServerError, "");
-            Response { detail, ..response }
+        pub fn failed() -> Response {
+            Response::error(ResponseType::InternalServerError, "")
         }
 
-        pub fn content(code: ResponseType, format: u32, payload: &str, detail: &str) -> Response {
+        /// Without anything for the log.
+        pub fn content(code: ResponseType, format: u32, payload: &str) -> Response {
             let mut response = Response::error(code, payload);
             response.option(CONTENT_FORMAT, format);
-            response.detail = detail.to_string();
+            response.detail.clear();
             response
+        }
+
+        pub fn text(code: ResponseType, payload: &str) -> Response {
+            Response::content(code, TEXT_PLAIN, payload)
         }
 
         fn option(&mut self, number: u16, value: u32) {
