@@ -608,7 +608,8 @@ impl Gateway {
     fn begin(&mut self, request: &Request) {
         let acknowledgement = self.exchanges.acknowledge(request, None);
         self.transmit(request.peer, &acknowledgement);
-        self.motes.note_request(request.peer, request.message_id);
+        self.motes
+            .note_request(request.peer, request.packet.header.message_id);
         self.deadline = request.at + self.time_for(REQUEST_TIME);
     }
 
@@ -699,7 +700,7 @@ impl Gateway {
         if !self.exchanges.assemble(request)? {
             return Ok(Work::Reply(Response::error(ResponseType::Continue, "")));
         }
-        let payload = String::from_utf8_lossy(&request.payload);
+        let payload = String::from_utf8_lossy(&request.packet.payload);
         let payload = format!("&{}", trim(&payload)); // so that each key has its `&`
         let [url, token, chat_ids, text] = KEYS.map(|key| field(&payload, key));
         let is_message = path == "message";
@@ -752,7 +753,7 @@ fn check_formats(request: &Request, method: u8, format: u32) -> Result<(), Respo
     let error = |code, reason| Err(Response::error(code, reason));
     let given = request.uint(coap::CONTENT_FORMAT);
     let wanted = request.uint(coap::ACCEPT);
-    if request.code != method {
+    if request.code() != method {
         return error(ResponseType::MethodNotAllowed, "Method not allowed");
     }
     if method == coap::POST && given.is_some_and(|given| given != coap::TEXT_PLAIN) {
@@ -1734,10 +1735,9 @@ fn heartbeat() {
     let start = Instant::now();
     loop {
         thread::sleep(HEARTBEAT);
-        let minutes = start.elapsed().as_secs() / 60;
+        let (minutes, forwarded) = (start.elapsed().as_secs() / 60, FORWARDED.load(Relaxed));
+        let (failures, users) = (FAILURES.load(Relaxed), USERS.load(Relaxed));
         let (hours, minutes) = (minutes / 60, minutes % 60);
-        let (forwarded, failures) = (FORWARDED.load(Relaxed), FAILURES.load(Relaxed));
-        let users = USERS.load(Relaxed);
         info!(
             "Server is still running: up {hours} h {minutes} min, {forwarded} messages forwarded, \
             {failures} failures, {users} registered users"
@@ -1872,7 +1872,7 @@ fn receive_packet(socket: &UdpSocket, timeout: Duration) -> io::Result<Option<Pa
 /// RFC 7252 and Block1 of RFC 7959: bytes and a time in, bytes out. It sees neither a socket nor a
 /// clock.
 mod coap {
-    use std::collections::VecDeque;
+    use std::collections::{BTreeMap, VecDeque};
     use std::fmt;
     use std::hash::{BuildHasher as _, Hasher as _, RandomState};
     use std::net::SocketAddr;
@@ -1898,9 +1898,9 @@ mod coap {
     pub const BODY_MAX: usize = 17 << 10;
     /// Remembered messages: 1,000 motes that all send four in `EXCHANGE_LIFETIME`.
     pub const SEEN_MAX: usize = 4096;
-    /// Responses that wait for their ACK; the oldest is given up.
+    /// Responses that wait for their ACK; beyond that, one is given up.
     const OPEN_MAX: usize = 1024;
-    /// Block1 assemblies, of `BODY_MAX` each; the oldest is given up.
+    /// Block1 assemblies, of `BODY_MAX` each; beyond that, one is given up.
     pub const ASSEMBLIES_MAX: usize = 32;
     pub const ASSEMBLY_LIFETIME: Duration = Duration::from_secs(60);
 
@@ -1941,13 +1941,9 @@ mod coap {
     pub struct Request {
         pub peer: SocketAddr,
         pub at: Instant,
-        pub code: u8,
-        pub message_id: u16,
-        pub payload: Vec<u8>,
-        /// Of the peer and the whole datagram: a restarted mote uses message IDs again, for other
-        /// requests.
+        pub packet: Packet,
+        /// Of the peer and the whole datagram: a restarted mote uses message IDs again.
         digest: u64,
-        packet: Packet,
     }
 
     /// For the log: method and path. Only the start of a path, up to a colon: somebody may have put
@@ -1958,12 +1954,16 @@ mod coap {
             let path = path.split(':').next().unwrap_or_default();
             let path: String = path.chars().take(24).collect();
             let methods = ["", "GET", "POST", "PUT", "DELETE"];
-            let method = methods.get(usize::from(self.code)).unwrap_or(&"?");
+            let method = methods.get(usize::from(self.code())).unwrap_or(&"?");
             write!(f, "{method} /{path}")
         }
     }
 
     impl Request {
+        pub fn code(&self) -> u8 {
+            self.packet.header.code.into()
+        }
+
         fn is_confirmable(&self) -> bool {
             self.packet.header.get_type() == MessageType::Confirmable
         }
@@ -2113,8 +2113,6 @@ mod coap {
 
     /// A separate CON response without its ACK. RFC 7252 §4.2.
     struct Open {
-        peer: SocketAddr,
-        message_id: u16,
         bytes: Vec<u8>,
         retransmitted: u32,
         timeout: Duration,
@@ -2122,10 +2120,8 @@ mod coap {
         version: Option<u64>,
     }
 
-    /// A request of which some blocks have come. RFC 7959 §2.5.
+    /// What has come of a request in blocks. RFC 7959 §2.5.
     struct Assembly {
-        peer: SocketAddr,
-        path: String,
         body: Vec<u8>,
         touched: Instant,
     }
@@ -2135,10 +2131,12 @@ mod coap {
     pub struct Exchanges {
         last_message_id: u16,
         hasher: RandomState,
-        /// In the order in which they came, as the next two.
+        /// In the order in which they came.
         seen: VecDeque<Seen>,
-        open: VecDeque<Open>,
-        assemblies: VecDeque<Assembly>,
+        /// By peer and message ID.
+        open: BTreeMap<(SocketAddr, u16), Open>,
+        /// By peer and path.
+        assemblies: BTreeMap<(SocketAddr, String), Assembly>,
     }
 
     impl Exchanges {
@@ -2150,18 +2148,20 @@ mod coap {
             }
         }
 
-        /// Judges a datagram, but remembers nothing: `reply` or `accept` does, when it is acted on.
+        /// Judges a datagram, but remembers nothing: `acknowledge` does, when it is acted on.
         pub fn receive(&mut self, now: Instant, peer: SocketAddr, datagram: &[u8]) -> Event {
             if peer.ip().is_unspecified() {
                 return Event::Send(Vec::new()); // firmware: it cannot be answered, and comes again
             }
-            let mut packet = match parse(datagram) {
+            let packet = match parse(datagram) {
                 Ok(packet) => packet,
                 Err(reset) => return Event::Send(reset),
             };
-            let (kind, message_id) = (packet.header.get_type(), packet.header.message_id);
+            let (kind, id) = (packet.header.get_type(), packet.header.message_id);
             if matches!(kind, MessageType::Acknowledgement | MessageType::Reset) {
-                return self.close(peer, kind, message_id);
+                let version = self.open.remove(&(peer, id)).and_then(|open| open.version);
+                let version = version.filter(|_| kind == MessageType::Acknowledgement);
+                return version.map_or(Event::Send(Vec::new()), Event::Acknowledged);
             }
             let digest = self.hasher.hash_one((peer, datagram));
             let is_twin = |seen: &&Seen| seen.digest == digest && now < seen.expires;
@@ -2171,25 +2171,9 @@ mod coap {
             Event::Request(Request {
                 peer,
                 at: now,
-                code: datagram[1],
-                message_id,
-                payload: std::mem::take(&mut packet.payload),
-                digest,
                 packet,
+                digest,
             })
-        }
-
-        /// An ACK or RST ends the retransmission of a response.
-        fn close(&mut self, peer: SocketAddr, kind: MessageType, message_id: u16) -> Event {
-            let is_own = |open: &Open| open.peer == peer && open.message_id == message_id;
-            let at = self.open.iter().position(is_own);
-            let version = at.and_then(|at| self.open.remove(at)?.version);
-            match version {
-                Some(version) if kind == MessageType::Acknowledgement => {
-                    Event::Acknowledged(version)
-                }
-                _ => Event::Send(Vec::new()),
-            }
         }
 
         /// Answers at once: inside the ACK for CON, with a NON for NON. Without a response, with an
@@ -2205,7 +2189,10 @@ mod coap {
             }
             let (mut reply, mut lifetime) = (Vec::new(), NON_LIFETIME);
             if request.is_confirmable() {
-                let (kind, id) = (MessageType::Acknowledgement, request.message_id);
+                let (kind, id) = (
+                    MessageType::Acknowledgement,
+                    request.packet.header.message_id,
+                );
                 lifetime = EXCHANGE_LIFETIME;
                 reply = match response {
                     Some(response) => encode(kind, id, request, response),
@@ -2231,35 +2218,33 @@ mod coap {
 
         /// The separate response to an accepted request. RFC 7252 §5.2.2.
         pub fn respond(&mut self, now: Instant, request: &Request, response: &Response) -> Vec<u8> {
-            let (message_id, version) = (self.next_message_id(), response.version);
+            let id = self.next_message_id();
             if !request.is_confirmable() {
-                return encode(MessageType::NonConfirmable, message_id, request, response);
+                return encode(MessageType::NonConfirmable, id, request, response);
             }
-            let bytes = encode(MessageType::Confirmable, message_id, request, response);
+            let bytes = encode(MessageType::Confirmable, id, request, response);
             if self.open.len() >= OPEN_MAX {
-                self.open.pop_front();
+                self.open.pop_first();
             }
-            let random = random() % (1 + ACK_RANDOM_MS);
-            let timeout = ACK_TIMEOUT + Duration::from_millis(random);
-            self.open.push_back(Open {
-                peer: request.peer,
-                message_id,
+            let timeout = ACK_TIMEOUT + Duration::from_millis(random() % (1 + ACK_RANDOM_MS));
+            let open = Open {
                 bytes: bytes.clone(),
                 retransmitted: 0,
                 timeout,
                 due: now + timeout,
-                version,
-            });
+                version: response.version,
+            };
+            self.open.insert((request.peer, id), open);
             bytes
         }
 
         /// What is to be sent again now.
         pub fn retransmissions(&mut self, now: Instant) -> Vec<(SocketAddr, Vec<u8>)> {
             let goes_on = |open: &Open| now < open.due || open.retransmitted < MAX_RETRANSMIT;
-            self.open.retain(goes_on);
+            self.open.retain(|_, open| goes_on(open));
             let mut again = Vec::new();
-            for open in self.open.iter_mut().filter(|open| open.due <= now) {
-                again.push((open.peer, open.bytes.clone()));
+            for ((peer, _), open) in self.open.iter_mut().filter(|(_, open)| open.due <= now) {
+                again.push((*peer, open.bytes.clone()));
                 open.retransmitted += 1;
                 open.timeout *= 2;
                 open.due = now + open.timeout;
@@ -2269,47 +2254,18 @@ mod coap {
 
         /// When the next retransmission is due.
         pub fn next_due(&self) -> Option<Instant> {
-            self.open.iter().map(|open| open.due).min()
+            self.open.values().map(|open| open.due).min()
         }
 
         /// Whether the request is whole; then it has its whole body. `Err` refuses the block.
         pub fn assemble(&mut self, request: &mut Request) -> Result<bool, Response> {
             let block = request.block(BLOCK1)?;
-            let mut body = self.blocks_before(request, block)?;
-            body.append(&mut request.payload);
-            if body.len() > BODY_MAX {
-                let code = ResponseType::RequestEntityTooLarge;
-                let mut response = Response::error(code, "At most 17 KiB");
-                response.option(SIZE1, BODY_MAX as u32);
-                return Err(response);
-            }
-            if !block.has_more {
-                request.payload = body;
-                return Ok(true);
-            }
-            if self.assemblies.len() >= ASSEMBLIES_MAX {
-                self.assemblies.pop_front();
-            }
-            self.assemblies.push_back(Assembly {
-                peer: request.peer,
-                path: request.path(),
-                body,
-                touched: request.at,
-            });
-            Ok(false)
-        }
-
-        /// The body so far, if this block goes on from it.
-        fn blocks_before(&mut self, request: &Request, block: Block) -> Result<Vec<u8>, Response> {
-            let (peer, now, path) = (request.peer, request.at, request.path());
-            let is_alive = |known: &Assembly| now < known.touched + ASSEMBLY_LIFETIME;
-            self.assemblies.retain(is_alive);
-            let is_own = |known: &Assembly| known.peer == peer && known.path == path;
-            let at = self.assemblies.iter().position(is_own);
-            let known = at.and_then(|at| self.assemblies.remove(at));
-            let body = known.map(|known| known.body).filter(|_| block.number > 0);
-            let body = body.unwrap_or_default();
-            let length = request.payload.len();
+            let (key, touched) = ((request.peer, request.path()), request.at);
+            let is_alive = |known: &Assembly| touched < known.touched + ASSEMBLY_LIFETIME;
+            self.assemblies.retain(|_, known| is_alive(known));
+            let known = self.assemblies.remove(&key).filter(|_| block.number > 0);
+            let mut body = known.map_or(Vec::new(), |known| known.body);
+            let length = request.packet.payload.len();
             if body.len() != block.number * block.size {
                 let code = ResponseType::RequestEntityIncomplete;
                 return Err(Response::error(code, "A block is missing"));
@@ -2318,7 +2274,22 @@ mod coap {
                 let reason = "A block is not of its size";
                 return Err(Response::error(ResponseType::BadRequest, reason));
             }
-            Ok(body)
+            body.append(&mut request.packet.payload);
+            if body.len() > BODY_MAX {
+                let code = ResponseType::RequestEntityTooLarge;
+                let mut response = Response::error(code, "At most 17 KiB");
+                response.option(SIZE1, BODY_MAX as u32);
+                return Err(response);
+            }
+            if !block.has_more {
+                request.packet.payload = body;
+                return Ok(true);
+            }
+            if self.assemblies.len() >= ASSEMBLIES_MAX {
+                self.assemblies.pop_first();
+            }
+            self.assemblies.insert(key, Assembly { body, touched });
+            Ok(false)
         }
 
         fn next_message_id(&mut self) -> u16 {
