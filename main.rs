@@ -6,19 +6,19 @@
 //!
 //! * `POST /message`, payload `url=…&token=…&chat_ids=1,2&text=…`: one `sendMessage` for each chat.
 //! * `POST /update`, payload `url=…&token=…`: `getUpdates`, answered with all that the mote should
-//!   know, unless it has acknowledged just that: `r123` (a removed user), `i5` (interval, minutes),
-//!   `f1` (LED feedback), `Ada:123` (a user), joined with `;`.
+//!   know, as `r123;i5;f1;Ada:123` (a removed user, interval, LED feedback, a user), unless it has
+//!   acknowledged just that.
 //! * `GET /.well-known/core`: RFC 6690.
 //!
 //! One thread owns everything ([`Gateway`]) and does one thing at a time: it receives a datagram,
 //! sends the empty ACK, calls Telegram, sends the separate response, and only then writes to the
 //! disk and to people. What comes meanwhile waits in the socket. When nothing waits there, it
-//! retransmits, and fetches what people wrote. A second thread logs a heartbeat; a text to several
+//! retransmits, and fetches what people wrote. Another thread logs a heartbeat; a text to several
 //! chats has a thread for each while it is sent.
 //!
-//! The file reads top-down. A datagram travels [`Gateway::run`] → [`coap::Exchanges::receive`] →
-//! [`Gateway::handle`] → [`Gateway::deliver`] or [`Gateway::update`] → [`Gateway::settle`]. What
-//! people write travels [`Gateway::fetch`] → [`People::take`] → [`State`] → [`State::tokens`].
+//! A datagram travels [`Gateway::run`] → [`coap::Exchanges::receive`] → [`Gateway::handle`] →
+//! [`Gateway::deliver`] or [`Gateway::update`] → [`Gateway::settle`]; what people write travels
+//! [`Gateway::fetch`] → [`People::take`] → [`State`] → [`State::tokens`].
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
@@ -179,22 +179,12 @@ fn say(text: &str) -> Result<(), String> {
 struct Secret(String);
 
 impl Secret {
-    /// A bot token, `<bot id>:<letters, digits, _ and ->`, so that it can stand in a URL as it is.
-    fn bot_token(text: &str) -> Option<Secret> {
-        let (id, key) = text.split_once(':')?;
+    /// `<bot id>:<letters, digits, _ and ->`, so that it can stand in a URL as it is.
+    fn is_bot_token(&self) -> bool {
+        let (id, key) = self.0.split_once(':').unwrap_or_default();
         let is_id = (1..=20).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_digit());
         let fits = |b: u8| b.is_ascii_alphanumeric() || b == b'_' || b == b'-';
-        let is_key = (1..=100).contains(&key.len()) && key.bytes().all(fits);
-        (is_id && is_key).then(|| Secret(text.to_string()))
-    }
-
-    fn mote_token(text: &str) -> Option<Secret> {
-        let fits = text.len() <= MOTE_TOKEN_MAX && !text.contains('&');
-        Secret::password(text).filter(|_| fits)
-    }
-
-    fn password(text: &str) -> Option<Secret> {
-        (!text.contains(char::is_whitespace)).then(|| Secret(text.to_string()))
+        is_id && (1..=100).contains(&key.len()) && key.bytes().all(fits)
     }
 
     /// The part of a bot token before the colon: the bot's user id, which is public.
@@ -220,6 +210,8 @@ struct Config {
     token: Option<Secret>,
     /// What motes may present in place of `token`, so that it never crosses the mesh.
     mote_token: Option<Secret>,
+    /// File and line of it.
+    mote_token_origin: String,
     ip_family: IpFamily,
     /// `None`: every `config` is refused.
     password: Option<Secret>,
@@ -238,6 +230,7 @@ impl Config {
             url: "https://api.telegram.org/bot".to_string(),
             token: None,
             mote_token: None,
+            mote_token_origin: String::new(),
             ip_family: IpFamily::Any,
             password: None,
             listen: SocketAddr::new(Ipv6Addr::LOCALHOST.into(), coap::PORT),
@@ -245,73 +238,97 @@ impl Config {
             roots_origin: "Mozilla's, built in".to_string(),
             state_path: folder("STATE_DIRECTORY", "/var/lib").join("state.json"),
         };
-        config.read_ini()?;
-        config.read_variables()?;
+        let (ini, dot_env) = (settings_file("config.ini"), settings_file(".env"));
+        read_settings(&ini, &mut config, true)?;
+        read_settings(&dot_env, &mut config, false)?;
+        for name in [
+            "PASSWORD",
+            "SSL_CERT_FILE",
+            "COAP_SERVER_IP",
+            "COAP_SERVER_PORT",
+        ] {
+            let value = env::var(name).unwrap_or_default();
+            if !value.is_empty() {
+                config.set("environment", name, &value)?;
+            }
+        }
+        if config.token.is_none() && config.mote_token.is_some() {
+            let origin = config.mote_token_origin;
+            return Err(format!("{origin}: mote_token without bot_token"));
+        }
+        if config.token.is_none() {
+            warn!(
+                "no bot_token is set in {}: /message serves any token, \
+                /update the first bot that Telegram accepts",
+                ini.display()
+            );
+        }
+        if config.password.is_none() {
+            let file = dot_env.display();
+            warn!("no PASSWORD is set in {file}: every `config` is refused");
+        }
         Ok(config)
+    }
+
+    /// An error does not repeat the value, for it may be a secret.
+    fn set(&mut self, origin: &str, name: &str, value: &str) -> Result<(), String> {
+        let fault = |rule: &str| format!("{origin}: {name} {rule}");
+        let is_word = !value.contains(char::is_whitespace);
+        let secret = Secret(value.to_string());
+        match name {
+            "bot_token" if value == "your_telegram_bot_token" => {}
+            "bot_token" if secret.is_bot_token() => self.token = Some(secret),
+            "bot_token" => return Err(fault("is not a bot token (digits, a colon, letters)")),
+            "mote_token" if is_word && value.len() <= MOTE_TOKEN_MAX && !value.contains('&') => {
+                self.mote_token = Some(secret);
+                self.mote_token_origin = origin.to_string();
+            }
+            "mote_token" => return Err(fault("is not a word of at most 49 bytes without &")),
+            "url" if is_https_url(value) => self.url = value.to_string(),
+            "url" => return Err(fault("is not of the form https://host/bot")),
+            "ip_family" => {
+                self.ip_family = match value {
+                    "any" => IpFamily::Any,
+                    "ipv4" => IpFamily::Ipv4Only,
+                    "ipv6" => IpFamily::Ipv6Only,
+                    _ => return Err(fault("is none of any, ipv4, ipv6")),
+                }
+            }
+            "PASSWORD" if is_word => self.password = Some(secret),
+            "PASSWORD" => return Err(fault("holds white space, which nobody could send")),
+            "COAP_SERVER_IP" => {
+                let ip = value.parse().ok();
+                let ip = ip.ok_or_else(|| fault("is not an IP address (without a zone)"))?;
+                self.listen.set_ip(ip);
+            }
+            "COAP_SERVER_PORT" => {
+                let port = value.parse().ok();
+                let port = port.ok_or_else(|| fault("is not a port (0 to 65535)"))?;
+                self.listen.set_port(port);
+            }
+            "SSL_CERT_FILE" => {
+                self.roots = read_roots(value).map_err(|reason| fault(&reason))?;
+                self.roots_origin = format!("those in SSL_CERT_FILE {value}");
+            }
+            _ => warn!("{}", fault("is unknown and ignored")),
+        }
+        Ok(())
     }
 
     /// For the commands that cannot do without.
     fn required_token(&self) -> Result<&Secret, String> {
-        let missing = format!("no bot_token is set in {}", config_ini().display());
+        let file = settings_file("config.ini");
+        let missing = format!("no bot_token is set in {}", file.display());
         self.token.as_ref().ok_or(missing)
-    }
-
-    fn read_ini(&mut self) -> Result<(), String> {
-        let settings = read_settings(&config_ini(), true)?;
-        for set in &settings {
-            match set.name.as_str() {
-                "bot_token" if set.text == "your_telegram_bot_token" => {}
-                "bot_token" => self.token = Some(set.parsed(Secret::bot_token)?),
-                "mote_token" => self.mote_token = Some(set.parsed(Secret::mote_token)?),
-                "url" => self.url = set.parsed(https_url)?,
-                "ip_family" => self.ip_family = set.parsed(ip_family)?,
-                name => warn!("{}: unknown key `{name}` is ignored", set.origin),
-            }
-        }
-        if self.token.is_none() {
-            if let Some(set) = settings.iter().find(|set| set.name == "mote_token") {
-                return Err(format!("{}: mote_token without bot_token", set.origin));
-            }
-            warn!(
-                "no bot_token is set in {}: /message serves any token, \
-                /update the first bot that Telegram accepts",
-                config_ini().display()
-            );
-        }
-        Ok(())
-    }
-
-    fn read_variables(&mut self) -> Result<(), String> {
-        let name = match env::var_os("CREDENTIALS_DIRECTORY") {
-            Some(_) => "env", // a credential's name cannot start with a dot
-            None => ".env",
-        };
-        let file = folder("CREDENTIALS_DIRECTORY", "/etc").join(name);
-        let dot_env = read_settings(&file, false)?;
-        let variable = |name| Setting::variable(name, &dot_env);
-        if let Some(set) = variable("PASSWORD") {
-            self.password = Some(set.parsed(Secret::password)?);
-        }
-        if let Some(set) = variable("COAP_SERVER_IP") {
-            self.listen.set_ip(set.parsed(|text| text.parse().ok())?);
-        }
-        if let Some(set) = variable("COAP_SERVER_PORT") {
-            self.listen.set_port(set.parsed(|text| text.parse().ok())?);
-        }
-        if let Some(set) = variable("SSL_CERT_FILE") {
-            self.roots = read_roots(&set)?;
-            self.roots_origin = format!("those in SSL_CERT_FILE {}", set.text);
-        }
-        if self.password.is_none() {
-            let file = file.display();
-            warn!("no PASSWORD is set in {file}: every `config` is refused");
-        }
-        Ok(())
     }
 }
 
-fn config_ini() -> PathBuf {
-    folder("CREDENTIALS_DIRECTORY", "/etc").join("config.ini")
+fn settings_file(name: &str) -> PathBuf {
+    let folder = folder("CREDENTIALS_DIRECTORY", "/etc");
+    match env::var_os("CREDENTIALS_DIRECTORY") {
+        Some(_) => folder.join(name.trim_start_matches('.')), // as a credential has to be named
+        None => folder.join(name),
+    }
 }
 
 /// What systemd names in `variable`; else the working directory if it holds settings; else the
@@ -328,54 +345,17 @@ fn folder(variable: &str, root: &str) -> PathBuf {
     first.into()
 }
 
-/// What is set, and where it stands, as in `.env:3`.
-#[derive(Clone)]
-struct Setting {
-    name: String,
-    text: String,
-    origin: String,
-}
-
-impl Setting {
-    /// The real environment wins over `.env`, and an empty variable is not set.
-    fn variable(name: &str, dot_env: &[Setting]) -> Option<Setting> {
-        let Some(value) = env::var_os(name).filter(|value| !value.is_empty()) else {
-            return dot_env.iter().find(|set| set.name == name).cloned();
-        };
-        Some(Setting {
-            name: name.to_string(),
-            text: value.to_string_lossy().into_owned(),
-            origin: "environment".to_string(),
-        })
-    }
-
-    /// What `parse` makes of it, or what is wrong where. The text is not repeated, for it may be a
-    /// secret.
-    fn parsed<T>(&self, parse: impl Fn(&str) -> Option<T>) -> Result<T, String> {
-        let rule = match self.name.as_str() {
-            "bot_token" => "is not a bot token (digits, a colon, letters: as BotFather shows it)",
-            "mote_token" => "is not a word of at most 49 bytes without white space and &",
-            "url" => "is not of the form https://host/bot",
-            "ip_family" => "is none of any, ipv4, ipv6",
-            "PASSWORD" => "holds white space, so nobody could write it in a `config` message",
-            "COAP_SERVER_IP" => "is not an IP address (without a zone)",
-            _ => "is not a port (0 to 65535)",
-        };
-        parse(&self.text).ok_or_else(|| format!("{}: {} {rule}", self.origin, self.name))
-    }
-}
-
-/// The lines `name = value` that are neither empty nor comments, and set something; of an INI file
-/// those of `[telegram]`, for the other sections belong to the firmware's build.
-fn read_settings(path: &Path, ini: bool) -> Result<Vec<Setting>, String> {
+/// Hands over the lines `name = value` that are neither empty nor comments, and set something; of an
+/// INI file those of `[telegram]`, for the other sections belong to the firmware's build.
+fn read_settings(path: &Path, config: &mut Config, is_ini: bool) -> Result<(), String> {
     let content = match fs::read(path) {
         Ok(content) => content,
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(format!("cannot read {}: {error}", path.display())),
     };
     let content = content.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&content);
-    let mut settings = Vec::<Setting>::new();
-    let mut section = if ini { "" } else { "telegram" };
+    let mut section = if is_ini { "" } else { "telegram" };
+    let mut names = Vec::new();
     for (number, line) in (1..).zip(content.split(|byte| *byte == b'\n')) {
         let origin = format!("{}:{number}", path.display());
         let line = str::from_utf8(line).map_err(|_| format!("{origin}: not UTF-8 text"))?;
@@ -383,10 +363,11 @@ fn read_settings(path: &Path, ini: bool) -> Result<Vec<Setting>, String> {
         if line.is_empty() || line.starts_with(['#', ';']) {
             continue;
         }
-        if ini && let Some(name) = line.strip_prefix('[') {
+        if is_ini && let Some(name) = line.strip_prefix('[') {
             let name = name
-                .strip_suffix(']')
-                .ok_or(format!("{origin}: `[` without `]`"))?;
+                .split_once(']')
+                .ok_or(format!("{origin}: `[` without `]`"))?
+                .0;
             section = name.trim();
             continue;
         }
@@ -397,44 +378,32 @@ fn read_settings(path: &Path, ini: bool) -> Result<Vec<Setting>, String> {
             continue;
         }
         let line = line.strip_prefix("export ").unwrap_or(line);
-        let (name, value) = line.split_once('=').unwrap_or_default();
-        let (mut name, value) = (name.trim().to_string(), value.trim());
-        if name.is_empty() || name.contains(|c: char| c.is_whitespace() || c.is_control()) {
-            return Err(format!("{origin}: not `NAME=value`"));
-        }
-        if ini {
-            name.make_ascii_lowercase();
-        }
-        if let Some(first) = settings.iter().find(|set| set.name == name) {
-            return Err(format!("{origin}: set before in {}", first.origin));
+        let fault = || format!("{origin}: not `NAME=value`");
+        let (name, value) = line.split_once('=').ok_or_else(fault)?;
+        let (name, value) = (name.trim().to_string(), value.trim());
+        let name = if is_ini { name.to_lowercase() } else { name };
+        if names.contains(&name) {
+            return Err(format!("{origin}: {name} is set twice; remove one of them"));
         }
         let unquote = |quote: char| value.strip_prefix(quote)?.strip_suffix(quote);
-        let text = unquote('"').or(unquote('\'')).unwrap_or(value).to_string();
-        settings.push(Setting { name, text, origin });
+        let value = unquote('"').or(unquote('\'')).unwrap_or(value);
+        let is_overruled = !is_ini && env::var(&name).is_ok_and(|real| !real.is_empty());
+        if !value.is_empty() && !is_overruled {
+            config.set(&origin, &name, value)?;
+        }
+        names.push(name);
     }
-    settings.retain(|set| !set.text.is_empty());
-    Ok(settings)
+    Ok(())
 }
 
-fn https_url(text: &str) -> Option<String> {
-    let uri: ureq::http::Uri = text.parse().ok()?;
-    let is_plain = uri.query().is_none() && !text.contains('#') && !uri.host()?.is_empty();
-    (uri.scheme_str() == Some("https") && is_plain).then(|| text.to_string())
+fn is_https_url(text: &str) -> bool {
+    let uri = ureq::http::Uri::try_from(text).unwrap_or_default();
+    let has_host = uri.host().is_some_and(|host| !host.is_empty());
+    uri.scheme_str() == Some("https") && has_host && !text.contains(['?', '#'])
 }
 
-fn ip_family(text: &str) -> Option<IpFamily> {
-    match text {
-        "any" => Some(IpFamily::Any),
-        "ipv4" => Some(IpFamily::Ipv4Only),
-        "ipv6" => Some(IpFamily::Ipv6Only),
-        _ => None,
-    }
-}
-
-fn read_roots(set: &Setting) -> Result<RootCerts, String> {
-    let (origin, file) = (&set.origin, &set.text);
-    let pem = fs::read(file)
-        .map_err(|error| format!("{origin}: cannot read SSL_CERT_FILE {file}: {error}"))?;
+fn read_roots(file: &str) -> Result<RootCerts, String> {
+    let pem = fs::read(file).map_err(|error| format!("cannot be read: {file}: {error}"))?;
     let mut certificates = Vec::new();
     for item in ureq::tls::parse_pem(&pem) {
         if let Ok(PemItem::Certificate(certificate)) = item {
@@ -442,7 +411,7 @@ fn read_roots(set: &Setting) -> Result<RootCerts, String> {
         }
     }
     if certificates.is_empty() {
-        return Err(format!("{origin}: no certificate in SSL_CERT_FILE {file}"));
+        return Err(format!("holds no certificate: {file}"));
     }
     Ok(RootCerts::new_with_certs(&certificates))
 }
@@ -452,13 +421,12 @@ fn read_roots(set: &Setting) -> Result<RootCerts, String> {
 /// Everything; one thread owns it.
 struct Gateway {
     config: Config,
-    /// Answers leave from the socket that received: gcoap matches a response by the server's
-    /// address and port.
+    /// Answers leave from it, too: gcoap matches a response by the server's address and port.
     socket: UdpSocket,
     exchanges: Exchanges,
     telegram: Telegram,
     state: State,
-    /// What `state.json` holds, as far as this process knows.
+    /// What `state.json` holds, if it is known.
     saved: Option<State>,
     motes: Motes,
     people: People,
@@ -479,14 +447,14 @@ struct Gateway {
 /// Serves for ever. Faults of the start end it; afterwards nothing that a datagram holds does.
 fn serve() -> Result<(), String> {
     start_log(folder("LOGS_DIRECTORY", "/var/log").join("coap_server.log"))?;
-    let mut config = Config::load()?;
+    let config = Config::load()?;
     let state = State::open(&config);
     notify("READY=1");
     let socket = bind(config.listen)?;
-    config.listen = socket.local_addr().unwrap_or(config.listen); // port 0: any
     thread::spawn(heartbeat);
     let version = env!("CARGO_PKG_VERSION");
     info!("coap_websocket {version} serves CoAP on {}", config.listen);
+    notify(&format!("STATUS=Serves CoAP on {}", config.listen));
     let mut gateway = Gateway {
         socket,
         exchanges: Exchanges::new(),
@@ -503,7 +471,6 @@ fn serve() -> Result<(), String> {
         deadline: Instant::now(),
         config,
     };
-    gateway.tell_status();
     gateway.settle(); // so that the time of the first start outlives a crash
     gateway.run()
 }
@@ -514,9 +481,8 @@ fn bind(listen: SocketAddr) -> Result<UdpSocket, String> {
     let mut is_told = false;
     loop {
         match UdpSocket::bind(listen) {
-            Ok(socket) => return Ok(socket),
             Err(error) if error.kind() == ErrorKind::AddrNotAvailable => {}
-            Err(error) => return Err(format!("cannot bind {listen}: {error}")),
+            result => return result.map_err(|error| format!("cannot bind {listen}: {error}")),
         }
         if !is_told {
             warn!("address {listen} does not exist yet; trying every second");
@@ -654,15 +620,6 @@ impl Gateway {
             None => usual,
         }
     }
-
-    fn tell_status(&self) {
-        let trouble = match self.fetch_fails {
-            true => ", but cannot fetch what people write: see the log",
-            false => "",
-        };
-        let listen = self.config.listen;
-        notify(&format!("STATUS=Serves CoAP on {listen}{trouble}"));
-    }
 }
 
 // ---- Judging a request --------------------------------------------------------------------------
@@ -730,7 +687,10 @@ impl Gateway {
             let is_served = is_mote_token || own.is(presented);
             return is_served.then(|| own.clone()).ok_or(forbidden("token"));
         }
-        let token = Secret::bot_token(presented).ok_or(bad_request("Malformed token"))?;
+        let token = Secret(presented.to_string());
+        if !token.is_bot_token() {
+            return Err(bad_request("Malformed token"));
+        }
         let first = self.state.bot.as_deref().unwrap_or(token.bot_id());
         if !is_message && first != token.bot_id() {
             return Err(forbidden("token"));
@@ -888,11 +848,15 @@ impl Gateway {
         }
         if result.is_err() != self.fetch_fails {
             self.fetch_fails = result.is_err();
+            let mut status = format!("Serves CoAP on {}", self.config.listen);
             match &result {
-                Err(failure) => warn!("cannot fetch what people write: {}", failure.reason),
                 Ok(()) => info!("Telegram answers again"),
+                Err(failure) => {
+                    warn!("cannot fetch what people write: {}", failure.reason);
+                    status += ", but cannot fetch what people write";
+                }
             }
-            self.tell_status();
+            notify(&format!("STATUS={status}"));
         }
         result
     }
@@ -937,7 +901,16 @@ impl Gateway {
         let Some(token) = &self.token else { return };
         let mut dropped = 0;
         for (chat, answer) in mem::take(&mut self.people.answers) {
-            for (method, parameters) in answer.calls(chat) {
+            let text = answer.texts.join("\n\n");
+            let text: String = text.chars().take(TEXT_MAX).collect();
+            let mut calls = Vec::new();
+            if !text.is_empty() {
+                calls.push(("sendMessage", json!({"chat_id": chat, "text": text})));
+            }
+            for id in answer.deleted {
+                calls.push(("deleteMessage", json!({"chat_id": chat, "message_id": id})));
+            }
+            for (method, parameters) in calls {
                 if Instant::now() >= self.deadline {
                     dropped += 1;
                     continue;
@@ -1148,9 +1121,8 @@ fn read_answer(status: u16, body: &[u8]) -> Called {
     })
 }
 
-/// Keeps the addresses of the host, for ureq asks for them on every call, also when a connection is
-/// open. It is the Bot API's host or the proxy's, never both. The lock makes one look-up of many at
-/// once.
+/// Keeps the addresses of the host (the Bot API's or the proxy's), for ureq asks for them on every
+/// call, also when a connection is open. The lock makes one look-up of many at once.
 #[derive(Debug, Default)]
 struct Addresses(Mutex<LookUp>);
 
@@ -1328,8 +1300,7 @@ fn beside(path: &Path, suffix: &str) -> PathBuf {
     name.into()
 }
 
-/// A chat with one person, whom the firmware can hold and remove: it removes only ids that start
-/// with a digit.
+/// A person whom the firmware can hold and remove: it removes only ids that start with a digit.
 fn is_private(chat: &i64) -> bool {
     (1..=CHAT_ID_MAX).contains(chat)
 }
@@ -1495,21 +1466,6 @@ struct Suspect {
     /// Wrong passwords in a row.
     wrong: u32,
     locked_until: Option<Instant>,
-}
-
-impl Answer {
-    /// Methods of the Bot API, with their parameters.
-    fn calls(&self, chat: i64) -> Vec<(&'static str, Value)> {
-        let mut calls = Vec::new();
-        if !self.texts.is_empty() {
-            let text: String = self.texts.join("\n\n").chars().take(TEXT_MAX).collect();
-            calls.push(("sendMessage", json!({"chat_id": chat, "text": text})));
-        }
-        for id in &self.deleted {
-            calls.push(("deleteMessage", json!({"chat_id": chat, "message_id": id})));
-        }
-        calls
-    }
 }
 
 impl People {
@@ -1702,8 +1658,7 @@ fn unix_now() -> u64 {
     now.map_or(0, |now| now.as_secs())
 }
 
-/// `2026-01-31 12:00:00` of Unix seconds. Days to a date: H. Hinnant, "chrono-Compatible Low-Level
-/// Date Algorithms", `civil_from_days`.
+/// `2026-01-31 12:00:00` of Unix seconds, by H. Hinnant's `civil_from_days`.
 fn utc(seconds: u64) -> String {
     let (days, time) = (seconds / 86400 + 719_468, seconds % 86400);
     let (era, day) = (days / 146_097, days % 146_097);
@@ -1795,8 +1750,7 @@ fn check() -> Result<(), String> {
     Ok(())
 }
 
-/// One `POST /message` as a mote would send it; to the gateway of this configuration if no URI is
-/// given.
+/// One `POST /message` as a mote would send it; without a URI, to the gateway configured here.
 fn send(chat: &str, text: &str, uri: Option<&str>) -> Result<(), String> {
     let config = Config::load()?;
     let token = config.required_token()?;
@@ -1869,8 +1823,7 @@ fn receive_packet(socket: &UdpSocket, timeout: Duration) -> io::Result<Option<Pa
 
 // ---- The CoAP message layer ---------------------------------------------------------------------
 
-/// RFC 7252 and Block1 of RFC 7959: bytes and a time in, bytes out. It sees neither a socket nor a
-/// clock.
+/// RFC 7252 and Block1 of RFC 7959: bytes and a time in, bytes out; no socket, no clock.
 mod coap {
     use std::collections::{BTreeMap, VecDeque};
     use std::fmt;
@@ -1946,8 +1899,7 @@ mod coap {
         digest: u64,
     }
 
-    /// For the log: method and path. Only the start of a path, up to a colon: somebody may have put
-    /// the token there.
+    /// For the log. Of the path only the start, up to a colon: the token may have been put there.
     impl fmt::Display for Request {
         fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
             let path = self.path();
@@ -1981,8 +1933,7 @@ mod coap {
             path.join("/")
         }
 
-        /// The first value; none if it is too long for its option, as RFC 7252 §5.4.3 asks of
-        /// elective ones.
+        /// The first value; none if it is too long, RFC 7252 §5.4.3 (of elective options).
         pub fn uint(&self, option: u16) -> Option<u32> {
             let value = self.values(option).next()?;
             let longest = match option {
@@ -2011,8 +1962,7 @@ mod coap {
             })
         }
 
-        /// RFC 7252 §5.4: critical options must be known, of a valid length, and not repeated where
-        /// they may not be.
+        /// RFC 7252 §5.4: critical options must be known, of a valid length, and most of them single.
         pub fn check_options(&self) -> Result<(), Response> {
             for (&number, values) in self.packet.options() {
                 let (lengths, is_repeatable) = match number {
@@ -2087,10 +2037,6 @@ mod coap {
         /// As in `2.05`.
         pub fn code(&self) -> String {
             self.packet.header.get_code()
-        }
-
-        fn is_error(&self) -> bool {
-            self.code().starts_with(['4', '5'])
         }
     }
 
@@ -2339,7 +2285,7 @@ mod coap {
             let more = if response.code() == "2.31" { MORE } else { 0 };
             packet.add_option(BLOCK1.into(), uint(block & !MORE | more));
         }
-        if kind != MessageType::Acknowledgement && response.is_error() {
+        if kind != MessageType::Acknowledgement && !response.code().starts_with('2') {
             packet.payload.clear();
         }
         packet.header.set_type(kind);
