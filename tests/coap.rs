@@ -357,6 +357,7 @@ fn duplicates() {
     let answer = mote.receive_raw(PATIENCE).unwrap();
     mote.send(&wrong);
     assert_eq!(mote.receive_raw(PATIENCE), Some(answer));
+    assert!(mote.ping(PATIENCE), "what belongs to the requests is done");
     assert_eq!(gateway.log().matches("4.00").count(), 1);
     // The same ID in another datagram: a mote that was restarted.
     let first = mote.post("message", message(&api, "5", "first"));

@@ -453,6 +453,11 @@ fn answers_are_joined() {
     assert!(texts[0].contains("remove me") && texts[0].to_lowercase().contains("password"));
     let texts = api.texts_to(BOB);
     assert!(texts.len() <= 4, "{} answers to 300 texts", texts.len());
+    let helped: usize = texts
+        .iter()
+        .map(|text| text.matches("remove me").count())
+        .sum();
+    assert_eq!(helped, texts.len(), "the same is said once: {texts:#?}");
 }
 
 // --- the very first start ---

@@ -678,6 +678,22 @@ fn answers_that_fail() {
     });
 }
 
+#[test]
+#[ignore = "takes a minute: cargo test --test update -- --ignored"]
+fn the_end_of_a_hang_is_noticed_within_a_minute() {
+    let (api, gateway) = start();
+    api.fail(every(""), Fault::Hang);
+    let mote = Mote::new(gateway.address());
+    mote.post_separate("update", update(&api))
+        .expect("5.00", "");
+    api.heal();
+    api.person_writes(ADA, "Ada", "hi");
+    let heard = api.wait_until(Duration::from_secs(62), |seen| {
+        !seen.texts_to(ADA).is_empty()
+    });
+    assert!(heard, "{}", gateway.log());
+}
+
 // --- the state file ---
 
 fn files(gateway: &Gateway) -> Vec<String> {
