@@ -45,7 +45,7 @@ use ureq::tls::{PemItem, RootCerts, TlsConfig};
 use ureq::unversioned::resolver::{DefaultResolver, ResolvedSocketAddrs, Resolver};
 use ureq::unversioned::transport::{DefaultConnector, NextTimeout};
 
-// ---- Limits, each with its reason ---------------------------------------------------------------
+// ---------- Limits, each with its reason ----------
 
 /// For a request: RIOT's nanocoap_sock waits 10 s after the empty ACK, so it is answered within 9 s.
 const REQUEST_TIME: Duration = Duration::from_millis(8500);
@@ -132,7 +132,7 @@ usage: coap_websocket                serve
                                      send one message through a running gateway
        coap_websocket --help | --version";
 
-// ---- Arguments and configuration ----------------------------------------------------------------
+// ---------- Arguments and configuration ----------
 
 fn main() -> ExitCode {
     let words: Vec<_> = env::args_os().skip(1).collect();
@@ -155,11 +155,11 @@ fn main() -> ExitCode {
         ["--version" | "-V"] => say(concat!("coap_websocket ", env!("CARGO_PKG_VERSION"))),
         _ => return usage(),
     };
-    let Err(reason) = outcome else {
-        return ExitCode::SUCCESS;
-    };
-    let _ = writeln!(io::stderr(), "coap_websocket: {reason}");
-    ExitCode::FAILURE
+    if let Err(reason) = outcome {
+        let _ = writeln!(io::stderr(), "coap_websocket: {reason}");
+        return ExitCode::FAILURE;
+    }
+    ExitCode::SUCCESS
 }
 
 fn usage() -> ExitCode {
@@ -173,8 +173,7 @@ fn say(text: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// A token or a password. It has neither `Debug` nor `Display`, so that it cannot get into a log
-/// line by accident.
+/// A token or a password. Without `Debug` and `Display` it cannot get into a log line by accident.
 #[derive(Clone)]
 struct Secret(String);
 
@@ -223,8 +222,7 @@ struct Config {
 }
 
 impl Config {
-    /// Reads `config.ini`, `.env` and the environment. An error is one line that names file, line
-    /// and reason.
+    /// From `config.ini`, `.env` and the environment. An error names file, line and reason.
     fn load() -> Result<Config, String> {
         let mut config = Config {
             url: "https://api.telegram.org/bot".to_string(),
@@ -241,12 +239,7 @@ impl Config {
         let (ini, dot_env) = (settings_file("config.ini"), settings_file(".env"));
         read_settings(&ini, &mut config, true)?;
         read_settings(&dot_env, &mut config, false)?;
-        for name in [
-            "PASSWORD",
-            "SSL_CERT_FILE",
-            "COAP_SERVER_IP",
-            "COAP_SERVER_PORT",
-        ] {
+        for name in "PASSWORD SSL_CERT_FILE COAP_SERVER_IP COAP_SERVER_PORT".split(' ') {
             let value = env::var(name).unwrap_or_default();
             if !value.is_empty() {
                 config.set("environment", name, &value)?;
@@ -286,26 +279,20 @@ impl Config {
             "mote_token" => return Err(fault("is not a word of at most 49 bytes without &")),
             "url" if is_https_url(value) => self.url = value.to_string(),
             "url" => return Err(fault("is not of the form https://host/bot")),
-            "ip_family" => {
-                self.ip_family = match value {
-                    "any" => IpFamily::Any,
-                    "ipv4" => IpFamily::Ipv4Only,
-                    "ipv6" => IpFamily::Ipv6Only,
-                    _ => return Err(fault("is none of any, ipv4, ipv6")),
-                }
-            }
+            "ip_family" if value == "any" => self.ip_family = IpFamily::Any,
+            "ip_family" if value == "ipv4" => self.ip_family = IpFamily::Ipv4Only,
+            "ip_family" if value == "ipv6" => self.ip_family = IpFamily::Ipv6Only,
+            "ip_family" => return Err(fault("is none of any, ipv4, ipv6")),
             "PASSWORD" if is_word => self.password = Some(secret),
             "PASSWORD" => return Err(fault("holds white space, which nobody could send")),
-            "COAP_SERVER_IP" => {
-                let ip = value.parse().ok();
-                let ip = ip.ok_or_else(|| fault("is not an IP address (without a zone)"))?;
-                self.listen.set_ip(ip);
-            }
-            "COAP_SERVER_PORT" => {
-                let port = value.parse().ok();
-                let port = port.ok_or_else(|| fault("is not a port (0 to 65535)"))?;
-                self.listen.set_port(port);
-            }
+            "COAP_SERVER_IP" => match value.parse() {
+                Ok(ip) => self.listen.set_ip(ip),
+                Err(_) => return Err(fault("is not an IP address (without a zone)")),
+            },
+            "COAP_SERVER_PORT" => match value.parse() {
+                Ok(port) => self.listen.set_port(port),
+                Err(_) => return Err(fault("is not a port (0 to 65535)")),
+            },
             "SSL_CERT_FILE" => {
                 self.roots = read_roots(value).map_err(|reason| fault(&reason))?;
                 self.roots_origin = format!("those in SSL_CERT_FILE {value}");
@@ -317,9 +304,10 @@ impl Config {
 
     /// For the commands that cannot do without.
     fn required_token(&self) -> Result<&Secret, String> {
-        let file = settings_file("config.ini");
-        let missing = format!("no bot_token is set in {}", file.display());
-        self.token.as_ref().ok_or(missing)
+        let file = settings_file("config.ini").display().to_string();
+        self.token
+            .as_ref()
+            .ok_or(format!("no bot_token is set in {file}"))
     }
 }
 
@@ -331,9 +319,8 @@ fn settings_file(name: &str) -> PathBuf {
     }
 }
 
-/// What systemd names in `variable`; else the working directory if it holds settings; else the
-/// folder of an installation, so that `check` and `send` work from every folder of the Pi; else the
-/// working directory.
+/// What systemd names in `variable`; else the working directory, unless it holds no settings but an
+/// installation does: so `check` and `send` work from every folder of the Pi.
 fn folder(variable: &str, root: &str) -> PathBuf {
     let value = env::var(variable).unwrap_or_default();
     let first = value.split(':').next().unwrap_or_default();
@@ -345,8 +332,7 @@ fn folder(variable: &str, root: &str) -> PathBuf {
     first.into()
 }
 
-/// Hands over the lines `name = value` that are neither empty nor comments, and set something; of an
-/// INI file those of `[telegram]`, for the other sections belong to the firmware's build.
+/// Of an INI file only `[telegram]`, for the other sections belong to the firmware's build.
 fn read_settings(path: &Path, config: &mut Config, is_ini: bool) -> Result<(), String> {
     let content = match fs::read(path) {
         Ok(content) => content,
@@ -416,7 +402,7 @@ fn read_roots(file: &str) -> Result<RootCerts, String> {
     Ok(RootCerts::new_with_certs(&certificates))
 }
 
-// ---- The loop -----------------------------------------------------------------------------------
+// ---------- The loop ----------
 
 /// Everything; one thread owns it.
 struct Gateway {
@@ -475,8 +461,7 @@ fn serve() -> Result<(), String> {
     gateway.run()
 }
 
-/// Waits for an address that does not exist yet: READY was said before, for a unit that waits would
-/// hold up the boot.
+/// Waits for an address that does not exist yet, after READY: a unit that waits holds up the boot.
 fn bind(listen: SocketAddr) -> Result<UdpSocket, String> {
     let mut is_told = false;
     loop {
@@ -586,8 +571,8 @@ impl Gateway {
         }
     }
 
-    /// What can wait until the mote has its response: the disk, then the people, for nobody is told
-    /// of a change that a power cut would undo.
+    /// What can wait until the mote has its response: the disk, and only then the people, for nobody
+    /// is told of a change that a power cut would undo.
     fn settle(&mut self) {
         USERS.store(self.state.users.len() as u64, Relaxed);
         match self.save() {
@@ -607,22 +592,18 @@ impl Gateway {
         Ok(())
     }
 
-    /// The time for a request or a fetch: `usual`, but in a hang only one try a minute has that, and
-    /// so notices the end of the hang.
+    /// In a hang, only one try a minute has the usual time, and so notices the end of the hang.
     fn time_for(&mut self, usual: Duration) -> Duration {
         let now = Instant::now();
-        match self.hang {
-            Some(next_try) if now < next_try => REQUEST_TIME_IN_A_HANG,
-            Some(_) => {
-                self.hang = Some(now + FETCH_AFTER_FAILURE);
-                usual
-            }
-            None => usual,
+        if self.hang.is_some_and(|next_try| now < next_try) {
+            return REQUEST_TIME_IN_A_HANG;
         }
+        self.hang = self.hang.map(|_| now + FETCH_AFTER_FAILURE);
+        usual
     }
 }
 
-// ---- Judging a request --------------------------------------------------------------------------
+// ---------- Judging a request ----------
 
 /// What an acceptable request asks for.
 enum Work {
@@ -729,8 +710,8 @@ fn check_formats(request: &Request, method: u8, format: u32) -> Result<(), Respo
     Ok(())
 }
 
-/// The value of a field, empty if it is missing. Values are not percent-encoded. A key separates
-/// only where it stands first: a text may hold anything else.
+/// The value of a field, empty if it is missing; it is not percent-encoded. Only the first of each
+/// key separates: a text may hold anything else.
 fn field<'a>(payload: &'a str, key: &str) -> &'a str {
     let Some(start) = payload.find(key) else {
         return "";
@@ -772,7 +753,7 @@ fn chat_id(text: &str) -> Option<Value> {
     (!text.starts_with('+')).then(|| number.into())
 }
 
-// ---- Message and update -------------------------------------------------------------------------
+// ---------- Message and update ----------
 
 impl Gateway {
     /// Sends the text to every chat that has not asked to be left alone.
@@ -928,7 +909,7 @@ impl Gateway {
     }
 }
 
-// ---- Telegram -----------------------------------------------------------------------------------
+// ---------- Telegram ----------
 
 /// The Bot API.
 struct Telegram {
@@ -1061,8 +1042,7 @@ impl Telegram {
         let result = match answer {
             Ok((status, answer)) => read_answer(status, &answer),
             Err(error) => Err(Failure {
-                // As long as nobody asked for the body, Telegram cannot have acted on it, whatever
-                // happened to the connection.
+                // As long as nobody asked for the body, Telegram cannot have acted on the call.
                 retry_in: (unread.len() == bytes.len()).then_some(ATTEMPT_PAUSE),
                 timed_out: matches!(error, ureq::Error::Timeout(_)),
                 ..Failure::new(self.describe(&error))
@@ -1159,7 +1139,7 @@ impl Resolver for Addresses {
     }
 }
 
-// ---- State, and what each mote has acknowledged of it -------------------------------------------
+// ---------- State, and what each mote has acknowledged of it ----------
 
 /// What outlives the process, in `state.json`.
 #[derive(Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -1272,8 +1252,8 @@ impl State {
         user.map_or(chat.to_string(), |user| format!("{} ({chat})", user.name))
     }
 
-    /// All that a mote should know. Removals first, for they make room in its list. Settings and ten
-    /// users are at most 277 bytes; of the removals, the latest that still fit go with them.
+    /// All that a mote should know: removals first, which make room in its list. Settings and ten
+    /// users are at most 277 bytes; the latest removals that still fit go with them.
     fn tokens(&self) -> String {
         let mut tokens = Vec::new();
         tokens.extend(self.interval.map(|minutes| format!("i{minutes}")));
@@ -1371,8 +1351,8 @@ impl Motes {
         self.version
     }
 
-    /// A mote whose message ID does not go on from its last one has restarted, and knows nothing. A
-    /// client with a new port for each request tells nothing by its message IDs.
+    /// A mote whose message ID does not go on from the last one (of this port: other clients have a
+    /// new one for each request) has restarted, and knows nothing.
     fn note_request(&mut self, peer: SocketAddr, message_id: u16) {
         let address = peer.ip().to_canonical();
         let known = self.known.iter().position(|mote| mote.address == address);
@@ -1415,7 +1395,7 @@ impl Motes {
     }
 }
 
-// ---- What people write --------------------------------------------------------------------------
+// ---------- What people write ----------
 
 /// Bot API, `Message`: what is needed of it.
 #[derive(Deserialize)]
@@ -1518,8 +1498,8 @@ impl People {
         }
     }
 
-    /// Carries out `config …`. Only a complete command is a guess at the password, and nothing is
-    /// said about the rest of it unless the password is right.
+    /// Only a complete command is a guess at the password, and nothing is said about the rest of it
+    /// unless that is right.
     fn configure(&mut self, chat: i64, words: &[&str], state: &mut State, own: &Option<Secret>) {
         let Some(password) = own else {
             return self.say(chat, "No password is set, so nothing can be changed.");
@@ -1578,7 +1558,7 @@ impl People {
     }
 }
 
-// ---- Log, heartbeat, systemd --------------------------------------------------------------------
+// ---------- Log, heartbeat, systemd ----------
 
 /// For the heartbeat, which has a thread of its own.
 static FORWARDED: AtomicU64 = AtomicU64::new(0);
@@ -1715,7 +1695,7 @@ fn notify(message: &str) {
     }
 }
 
-// ---- `check` and `send` -------------------------------------------------------------------------
+// ---------- `check` and `send` ----------
 
 /// Changes nothing: what people wrote is shown, not confirmed.
 fn check() -> Result<(), String> {
@@ -1821,7 +1801,7 @@ fn receive_packet(socket: &UdpSocket, timeout: Duration) -> io::Result<Option<Pa
     Ok(Some(packet))
 }
 
-// ---- The CoAP message layer ---------------------------------------------------------------------
+// ---------- The CoAP message layer ----------
 
 /// RFC 7252 and Block1 of RFC 7959: bytes and a time in, bytes out; no socket, no clock.
 mod coap {
@@ -2122,8 +2102,8 @@ mod coap {
             })
         }
 
-        /// Answers at once: inside the ACK for CON, with a NON for NON. Without a response, with an
-        /// empty ACK for CON, and `respond` follows. RFC 7252 §5.2.
+        /// Answers at once: inside the ACK, or a NON with a NON. RFC 7252 §5.2. Without a response,
+        /// with an empty ACK (or nothing); then `respond` follows.
         pub fn acknowledge(&mut self, request: &Request, response: Option<&Response>) -> Vec<u8> {
             while self
                 .seen
@@ -2244,9 +2224,9 @@ mod coap {
         }
     }
 
-    /// RFC 7252 §3, §4.2 and §4.3. `Err` is the RST that a malformed or unexpected CON gets, empty
-    /// for others. The codec is laxer than the RFC, so what it reads must be what it would write:
-    /// that leaves no marker without payload, for one.
+    /// RFC 7252 §3, §4.2 and §4.3. `Err` is the RST that a malformed CON gets, empty for others. The
+    /// codec is laxer than the RFC, so what it reads must be what it would write: that leaves no
+    /// marker without payload, for one.
     fn parse(datagram: &[u8]) -> Result<Packet, Vec<u8>> {
         let [first, code, high, low, ..] = *datagram else {
             return Err(Vec::new());
