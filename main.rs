@@ -6,19 +6,19 @@
 //!
 //! * `POST /message`, payload `url=…&token=…&chat_ids=1,2&text=…`: one `sendMessage` for each chat.
 //! * `POST /update`, payload `url=…&token=…`: `getUpdates`, answered with all that the mote should
-//!   know, unless it has acknowledged just that: `r123` (a removed user), `i5` (interval, minutes),
-//!   `f1` (LED feedback), `Ada:123` (a user), joined with `;`.
+//!   know, as `r123;i5;f1;Ada:123` (a removed user, interval, LED feedback, a user), unless it has
+//!   acknowledged just that.
 //! * `GET /.well-known/core`: RFC 6690.
 //!
 //! One thread owns everything ([`Gateway`]) and does one thing at a time: it receives a datagram,
 //! sends the empty ACK, calls Telegram, sends the separate response, and only then writes to the
 //! disk and to people. What comes meanwhile waits in the socket. When nothing waits there, it
-//! retransmits, and fetches what people wrote. A second thread logs a heartbeat; a text to several
+//! retransmits, and fetches what people wrote. Another thread logs a heartbeat; a text to several
 //! chats has a thread for each while it is sent.
 //!
-//! The file reads top-down. A datagram travels [`Gateway::run`] → [`coap::Exchanges::receive`] →
-//! [`Gateway::handle`] → [`Gateway::deliver`] or [`Gateway::update`] → [`Gateway::settle`]. What
-//! people write travels [`Gateway::fetch`] → [`People::take`] → [`State`] → [`State::tokens`].
+//! A datagram travels [`Gateway::run`] → [`coap::Exchanges::receive`] → [`Gateway::handle`] →
+//! [`Gateway::deliver`] or [`Gateway::update`] → [`Gateway::settle`]; what people write travels
+//! [`Gateway::fetch`] → [`People::take`] → [`State`] → [`State::tokens`].
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
@@ -45,10 +45,9 @@ use ureq::tls::{PemItem, RootCerts, TlsConfig};
 use ureq::unversioned::resolver::{DefaultResolver, ResolvedSocketAddrs, Resolver};
 use ureq::unversioned::transport::{DefaultConnector, NextTimeout};
 
-// ---- Limits, each with its reason ---------------------------------------------------------------
+// ---------- Limits, each with its reason ----------
 
-/// For a request, from its arrival: the mote is answered within 9 s, for RIOT's nanocoap_sock waits
-/// 10 s after the empty ACK.
+/// For a request: RIOT's nanocoap_sock waits 10 s after the empty ACK, so it is answered within 9 s.
 const REQUEST_TIME: Duration = Duration::from_millis(8500);
 /// The same while Telegram does not answer, so that all the motes that wait are soon told.
 const REQUEST_TIME_IN_A_HANG: Duration = Duration::from_secs(2);
@@ -60,17 +59,15 @@ const FETCH_EVERY: Duration = Duration::from_secs(15);
 const FETCH_AFTER_FAILURE: Duration = Duration::from_secs(60);
 /// tdlib/telegram-bot-api holds a `getUpdates` that repeats the offset of the one before for 3 s.
 const FOUND_NOTHING_HOLDS: Duration = Duration::from_secs(3);
-/// How long idle connections are kept: Telegram closes them after about a minute, and a text that
-/// meets the closing is lost.
+/// Telegram closes idle connections after about a minute, and a text that meets the closing is lost.
 const IDLE_CONNECTION: Duration = Duration::from_secs(50);
-/// For one connection (TCP and TLS, over all addresses of the host), and for a look-up of these:
-/// leaves time for a second attempt.
-const CONNECT_TIME: Duration = Duration::from_secs(5);
+/// For a connection over all addresses of the host, and for their look-up: half of `REQUEST_TIME`.
+const CONNECT_TIME: Duration = Duration::from_secs(4);
 /// How long the addresses of the host serve without a new look-up.
 const ADDRESSES_HOLD: Duration = Duration::from_secs(60);
 /// For a look-up while there are old addresses to fall back on.
 const LOOK_UP_AGAIN_TIME: Duration = Duration::from_secs(1);
-/// Calls that surely did not reach Telegram, and HTTP 429, are tried this often in all.
+/// Of calls that surely did not reach Telegram, or that are to come later (429).
 const ATTEMPTS: u32 = 3;
 const ATTEMPT_PAUSE: Duration = Duration::from_millis(500);
 /// Bot API server: a page of updates is cut at 4 MiB of JSON; twice that, for the one beyond.
@@ -87,12 +84,11 @@ const TEXT_MAX: usize = 4096;
 const USERS_MAX: usize = 10;
 /// Removed chats that are remembered.
 const REMOVED_MAX: usize = 100;
-/// Motes that are remembered; the longest silent is forgotten, and told everything again.
+/// Motes that are remembered.
 const MOTES_MAX: usize = 64;
 /// After that a mote is told everything again, as it may have restarted unnoticed.
 const ACKNOWLEDGED_HOLDS: Duration = Duration::from_secs(3600);
-/// Firmware: its message IDs go up by 1 to 3 from one request to the next, and begin anew, at
-/// random, when it boots. Room for what is lost in between.
+/// Firmware: its message IDs go up by 1 to 3 from one request to the next; some get lost.
 const MESSAGE_ID_STEP_MAX: u16 = 64;
 /// Firmware: bytes of a user's name.
 const NAME_MAX: usize = 14;
@@ -136,7 +132,7 @@ usage: coap_websocket                serve
                                      send one message through a running gateway
        coap_websocket --help | --version";
 
-// ---- Arguments and configuration ----------------------------------------------------------------
+// ---------- Arguments and configuration ----------
 
 fn main() -> ExitCode {
     let words: Vec<_> = env::args_os().skip(1).collect();
@@ -159,11 +155,11 @@ fn main() -> ExitCode {
         ["--version" | "-V"] => say(concat!("coap_websocket ", env!("CARGO_PKG_VERSION"))),
         _ => return usage(),
     };
-    let Err(reason) = outcome else {
-        return ExitCode::SUCCESS;
-    };
-    let _ = writeln!(io::stderr(), "coap_websocket: {reason}");
-    ExitCode::FAILURE
+    if let Err(reason) = outcome {
+        let _ = writeln!(io::stderr(), "coap_websocket: {reason}");
+        return ExitCode::FAILURE;
+    }
+    ExitCode::SUCCESS
 }
 
 fn usage() -> ExitCode {
@@ -177,28 +173,17 @@ fn say(text: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// A token or a password. It has neither `Debug` nor `Display`, so that it cannot get into a log
-/// line by accident.
+/// A token or a password. Without `Debug` and `Display` it cannot get into a log line by accident.
 #[derive(Clone)]
 struct Secret(String);
 
 impl Secret {
-    /// A bot token, `<bot id>:<letters, digits, _ and ->`, so that it can stand in a URL as it is.
-    fn bot_token(text: &str) -> Option<Secret> {
-        let (id, key) = text.split_once(':')?;
+    /// `<bot id>:<letters, digits, _ and ->`, so that it can stand in a URL as it is.
+    fn is_bot_token(&self) -> bool {
+        let (id, key) = self.0.split_once(':').unwrap_or_default();
         let is_id = (1..=20).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_digit());
         let fits = |b: u8| b.is_ascii_alphanumeric() || b == b'_' || b == b'-';
-        let is_key = (1..=100).contains(&key.len()) && key.bytes().all(fits);
-        (is_id && is_key).then(|| Secret(text.to_string()))
-    }
-
-    fn mote_token(text: &str) -> Option<Secret> {
-        let fits = text.len() <= MOTE_TOKEN_MAX && !text.contains('&');
-        Secret::password(text).filter(|_| fits)
-    }
-
-    fn password(text: &str) -> Option<Secret> {
-        (!text.contains(char::is_whitespace)).then(|| Secret(text.to_string()))
+        is_id && (1..=100).contains(&key.len()) && key.bytes().all(fits)
     }
 
     /// The part of a bot token before the colon: the bot's user id, which is public.
@@ -224,6 +209,8 @@ struct Config {
     token: Option<Secret>,
     /// What motes may present in place of `token`, so that it never crosses the mesh.
     mote_token: Option<Secret>,
+    /// File and line of it.
+    mote_token_origin: String,
     ip_family: IpFamily,
     /// `None`: every `config` is refused.
     password: Option<Secret>,
@@ -235,13 +222,13 @@ struct Config {
 }
 
 impl Config {
-    /// Reads `config.ini`, `.env` and the environment. An error is one line that names file, line
-    /// and reason.
+    /// From `config.ini`, `.env` and the environment. An error names file, line and reason.
     fn load() -> Result<Config, String> {
         let mut config = Config {
             url: "https://api.telegram.org/bot".to_string(),
             token: None,
             mote_token: None,
+            mote_token_origin: String::new(),
             ip_family: IpFamily::Any,
             password: None,
             listen: SocketAddr::new(Ipv6Addr::LOCALHOST.into(), coap::PORT),
@@ -249,78 +236,91 @@ impl Config {
             roots_origin: "Mozilla's, built in".to_string(),
             state_path: folder("STATE_DIRECTORY", "/var/lib").join("state.json"),
         };
-        config.read_ini()?;
-        config.read_variables()?;
+        let (ini, dot_env) = (settings_file("config.ini"), settings_file(".env"));
+        read_settings(&ini, &mut config, true)?;
+        read_settings(&dot_env, &mut config, false)?;
+        for name in "PASSWORD SSL_CERT_FILE COAP_SERVER_IP COAP_SERVER_PORT".split(' ') {
+            let value = env::var(name).unwrap_or_default();
+            if !value.is_empty() {
+                config.set("environment", name, &value)?;
+            }
+        }
+        if config.token.is_none() && config.mote_token.is_some() {
+            let origin = config.mote_token_origin;
+            return Err(format!("{origin}: mote_token without bot_token"));
+        }
+        if config.token.is_none() {
+            warn!(
+                "no bot_token is set in {}: /message serves any token, \
+                /update the first bot that Telegram accepts",
+                ini.display()
+            );
+        }
+        if config.password.is_none() {
+            let file = dot_env.display();
+            warn!("no PASSWORD is set in {file}: every `config` is refused");
+        }
         Ok(config)
+    }
+
+    /// An error does not repeat the value, for it may be a secret.
+    fn set(&mut self, origin: &str, name: &str, value: &str) -> Result<(), String> {
+        let fault = |rule: &str| format!("{origin}: {name} {rule}");
+        let is_word = !value.contains(char::is_whitespace);
+        let secret = Secret(value.to_string());
+        match name {
+            "bot_token" if value == "your_telegram_bot_token" => {}
+            "bot_token" if secret.is_bot_token() => self.token = Some(secret),
+            "bot_token" => return Err(fault("is not a bot token (digits, a colon, letters)")),
+            "mote_token" if is_word && value.len() <= MOTE_TOKEN_MAX && !value.contains('&') => {
+                self.mote_token = Some(secret);
+                self.mote_token_origin = origin.to_string();
+            }
+            "mote_token" => return Err(fault("is not a word of at most 49 bytes without &")),
+            "url" if is_https_url(value) => self.url = value.to_string(),
+            "url" => return Err(fault("is not of the form https://host/bot")),
+            "ip_family" if value == "any" => self.ip_family = IpFamily::Any,
+            "ip_family" if value == "ipv4" => self.ip_family = IpFamily::Ipv4Only,
+            "ip_family" if value == "ipv6" => self.ip_family = IpFamily::Ipv6Only,
+            "ip_family" => return Err(fault("is none of any, ipv4, ipv6")),
+            "PASSWORD" if is_word => self.password = Some(secret),
+            "PASSWORD" => return Err(fault("holds white space, which nobody could send")),
+            "COAP_SERVER_IP" => match value.parse() {
+                Ok(ip) => self.listen.set_ip(ip),
+                Err(_) => return Err(fault("is not an IP address (without a zone)")),
+            },
+            "COAP_SERVER_PORT" => match value.parse() {
+                Ok(port) => self.listen.set_port(port),
+                Err(_) => return Err(fault("is not a port (0 to 65535)")),
+            },
+            "SSL_CERT_FILE" => {
+                self.roots = read_roots(value).map_err(|reason| fault(&reason))?;
+                self.roots_origin = format!("those in SSL_CERT_FILE {value}");
+            }
+            _ => warn!("{}", fault("is unknown and ignored")),
+        }
+        Ok(())
     }
 
     /// For the commands that cannot do without.
     fn required_token(&self) -> Result<&Secret, String> {
-        let missing = format!("no bot_token is set in {}", config_ini().display());
-        self.token.as_ref().ok_or(missing)
-    }
-
-    fn read_ini(&mut self) -> Result<(), String> {
-        let settings = read_settings(&config_ini(), true)?;
-        for set in &settings {
-            match set.name.as_str() {
-                "bot_token" if set.text == "your_telegram_bot_token" => {}
-                "bot_token" => self.token = Some(set.parsed(Secret::bot_token)?),
-                "mote_token" => self.mote_token = Some(set.parsed(Secret::mote_token)?),
-                "url" => self.url = set.parsed(https_url)?,
-                "ip_family" => self.ip_family = set.parsed(ip_family)?,
-                name => warn!("{}: unknown key `{name}` is ignored", set.origin),
-            }
-        }
-        if self.token.is_none() {
-            if let Some(set) = settings.iter().find(|set| set.name == "mote_token") {
-                return Err(format!("{}: mote_token without bot_token", set.origin));
-            }
-            warn!(
-                "no bot_token is set in {}: /message serves any token, \
-                /update the first bot that Telegram accepts",
-                config_ini().display()
-            );
-        }
-        Ok(())
-    }
-
-    fn read_variables(&mut self) -> Result<(), String> {
-        let name = match env::var_os("CREDENTIALS_DIRECTORY") {
-            Some(_) => "env", // a credential's name cannot start with a dot
-            None => ".env",
-        };
-        let file = folder("CREDENTIALS_DIRECTORY", "/etc").join(name);
-        let dot_env = read_settings(&file, false)?;
-        let variable = |name| Setting::variable(name, &dot_env);
-        if let Some(set) = variable("PASSWORD") {
-            self.password = Some(set.parsed(Secret::password)?);
-        }
-        if let Some(set) = variable("COAP_SERVER_IP") {
-            self.listen.set_ip(set.parsed(|text| text.parse().ok())?);
-        }
-        if let Some(set) = variable("COAP_SERVER_PORT") {
-            self.listen.set_port(set.parsed(|text| text.parse().ok())?);
-        }
-        if let Some(set) = variable("SSL_CERT_FILE") {
-            self.roots = read_roots(&set)?;
-            self.roots_origin = format!("those in SSL_CERT_FILE {}", set.text);
-        }
-        if self.password.is_none() {
-            let file = file.display();
-            warn!("no PASSWORD is set in {file}: every `config` is refused");
-        }
-        Ok(())
+        let file = settings_file("config.ini").display().to_string();
+        self.token
+            .as_ref()
+            .ok_or(format!("no bot_token is set in {file}"))
     }
 }
 
-fn config_ini() -> PathBuf {
-    folder("CREDENTIALS_DIRECTORY", "/etc").join("config.ini")
+fn settings_file(name: &str) -> PathBuf {
+    let folder = folder("CREDENTIALS_DIRECTORY", "/etc");
+    match env::var_os("CREDENTIALS_DIRECTORY") {
+        Some(_) => folder.join(name.trim_start_matches('.')), // as a credential has to be named
+        None => folder.join(name),
+    }
 }
 
-/// What systemd names in `variable`; else the working directory if it holds settings; else the
-/// folder of an installation, so that `check` and `send` work from every folder of the Pi; else the
-/// working directory.
+/// What systemd names in `variable`; else the working directory, unless it holds no settings but an
+/// installation does: so `check` and `send` work from every folder of the Pi.
 fn folder(variable: &str, root: &str) -> PathBuf {
     let value = env::var(variable).unwrap_or_default();
     let first = value.split(':').next().unwrap_or_default();
@@ -332,54 +332,16 @@ fn folder(variable: &str, root: &str) -> PathBuf {
     first.into()
 }
 
-/// What is set, and where it stands, as in `.env:3`.
-#[derive(Clone)]
-struct Setting {
-    name: String,
-    text: String,
-    origin: String,
-}
-
-impl Setting {
-    /// The real environment wins over `.env`, and an empty variable is not set.
-    fn variable(name: &str, dot_env: &[Setting]) -> Option<Setting> {
-        let Some(value) = env::var_os(name).filter(|value| !value.is_empty()) else {
-            return dot_env.iter().find(|set| set.name == name).cloned();
-        };
-        Some(Setting {
-            name: name.to_string(),
-            text: value.to_string_lossy().into_owned(),
-            origin: "environment".to_string(),
-        })
-    }
-
-    /// What `parse` makes of it, or what is wrong where. The text is not repeated, for it may be a
-    /// secret.
-    fn parsed<T>(&self, parse: impl Fn(&str) -> Option<T>) -> Result<T, String> {
-        let rule = match self.name.as_str() {
-            "bot_token" => "is not a bot token (digits, a colon, letters: as BotFather shows it)",
-            "mote_token" => "is not a word of at most 49 bytes without white space and &",
-            "url" => "is not of the form https://host/bot",
-            "ip_family" => "is none of any, ipv4, ipv6",
-            "PASSWORD" => "holds white space, so nobody could write it in a `config` message",
-            "COAP_SERVER_IP" => "is not an IP address (without a zone)",
-            _ => "is not a port (0 to 65535)",
-        };
-        parse(&self.text).ok_or_else(|| format!("{}: {} {rule}", self.origin, self.name))
-    }
-}
-
-/// The lines `name = value` that are neither empty nor comments, and set something; of an INI file
-/// those of `[telegram]`, for the other sections belong to the firmware's build.
-fn read_settings(path: &Path, ini: bool) -> Result<Vec<Setting>, String> {
+/// Of an INI file only `[telegram]`, for the other sections belong to the firmware's build.
+fn read_settings(path: &Path, config: &mut Config, is_ini: bool) -> Result<(), String> {
     let content = match fs::read(path) {
         Ok(content) => content,
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(format!("cannot read {}: {error}", path.display())),
     };
     let content = content.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&content);
-    let mut settings = Vec::<Setting>::new();
-    let mut section = if ini { "" } else { "telegram" };
+    let mut section = if is_ini { "" } else { "telegram" };
+    let mut names = Vec::new();
     for (number, line) in (1..).zip(content.split(|byte| *byte == b'\n')) {
         let origin = format!("{}:{number}", path.display());
         let line = str::from_utf8(line).map_err(|_| format!("{origin}: not UTF-8 text"))?;
@@ -387,10 +349,11 @@ fn read_settings(path: &Path, ini: bool) -> Result<Vec<Setting>, String> {
         if line.is_empty() || line.starts_with(['#', ';']) {
             continue;
         }
-        if ini && let Some(name) = line.strip_prefix('[') {
+        if is_ini && let Some(name) = line.strip_prefix('[') {
             let name = name
-                .strip_suffix(']')
-                .ok_or(format!("{origin}: `[` without `]`"))?;
+                .split_once(']')
+                .ok_or(format!("{origin}: `[` without `]`"))?
+                .0;
             section = name.trim();
             continue;
         }
@@ -401,44 +364,32 @@ fn read_settings(path: &Path, ini: bool) -> Result<Vec<Setting>, String> {
             continue;
         }
         let line = line.strip_prefix("export ").unwrap_or(line);
-        let (name, value) = line.split_once('=').unwrap_or_default();
-        let (mut name, value) = (name.trim().to_string(), value.trim());
-        if name.is_empty() || name.contains(|c: char| c.is_whitespace() || c.is_control()) {
-            return Err(format!("{origin}: not `NAME=value`"));
-        }
-        if ini {
-            name.make_ascii_lowercase();
-        }
-        if let Some(first) = settings.iter().find(|set| set.name == name) {
-            return Err(format!("{origin}: set before in {}", first.origin));
+        let fault = || format!("{origin}: not `NAME=value`");
+        let (name, value) = line.split_once('=').ok_or_else(fault)?;
+        let (name, value) = (name.trim().to_string(), value.trim());
+        let name = if is_ini { name.to_lowercase() } else { name };
+        if names.contains(&name) {
+            return Err(format!("{origin}: {name} is set twice; remove one of them"));
         }
         let unquote = |quote: char| value.strip_prefix(quote)?.strip_suffix(quote);
-        let text = unquote('"').or(unquote('\'')).unwrap_or(value).to_string();
-        settings.push(Setting { name, text, origin });
+        let value = unquote('"').or(unquote('\'')).unwrap_or(value);
+        let is_overruled = !is_ini && env::var(&name).is_ok_and(|real| !real.is_empty());
+        if !value.is_empty() && !is_overruled {
+            config.set(&origin, &name, value)?;
+        }
+        names.push(name);
     }
-    settings.retain(|set| !set.text.is_empty());
-    Ok(settings)
+    Ok(())
 }
 
-fn https_url(text: &str) -> Option<String> {
-    let uri: ureq::http::Uri = text.parse().ok()?;
-    let is_plain = uri.query().is_none() && !text.contains('#') && !uri.host()?.is_empty();
-    (uri.scheme_str() == Some("https") && is_plain).then(|| text.to_string())
+fn is_https_url(text: &str) -> bool {
+    let uri = ureq::http::Uri::try_from(text).unwrap_or_default();
+    let has_host = uri.host().is_some_and(|host| !host.is_empty());
+    uri.scheme_str() == Some("https") && has_host && !text.contains(['?', '#'])
 }
 
-fn ip_family(text: &str) -> Option<IpFamily> {
-    match text {
-        "any" => Some(IpFamily::Any),
-        "ipv4" => Some(IpFamily::Ipv4Only),
-        "ipv6" => Some(IpFamily::Ipv6Only),
-        _ => None,
-    }
-}
-
-fn read_roots(set: &Setting) -> Result<RootCerts, String> {
-    let (origin, file) = (&set.origin, &set.text);
-    let pem = fs::read(file)
-        .map_err(|error| format!("{origin}: cannot read SSL_CERT_FILE {file}: {error}"))?;
+fn read_roots(file: &str) -> Result<RootCerts, String> {
+    let pem = fs::read(file).map_err(|error| format!("cannot be read: {file}: {error}"))?;
     let mut certificates = Vec::new();
     for item in ureq::tls::parse_pem(&pem) {
         if let Ok(PemItem::Certificate(certificate)) = item {
@@ -446,23 +397,22 @@ fn read_roots(set: &Setting) -> Result<RootCerts, String> {
         }
     }
     if certificates.is_empty() {
-        return Err(format!("{origin}: no certificate in SSL_CERT_FILE {file}"));
+        return Err(format!("holds no certificate: {file}"));
     }
     Ok(RootCerts::new_with_certs(&certificates))
 }
 
-// ---- The loop -----------------------------------------------------------------------------------
+// ---------- The loop ----------
 
 /// Everything; one thread owns it.
 struct Gateway {
     config: Config,
-    /// Answers leave from the socket that received: gcoap matches a response by the server's
-    /// address and port.
+    /// Answers leave from it, too: gcoap matches a response by the server's address and port.
     socket: UdpSocket,
     exchanges: Exchanges,
     telegram: Telegram,
     state: State,
-    /// What `state.json` holds, as far as this process knows.
+    /// What `state.json` holds, if it is known.
     saved: Option<State>,
     motes: Motes,
     people: People,
@@ -483,14 +433,14 @@ struct Gateway {
 /// Serves for ever. Faults of the start end it; afterwards nothing that a datagram holds does.
 fn serve() -> Result<(), String> {
     start_log(folder("LOGS_DIRECTORY", "/var/log").join("coap_server.log"))?;
-    let mut config = Config::load()?;
+    let config = Config::load()?;
     let state = State::open(&config);
     notify("READY=1");
     let socket = bind(config.listen)?;
-    config.listen = socket.local_addr().unwrap_or(config.listen); // port 0: any
     thread::spawn(heartbeat);
     let version = env!("CARGO_PKG_VERSION");
     info!("coap_websocket {version} serves CoAP on {}", config.listen);
+    notify(&format!("STATUS=Serves CoAP on {}", config.listen));
     let mut gateway = Gateway {
         socket,
         exchanges: Exchanges::new(),
@@ -507,20 +457,17 @@ fn serve() -> Result<(), String> {
         deadline: Instant::now(),
         config,
     };
-    gateway.tell_status();
     gateway.settle(); // so that the time of the first start outlives a crash
     gateway.run()
 }
 
-/// Waits for an address that does not exist yet: READY was said before, for a unit that waits would
-/// hold up the boot.
+/// Waits for an address that does not exist yet, after READY: a unit that waits holds up the boot.
 fn bind(listen: SocketAddr) -> Result<UdpSocket, String> {
     let mut is_told = false;
     loop {
         match UdpSocket::bind(listen) {
-            Ok(socket) => return Ok(socket),
             Err(error) if error.kind() == ErrorKind::AddrNotAvailable => {}
-            Err(error) => return Err(format!("cannot bind {listen}: {error}")),
+            result => return result.map_err(|error| format!("cannot bind {listen}: {error}")),
         }
         if !is_told {
             warn!("address {listen} does not exist yet; trying every second");
@@ -612,7 +559,8 @@ impl Gateway {
     fn begin(&mut self, request: &Request) {
         let acknowledgement = self.exchanges.acknowledge(request, None);
         self.transmit(request.peer, &acknowledgement);
-        self.motes.note_request(request.peer, request.message_id);
+        self.motes
+            .note_request(request.peer, request.packet.header.message_id);
         self.deadline = request.at + self.time_for(REQUEST_TIME);
     }
 
@@ -623,8 +571,8 @@ impl Gateway {
         }
     }
 
-    /// What can wait until the mote has its response: the disk, then the people, for nobody is told
-    /// of a change that a power cut would undo.
+    /// What can wait until the mote has its response: the disk, and only then the people, for nobody
+    /// is told of a change that a power cut would undo.
     fn settle(&mut self) {
         USERS.store(self.state.users.len() as u64, Relaxed);
         match self.save() {
@@ -644,31 +592,18 @@ impl Gateway {
         Ok(())
     }
 
-    /// The time for a request or a fetch: `usual`, but in a hang only one try a minute has that, and
-    /// so notices the end of the hang.
+    /// In a hang, only one try a minute has the usual time, and so notices the end of the hang.
     fn time_for(&mut self, usual: Duration) -> Duration {
         let now = Instant::now();
-        match self.hang {
-            Some(next_try) if now < next_try => REQUEST_TIME_IN_A_HANG,
-            Some(_) => {
-                self.hang = Some(now + FETCH_AFTER_FAILURE);
-                usual
-            }
-            None => usual,
+        if self.hang.is_some_and(|next_try| now < next_try) {
+            return REQUEST_TIME_IN_A_HANG;
         }
-    }
-
-    fn tell_status(&self) {
-        let trouble = match self.fetch_fails {
-            true => ", but cannot fetch what people write: see the log",
-            false => "",
-        };
-        let listen = self.config.listen;
-        notify(&format!("STATUS=Serves CoAP on {listen}{trouble}"));
+        self.hang = self.hang.map(|_| now + FETCH_AFTER_FAILURE);
+        usual
     }
 }
 
-// ---- Judging a request --------------------------------------------------------------------------
+// ---------- Judging a request ----------
 
 /// What an acceptable request asks for.
 enum Work {
@@ -686,29 +621,27 @@ struct Message {
     text: String,
 }
 
-#[derive(Clone, Copy, PartialEq)]
-enum Resource {
-    Message,
-    Update,
-    Discovery,
-}
-
 impl Gateway {
     /// Whether the request can be carried out; else the answer to it.
     fn judge(&mut self, request: &mut Request) -> Result<Work, Response> {
-        let resource = route(request)?;
-        if resource == Resource::Discovery {
-            let code = ResponseType::Content;
-            let links = Response::content(code, coap::LINK_FORMAT, LINKS, "");
-            return Ok(Work::Reply(links));
+        request.check_options()?;
+        let path = request.path();
+        match path.as_str() {
+            "message" | "update" => check_formats(request, coap::POST, coap::TEXT_PLAIN)?,
+            ".well-known/core" => {
+                check_formats(request, coap::GET, coap::LINK_FORMAT)?;
+                let links = Response::content(ResponseType::Content, coap::LINK_FORMAT, LINKS);
+                return Ok(Work::Reply(links));
+            }
+            _ => return Err(Response::error(ResponseType::NotFound, "No such resource")),
         }
         if !self.exchanges.assemble(request)? {
             return Ok(Work::Reply(Response::error(ResponseType::Continue, "")));
         }
-        let payload = String::from_utf8_lossy(&request.payload);
+        let payload = String::from_utf8_lossy(&request.packet.payload);
         let payload = format!("&{}", trim(&payload)); // so that each key has its `&`
         let [url, token, chat_ids, text] = KEYS.map(|key| field(&payload, key));
-        let is_message = resource == Resource::Message;
+        let is_message = path == "message";
         let is_missing = [url, token].contains(&"");
         if is_missing || is_message && [chat_ids, text].contains(&"") {
             return Err(bad_request(MISSING_FIELDS));
@@ -716,7 +649,7 @@ impl Gateway {
         if url != self.config.url {
             return Err(forbidden("url"));
         }
-        let token = self.served_token(token, resource)?;
+        let token = self.served_token(token, is_message)?;
         if !is_message {
             return Ok(Work::Update(token));
         }
@@ -728,17 +661,19 @@ impl Gateway {
     }
 
     /// The bot's token for what a mote has presented.
-    fn served_token(&self, presented: &str, resource: Resource) -> Result<Secret, Response> {
+    fn served_token(&self, presented: &str, is_message: bool) -> Result<Secret, Response> {
         if let Some(own) = &self.config.token {
             let mote_token = self.config.mote_token.as_ref();
             let is_mote_token = mote_token.is_some_and(|word| word.is(presented));
             let is_served = is_mote_token || own.is(presented);
             return is_served.then(|| own.clone()).ok_or(forbidden("token"));
         }
-        let token = Secret::bot_token(presented).ok_or(bad_request("Malformed token"))?;
-        let bot = self.state.bot.as_deref();
-        let is_other_bot = bot.is_some_and(|bot| bot != token.bot_id());
-        if resource == Resource::Update && is_other_bot {
+        let token = Secret(presented.to_string());
+        if !token.is_bot_token() {
+            return Err(bad_request("Malformed token"));
+        }
+        let first = self.state.bot.as_deref().unwrap_or(token.bot_id());
+        if !is_message && first != token.bot_id() {
             return Err(forbidden("token"));
         }
         Ok(token)
@@ -754,19 +689,12 @@ fn forbidden(what: &str) -> Response {
     Response::error(ResponseType::Forbidden, &reason)
 }
 
-/// Options, path, method and formats. RFC 7252 §5.4, §5.8 and §5.10.
-fn route(request: &Request) -> Result<Resource, Response> {
-    request.check_options()?;
-    let (resource, method, format) = match request.path().as_str() {
-        "message" => (Resource::Message, coap::POST, coap::TEXT_PLAIN),
-        "update" => (Resource::Update, coap::POST, coap::TEXT_PLAIN),
-        ".well-known/core" => (Resource::Discovery, coap::GET, coap::LINK_FORMAT),
-        _ => return Err(Response::error(ResponseType::NotFound, "No such resource")),
-    };
+/// RFC 7252 §5.8, §5.10.3 and §5.10.4.
+fn check_formats(request: &Request, method: u8, format: u32) -> Result<(), Response> {
     let error = |code, reason| Err(Response::error(code, reason));
     let given = request.uint(coap::CONTENT_FORMAT);
     let wanted = request.uint(coap::ACCEPT);
-    if request.code != method {
+    if request.code() != method {
         return error(ResponseType::MethodNotAllowed, "Method not allowed");
     }
     if method == coap::POST && given.is_some_and(|given| given != coap::TEXT_PLAIN) {
@@ -777,13 +705,13 @@ fn route(request: &Request) -> Result<Resource, Response> {
     }
     // Replies are short and go whole, whatever size of block is asked for.
     if request.block(coap::BLOCK2)?.number > 0 {
-        return Err(bad_request("No such block"));
+        return error(ResponseType::BadRequest, "No such block");
     }
-    Ok(resource)
+    Ok(())
 }
 
-/// The value of a field, empty if it is missing. Values are not percent-encoded. A key separates
-/// only where it stands first: a text may hold anything else.
+/// The value of a field, empty if it is missing; it is not percent-encoded. Only the first of each
+/// key separates: a text may hold anything else.
 fn field<'a>(payload: &'a str, key: &str) -> &'a str {
     let Some(start) = payload.find(key) else {
         return "";
@@ -825,7 +753,7 @@ fn chat_id(text: &str) -> Option<Value> {
     (!text.starts_with('+')).then(|| number.into())
 }
 
-// ---- Message and update -------------------------------------------------------------------------
+// ---------- Message and update ----------
 
 impl Gateway {
     /// Sends the text to every chat that has not asked to be left alone.
@@ -854,12 +782,12 @@ impl Gateway {
         }
         FORWARDED.fetch_add(sent as u64, Relaxed);
         FAILURES.fetch_add((chats.len() - sent) as u64, Relaxed);
-        let detail = format!("{sent} of {} chats", message.chats.len());
+        let mut response = Response::text(ResponseType::Content, MESSAGES_SENT);
         if sent == 0 && !chats.is_empty() {
-            return Response::failed(detail);
+            response = Response::failed();
         }
-        let code = ResponseType::Content;
-        Response::content(code, coap::TEXT_PLAIN, MESSAGES_SENT, &detail)
+        response.detail = format!("{sent} of {} chats", message.chats.len());
+        response
     }
 
     /// Fetches what people wrote, and tells the mote all that it should know, unless it does.
@@ -870,16 +798,17 @@ impl Gateway {
             && let Err(failure) = self.fetch(token)
         {
             FAILURES.fetch_add(1, Relaxed);
-            return Response::failed(failure.reason);
+            let mut response = Response::failed();
+            response.detail = failure.reason;
+            return response;
         }
         let tokens = self.state.tokens();
         let version = self.motes.offer(&tokens);
         if tokens.is_empty() || self.motes.has_acknowledged(peer, version, Instant::now()) {
-            return Response::content(ResponseType::Valid, coap::TEXT_PLAIN, NO_UPDATES, "");
+            return Response::text(ResponseType::Valid, NO_UPDATES);
         }
-        let code = ResponseType::Content;
-        let mut response = Response::content(code, coap::TEXT_PLAIN, &tokens, &tokens);
-        response.version = Some(version);
+        let mut response = Response::text(ResponseType::Content, &tokens);
+        (response.version, response.detail) = (Some(version), tokens);
         response
     }
 
@@ -900,11 +829,15 @@ impl Gateway {
         }
         if result.is_err() != self.fetch_fails {
             self.fetch_fails = result.is_err();
+            let mut status = format!("Serves CoAP on {}", self.config.listen);
             match &result {
-                Err(failure) => warn!("cannot fetch what people write: {}", failure.reason),
                 Ok(()) => info!("Telegram answers again"),
+                Err(failure) => {
+                    warn!("cannot fetch what people write: {}", failure.reason);
+                    status += ", but cannot fetch what people write";
+                }
             }
-            self.tell_status();
+            notify(&format!("STATUS={status}"));
         }
         result
     }
@@ -949,7 +882,16 @@ impl Gateway {
         let Some(token) = &self.token else { return };
         let mut dropped = 0;
         for (chat, answer) in mem::take(&mut self.people.answers) {
-            for (method, parameters) in answer.calls(chat) {
+            let text = answer.texts.join("\n\n");
+            let text: String = text.chars().take(TEXT_MAX).collect();
+            let mut calls = Vec::new();
+            if !text.is_empty() {
+                calls.push(("sendMessage", json!({"chat_id": chat, "text": text})));
+            }
+            for id in answer.deleted {
+                calls.push(("deleteMessage", json!({"chat_id": chat, "message_id": id})));
+            }
+            for (method, parameters) in calls {
                 if Instant::now() >= self.deadline {
                     dropped += 1;
                     continue;
@@ -967,7 +909,7 @@ impl Gateway {
     }
 }
 
-// ---- Telegram -----------------------------------------------------------------------------------
+// ---------- Telegram ----------
 
 /// The Bot API.
 struct Telegram {
@@ -1100,8 +1042,7 @@ impl Telegram {
         let result = match answer {
             Ok((status, answer)) => read_answer(status, &answer),
             Err(error) => Err(Failure {
-                // As long as nobody asked for the body, Telegram cannot have acted on it, whatever
-                // happened to the connection.
+                // As long as nobody asked for the body, Telegram cannot have acted on the call.
                 retry_in: (unread.len() == bytes.len()).then_some(ATTEMPT_PAUSE),
                 timed_out: matches!(error, ureq::Error::Timeout(_)),
                 ..Failure::new(self.describe(&error))
@@ -1160,9 +1101,8 @@ fn read_answer(status: u16, body: &[u8]) -> Called {
     })
 }
 
-/// Keeps the addresses of the host, for ureq asks for them on every call, also when a connection is
-/// open. It is the Bot API's host or the proxy's, never both. The lock makes one look-up of many at
-/// once.
+/// Keeps the addresses of the host (the Bot API's or the proxy's), for ureq asks for them on every
+/// call, also when a connection is open. The lock makes one look-up of many at once.
 #[derive(Debug, Default)]
 struct Addresses(Mutex<LookUp>);
 
@@ -1199,7 +1139,7 @@ impl Resolver for Addresses {
     }
 }
 
-// ---- State, and what each mote has acknowledged of it -------------------------------------------
+// ---------- State, and what each mote has acknowledged of it ----------
 
 /// What outlives the process, in `state.json`.
 #[derive(Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -1312,8 +1252,8 @@ impl State {
         user.map_or(chat.to_string(), |user| format!("{} ({chat})", user.name))
     }
 
-    /// All that a mote should know. Removals first, for they make room in its list. Settings and ten
-    /// users are at most 277 bytes; of the removals, the latest that still fit go with them.
+    /// All that a mote should know: removals first, which make room in its list. Settings and ten
+    /// users are at most 277 bytes; the latest removals that still fit go with them.
     fn tokens(&self) -> String {
         let mut tokens = Vec::new();
         tokens.extend(self.interval.map(|minutes| format!("i{minutes}")));
@@ -1340,8 +1280,7 @@ fn beside(path: &Path, suffix: &str) -> PathBuf {
     name.into()
 }
 
-/// A chat with one person, whom the firmware can hold and remove: it removes only ids that start
-/// with a digit.
+/// A person whom the firmware can hold and remove: it removes only ids that start with a digit.
 fn is_private(chat: &i64) -> bool {
     (1..=CHAT_ID_MAX).contains(chat)
 }
@@ -1412,8 +1351,8 @@ impl Motes {
         self.version
     }
 
-    /// A mote whose message ID does not go on from its last one has restarted, and knows nothing. A
-    /// client with a new port for each request tells nothing by its message IDs.
+    /// A mote whose message ID does not go on from the last one (of this port: other clients have a
+    /// new one for each request) has restarted, and knows nothing.
     fn note_request(&mut self, peer: SocketAddr, message_id: u16) {
         let address = peer.ip().to_canonical();
         let known = self.known.iter().position(|mote| mote.address == address);
@@ -1456,7 +1395,7 @@ impl Motes {
     }
 }
 
-// ---- What people write --------------------------------------------------------------------------
+// ---------- What people write ----------
 
 /// Bot API, `Message`: what is needed of it.
 #[derive(Deserialize)]
@@ -1509,21 +1448,6 @@ struct Suspect {
     locked_until: Option<Instant>,
 }
 
-impl Answer {
-    /// Methods of the Bot API, with their parameters.
-    fn calls(&self, chat: i64) -> Vec<(&'static str, Value)> {
-        let mut calls = Vec::new();
-        if !self.texts.is_empty() {
-            let text: String = self.texts.join("\n\n").chars().take(TEXT_MAX).collect();
-            calls.push(("sendMessage", json!({"chat_id": chat, "text": text})));
-        }
-        for id in &self.deleted {
-            calls.push(("deleteMessage", json!({"chat_id": chat, "message_id": id})));
-        }
-        calls
-    }
-}
-
 impl People {
     /// Progress before judgement: an update that cannot be understood must not come back.
     fn take(&mut self, mut update: Value, state: &mut State, password: &Option<Secret>) {
@@ -1574,8 +1498,8 @@ impl People {
         }
     }
 
-    /// Carries out `config …`. Only a complete command is a guess at the password, and nothing is
-    /// said about the rest of it unless the password is right.
+    /// Only a complete command is a guess at the password, and nothing is said about the rest of it
+    /// unless that is right.
     fn configure(&mut self, chat: i64, words: &[&str], state: &mut State, own: &Option<Secret>) {
         let Some(password) = own else {
             return self.say(chat, "No password is set, so nothing can be changed.");
@@ -1634,7 +1558,7 @@ impl People {
     }
 }
 
-// ---- Log, heartbeat, systemd --------------------------------------------------------------------
+// ---------- Log, heartbeat, systemd ----------
 
 /// For the heartbeat, which has a thread of its own.
 static FORWARDED: AtomicU64 = AtomicU64::new(0);
@@ -1714,8 +1638,7 @@ fn unix_now() -> u64 {
     now.map_or(0, |now| now.as_secs())
 }
 
-/// `2026-01-31 12:00:00` of Unix seconds. Days to a date: H. Hinnant, "chrono-Compatible Low-Level
-/// Date Algorithms", `civil_from_days`.
+/// `2026-01-31 12:00:00` of Unix seconds, by H. Hinnant's `civil_from_days`.
 fn utc(seconds: u64) -> String {
     let (days, time) = (seconds / 86400 + 719_468, seconds % 86400);
     let (era, day) = (days / 146_097, days % 146_097);
@@ -1747,10 +1670,9 @@ fn heartbeat() {
     let start = Instant::now();
     loop {
         thread::sleep(HEARTBEAT);
-        let minutes = start.elapsed().as_secs() / 60;
+        let (minutes, forwarded) = (start.elapsed().as_secs() / 60, FORWARDED.load(Relaxed));
+        let (failures, users) = (FAILURES.load(Relaxed), USERS.load(Relaxed));
         let (hours, minutes) = (minutes / 60, minutes % 60);
-        let (forwarded, failures) = (FORWARDED.load(Relaxed), FAILURES.load(Relaxed));
-        let users = USERS.load(Relaxed);
         info!(
             "Server is still running: up {hours} h {minutes} min, {forwarded} messages forwarded, \
             {failures} failures, {users} registered users"
@@ -1773,7 +1695,7 @@ fn notify(message: &str) {
     }
 }
 
-// ---- `check` and `send` -------------------------------------------------------------------------
+// ---------- `check` and `send` ----------
 
 /// Changes nothing: what people wrote is shown, not confirmed.
 fn check() -> Result<(), String> {
@@ -1808,8 +1730,7 @@ fn check() -> Result<(), String> {
     Ok(())
 }
 
-/// One `POST /message` as a mote would send it; to the gateway of this configuration if no URI is
-/// given.
+/// One `POST /message` as a mote would send it; without a URI, to the gateway configured here.
 fn send(chat: &str, text: &str, uri: Option<&str>) -> Result<(), String> {
     let config = Config::load()?;
     let token = config.required_token()?;
@@ -1880,12 +1801,11 @@ fn receive_packet(socket: &UdpSocket, timeout: Duration) -> io::Result<Option<Pa
     Ok(Some(packet))
 }
 
-// ---- The CoAP message layer ---------------------------------------------------------------------
+// ---------- The CoAP message layer ----------
 
-/// RFC 7252 and Block1 of RFC 7959: bytes and a time in, bytes out. It sees neither a socket nor a
-/// clock.
+/// RFC 7252 and Block1 of RFC 7959: bytes and a time in, bytes out; no socket, no clock.
 mod coap {
-    use std::collections::VecDeque;
+    use std::collections::{BTreeMap, VecDeque};
     use std::fmt;
     use std::hash::{BuildHasher as _, Hasher as _, RandomState};
     use std::net::SocketAddr;
@@ -1911,9 +1831,9 @@ mod coap {
     pub const BODY_MAX: usize = 17 << 10;
     /// Remembered messages: 1,000 motes that all send four in `EXCHANGE_LIFETIME`.
     pub const SEEN_MAX: usize = 4096;
-    /// Responses that wait for their ACK; the oldest is given up.
+    /// Responses that wait for their ACK; beyond that, one is given up.
     const OPEN_MAX: usize = 1024;
-    /// Block1 assemblies, of `BODY_MAX` each; the oldest is given up.
+    /// Block1 assemblies, of `BODY_MAX` each; beyond that, one is given up.
     pub const ASSEMBLIES_MAX: usize = 32;
     pub const ASSEMBLY_LIFETIME: Duration = Duration::from_secs(60);
 
@@ -1954,31 +1874,28 @@ mod coap {
     pub struct Request {
         pub peer: SocketAddr,
         pub at: Instant,
-        pub code: u8,
-        pub message_id: u16,
-        pub payload: Vec<u8>,
-        /// Of the peer and the whole datagram: a restarted mote uses message IDs again, for other
-        /// requests.
+        pub packet: Packet,
+        /// Of the peer and the whole datagram: a restarted mote uses message IDs again.
         digest: u64,
-        packet: Packet,
     }
 
-    /// For the log: method and path. Only the start of a path, up to a colon: somebody may have put
-    /// the token there.
+    /// For the log. Of the path only the start, up to a colon: the token may have been put there.
     impl fmt::Display for Request {
         fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
             let path = self.path();
             let path = path.split(':').next().unwrap_or_default();
             let path: String = path.chars().take(24).collect();
-            match self.code {
-                GET => write!(f, "GET /{path}"),
-                POST => write!(f, "POST /{path}"),
-                code => write!(f, "{}.{:02} /{path}", code >> 5, code & 31),
-            }
+            let methods = ["", "GET", "POST", "PUT", "DELETE"];
+            let method = methods.get(usize::from(self.code())).unwrap_or(&"?");
+            write!(f, "{method} /{path}")
         }
     }
 
     impl Request {
+        pub fn code(&self) -> u8 {
+            self.packet.header.code.into()
+        }
+
         fn is_confirmable(&self) -> bool {
             self.packet.header.get_type() == MessageType::Confirmable
         }
@@ -1996,8 +1913,7 @@ mod coap {
             path.join("/")
         }
 
-        /// The first value; none if it is too long for its option, as RFC 7252 §5.4.3 asks of
-        /// elective ones.
+        /// The first value; none if it is too long, RFC 7252 §5.4.3 (of elective options).
         pub fn uint(&self, option: u16) -> Option<u32> {
             let value = self.values(option).next()?;
             let longest = match option {
@@ -2026,8 +1942,7 @@ mod coap {
             })
         }
 
-        /// RFC 7252 §5.4: critical options must be known, of a valid length, and not repeated where
-        /// they may not be.
+        /// RFC 7252 §5.4: critical options must be known, of a valid length, and most of them single.
         pub fn check_options(&self) -> Result<(), Response> {
             for (&number, values) in self.packet.options() {
                 let (lengths, is_repeatable) = match number {
@@ -2079,16 +1994,20 @@ mod coap {
             }
         }
 
-        pub fn failed(detail: String) -> Response {
-            let response = Response::error(ResponseType::InternalServerError, "");
-            Response { detail, ..response }
+        pub fn failed() -> Response {
+            Response::error(ResponseType::InternalServerError, "")
         }
 
-        pub fn content(code: ResponseType, format: u32, payload: &str, detail: &str) -> Response {
+        /// Without anything for the log.
+        pub fn content(code: ResponseType, format: u32, payload: &str) -> Response {
             let mut response = Response::error(code, payload);
             response.option(CONTENT_FORMAT, format);
-            response.detail = detail.to_string();
+            response.detail.clear();
             response
+        }
+
+        pub fn text(code: ResponseType, payload: &str) -> Response {
+            Response::content(code, TEXT_PLAIN, payload)
         }
 
         fn option(&mut self, number: u16, value: u32) {
@@ -2098,10 +2017,6 @@ mod coap {
         /// As in `2.05`.
         pub fn code(&self) -> String {
             self.packet.header.get_code()
-        }
-
-        fn is_error(&self) -> bool {
-            self.code().starts_with(['4', '5'])
         }
     }
 
@@ -2124,8 +2039,6 @@ mod coap {
 
     /// A separate CON response without its ACK. RFC 7252 §4.2.
     struct Open {
-        peer: SocketAddr,
-        message_id: u16,
         bytes: Vec<u8>,
         retransmitted: u32,
         timeout: Duration,
@@ -2133,10 +2046,8 @@ mod coap {
         version: Option<u64>,
     }
 
-    /// A request of which some blocks have come. RFC 7959 §2.5.
+    /// What has come of a request in blocks. RFC 7959 §2.5.
     struct Assembly {
-        peer: SocketAddr,
-        path: String,
         body: Vec<u8>,
         touched: Instant,
     }
@@ -2146,10 +2057,12 @@ mod coap {
     pub struct Exchanges {
         last_message_id: u16,
         hasher: RandomState,
-        /// In the order in which they came, as the next two.
+        /// In the order in which they came.
         seen: VecDeque<Seen>,
-        open: VecDeque<Open>,
-        assemblies: VecDeque<Assembly>,
+        /// By peer and message ID.
+        open: BTreeMap<(SocketAddr, u16), Open>,
+        /// By peer and path.
+        assemblies: BTreeMap<(SocketAddr, String), Assembly>,
     }
 
     impl Exchanges {
@@ -2161,18 +2074,20 @@ mod coap {
             }
         }
 
-        /// Judges a datagram, but remembers nothing: `reply` or `accept` does, when it is acted on.
+        /// Judges a datagram, but remembers nothing: `acknowledge` does, when it is acted on.
         pub fn receive(&mut self, now: Instant, peer: SocketAddr, datagram: &[u8]) -> Event {
             if peer.ip().is_unspecified() {
                 return Event::Send(Vec::new()); // firmware: it cannot be answered, and comes again
             }
-            let mut packet = match parse(datagram) {
+            let packet = match parse(datagram) {
                 Ok(packet) => packet,
                 Err(reset) => return Event::Send(reset),
             };
-            let (kind, message_id) = (packet.header.get_type(), packet.header.message_id);
+            let (kind, id) = (packet.header.get_type(), packet.header.message_id);
             if matches!(kind, MessageType::Acknowledgement | MessageType::Reset) {
-                return self.close(peer, kind, message_id);
+                let version = self.open.remove(&(peer, id)).and_then(|open| open.version);
+                let version = version.filter(|_| kind == MessageType::Acknowledgement);
+                return version.map_or(Event::Send(Vec::new()), Event::Acknowledged);
             }
             let digest = self.hasher.hash_one((peer, datagram));
             let is_twin = |seen: &&Seen| seen.digest == digest && now < seen.expires;
@@ -2182,29 +2097,13 @@ mod coap {
             Event::Request(Request {
                 peer,
                 at: now,
-                code: datagram[1],
-                message_id,
-                payload: std::mem::take(&mut packet.payload),
-                digest,
                 packet,
+                digest,
             })
         }
 
-        /// An ACK or RST ends the retransmission of a response.
-        fn close(&mut self, peer: SocketAddr, kind: MessageType, message_id: u16) -> Event {
-            let is_own = |open: &Open| open.peer == peer && open.message_id == message_id;
-            let at = self.open.iter().position(is_own);
-            let version = at.and_then(|at| self.open.remove(at)?.version);
-            match version {
-                Some(version) if kind == MessageType::Acknowledgement => {
-                    Event::Acknowledged(version)
-                }
-                _ => Event::Send(Vec::new()),
-            }
-        }
-
-        /// Answers at once: inside the ACK for CON, with a NON for NON. Without a response, with an
-        /// empty ACK for CON, and `respond` follows. RFC 7252 §5.2.
+        /// Answers at once: inside the ACK, or a NON with a NON. RFC 7252 §5.2. Without a response,
+        /// with an empty ACK (or nothing); then `respond` follows.
         pub fn acknowledge(&mut self, request: &Request, response: Option<&Response>) -> Vec<u8> {
             while self
                 .seen
@@ -2216,7 +2115,10 @@ mod coap {
             }
             let (mut reply, mut lifetime) = (Vec::new(), NON_LIFETIME);
             if request.is_confirmable() {
-                let (kind, id) = (MessageType::Acknowledgement, request.message_id);
+                let (kind, id) = (
+                    MessageType::Acknowledgement,
+                    request.packet.header.message_id,
+                );
                 lifetime = EXCHANGE_LIFETIME;
                 reply = match response {
                     Some(response) => encode(kind, id, request, response),
@@ -2242,35 +2144,33 @@ mod coap {
 
         /// The separate response to an accepted request. RFC 7252 §5.2.2.
         pub fn respond(&mut self, now: Instant, request: &Request, response: &Response) -> Vec<u8> {
-            let (message_id, version) = (self.next_message_id(), response.version);
+            let id = self.next_message_id();
             if !request.is_confirmable() {
-                return encode(MessageType::NonConfirmable, message_id, request, response);
+                return encode(MessageType::NonConfirmable, id, request, response);
             }
-            let bytes = encode(MessageType::Confirmable, message_id, request, response);
+            let bytes = encode(MessageType::Confirmable, id, request, response);
             if self.open.len() >= OPEN_MAX {
-                self.open.pop_front();
+                self.open.pop_first();
             }
-            let random = random() % (1 + ACK_RANDOM_MS);
-            let timeout = ACK_TIMEOUT + Duration::from_millis(random);
-            self.open.push_back(Open {
-                peer: request.peer,
-                message_id,
+            let timeout = ACK_TIMEOUT + Duration::from_millis(random() % (1 + ACK_RANDOM_MS));
+            let open = Open {
                 bytes: bytes.clone(),
                 retransmitted: 0,
                 timeout,
                 due: now + timeout,
-                version,
-            });
+                version: response.version,
+            };
+            self.open.insert((request.peer, id), open);
             bytes
         }
 
         /// What is to be sent again now.
         pub fn retransmissions(&mut self, now: Instant) -> Vec<(SocketAddr, Vec<u8>)> {
             let goes_on = |open: &Open| now < open.due || open.retransmitted < MAX_RETRANSMIT;
-            self.open.retain(goes_on);
+            self.open.retain(|_, open| goes_on(open));
             let mut again = Vec::new();
-            for open in self.open.iter_mut().filter(|open| open.due <= now) {
-                again.push((open.peer, open.bytes.clone()));
+            for ((peer, _), open) in self.open.iter_mut().filter(|(_, open)| open.due <= now) {
+                again.push((*peer, open.bytes.clone()));
                 open.retransmitted += 1;
                 open.timeout *= 2;
                 open.due = now + open.timeout;
@@ -2280,47 +2180,18 @@ mod coap {
 
         /// When the next retransmission is due.
         pub fn next_due(&self) -> Option<Instant> {
-            self.open.iter().map(|open| open.due).min()
+            self.open.values().map(|open| open.due).min()
         }
 
         /// Whether the request is whole; then it has its whole body. `Err` refuses the block.
         pub fn assemble(&mut self, request: &mut Request) -> Result<bool, Response> {
             let block = request.block(BLOCK1)?;
-            let mut body = self.blocks_before(request, block)?;
-            body.append(&mut request.payload);
-            if body.len() > BODY_MAX {
-                let code = ResponseType::RequestEntityTooLarge;
-                let mut response = Response::error(code, "At most 17 KiB");
-                response.option(SIZE1, BODY_MAX as u32);
-                return Err(response);
-            }
-            if !block.has_more {
-                request.payload = body;
-                return Ok(true);
-            }
-            if self.assemblies.len() >= ASSEMBLIES_MAX {
-                self.assemblies.pop_front();
-            }
-            self.assemblies.push_back(Assembly {
-                peer: request.peer,
-                path: request.path(),
-                body,
-                touched: request.at,
-            });
-            Ok(false)
-        }
-
-        /// The body so far, if this block goes on from it.
-        fn blocks_before(&mut self, request: &Request, block: Block) -> Result<Vec<u8>, Response> {
-            let (peer, now, path) = (request.peer, request.at, request.path());
-            let is_alive = |known: &Assembly| now < known.touched + ASSEMBLY_LIFETIME;
-            self.assemblies.retain(is_alive);
-            let is_own = |known: &Assembly| known.peer == peer && known.path == path;
-            let at = self.assemblies.iter().position(is_own);
-            let known = at.and_then(|at| self.assemblies.remove(at));
-            let body = known.map(|known| known.body).filter(|_| block.number > 0);
-            let body = body.unwrap_or_default();
-            let length = request.payload.len();
+            let (key, touched) = ((request.peer, request.path()), request.at);
+            let is_alive = |known: &Assembly| touched < known.touched + ASSEMBLY_LIFETIME;
+            self.assemblies.retain(|_, known| is_alive(known));
+            let known = self.assemblies.remove(&key).filter(|_| block.number > 0);
+            let mut body = known.map_or(Vec::new(), |known| known.body);
+            let length = request.packet.payload.len();
             if body.len() != block.number * block.size {
                 let code = ResponseType::RequestEntityIncomplete;
                 return Err(Response::error(code, "A block is missing"));
@@ -2329,7 +2200,22 @@ mod coap {
                 let reason = "A block is not of its size";
                 return Err(Response::error(ResponseType::BadRequest, reason));
             }
-            Ok(body)
+            body.append(&mut request.packet.payload);
+            if body.len() > BODY_MAX {
+                let code = ResponseType::RequestEntityTooLarge;
+                let mut response = Response::error(code, "At most 17 KiB");
+                response.option(SIZE1, BODY_MAX as u32);
+                return Err(response);
+            }
+            if !block.has_more {
+                request.packet.payload = body;
+                return Ok(true);
+            }
+            if self.assemblies.len() >= ASSEMBLIES_MAX {
+                self.assemblies.pop_first();
+            }
+            self.assemblies.insert(key, Assembly { body, touched });
+            Ok(false)
         }
 
         fn next_message_id(&mut self) -> u16 {
@@ -2338,9 +2224,9 @@ mod coap {
         }
     }
 
-    /// RFC 7252 §3, §4.2 and §4.3. `Err` is the RST that a malformed or unexpected CON gets, empty
-    /// for others. The codec is laxer than the RFC, so what it reads must be what it would write:
-    /// that leaves no marker without payload, for one.
+    /// RFC 7252 §3, §4.2 and §4.3. `Err` is the RST that a malformed CON gets, empty for others. The
+    /// codec is laxer than the RFC, so what it reads must be what it would write: that leaves no
+    /// marker without payload, for one.
     fn parse(datagram: &[u8]) -> Result<Packet, Vec<u8>> {
         let [first, code, high, low, ..] = *datagram else {
             return Err(Vec::new());
@@ -2379,7 +2265,7 @@ mod coap {
             let more = if response.code() == "2.31" { MORE } else { 0 };
             packet.add_option(BLOCK1.into(), uint(block & !MORE | more));
         }
-        if kind != MessageType::Acknowledgement && response.is_error() {
+        if kind != MessageType::Acknowledgement && !response.code().starts_with('2') {
             packet.payload.clear();
         }
         packet.header.set_type(kind);
