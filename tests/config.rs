@@ -73,8 +73,10 @@ fn mount(arguments: &[&str]) {
 /// These mostly wait, so they run at the same time.
 #[test]
 fn what_takes_seconds() {
-    let tests: [(&str, fn()); 4] = [
+    let tests: [(&str, fn()); 6] = [
         ("without_a_token", without_a_token),
+        ("ip_family", ip_family),
+        ("proxies", proxies),
         ("check_that_fails", check_that_fails),
         (
             "an_address_that_does_not_exist",
@@ -211,7 +213,6 @@ fn config_files() {
     });
 }
 
-#[test]
 fn ip_family() {
     let api = BotApi::with(BotApiOptions {
         listen: "[::1]:0".parse().unwrap(),
@@ -258,7 +259,6 @@ fn environment_files() {
 }
 
 /// The real environment's, as ureq reads it: used, not used for a host, refused by it, and not taken from `.env`.
-#[test]
 fn proxies() {
     for (name, other, variables, in_file, code, asked) in [
         ("used", false, "HTTPS_PROXY", false, "2.05", true),
