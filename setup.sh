@@ -157,7 +157,7 @@ prepare_rc_local() {
         printf '%s\n' "$shebang" "$ours" 'exit 0' >"$stage/rc.local"
         return
     fi
-    { [ -f "$rc_local" ] && ! grep -qP '\0' "$rc_local"; } ||
+    { [ -f "$rc_local" ] && [ "$(tr -d '\0' <"$rc_local" | wc -c)" = "$(wc -c <"$rc_local")" ]; } ||
         die "$rc_local is not a text file: move it away, then run this again"
     if [ "$(head -c 2 "$rc_local")" = '#!' ]; then shebang=$(head -n 1 "$rc_local") rest=2; fi
     [[ $shebang =~ ^'#!'\ *(/usr)?/bin/(env\ +)?(ba|da)?sh(\ .*)?$ ]] ||
