@@ -2,6 +2,7 @@
 
 mod support;
 
+use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -9,210 +10,514 @@ use support::*;
 use ureq::tls::{Certificate as Pem, RootCerts, TlsConfig};
 use ureq::{Agent, Proxy as ProxySetting};
 
-fn client(api: &BotApi) -> Agent {
-    client_through(api, None)
+/// The first update of every stand-in.
+const FIRST: i64 = 700_000_001;
+
+/// Somebody who uses the bot's token.
+struct Client {
+    agent: Agent,
+    url: String,
 }
 
-fn client_through(api: &BotApi, proxy: Option<&str>) -> Agent {
+#[derive(Debug)]
+struct Answer {
+    status: u16,
+    body: Value,
+    took: Duration,
+}
+
+impl Answer {
+    fn description(&self) -> &str {
+        self.body["description"].as_str().unwrap_or_default()
+    }
+
+    fn updates(&self) -> Vec<i64> {
+        let updates = self.body["result"].as_array().expect("updates");
+        updates
+            .iter()
+            .map(|update| update["update_id"].as_i64().unwrap())
+            .collect()
+    }
+
+    #[track_caller]
+    fn expect(&self, status: u16, description: &str) {
+        assert_eq!(
+            (self.status, self.description()),
+            (status, description),
+            "{self:?}"
+        );
+        assert_eq!(self.body["ok"], status == 200);
+        if status != 200 {
+            assert_eq!(self.body["error_code"], status);
+        }
+    }
+
+    /// Up to 700 ms more are allowed, for the machine may be busy.
+    #[track_caller]
+    fn expect_after(&self, seconds: u64) {
+        let seconds = Duration::from_secs(seconds);
+        let most = seconds + Duration::from_millis(700);
+        assert!((seconds..most).contains(&self.took), "{self:?}");
+    }
+}
+
+impl Client {
+    fn new(api: &BotApi) -> Self {
+        Self {
+            agent: agent(api, Duration::from_secs(10), None),
+            url: format!("{}{TOKEN}/", api.url()),
+        }
+    }
+
+    fn try_to_ask(&self, method: &str, body: &Value) -> Result<Answer, ureq::Error> {
+        let start = Instant::now();
+        let request = self.agent.post(format!("{}{method}", self.url));
+        let mut response = request
+            .content_type("application/json")
+            .send(body.to_string().as_bytes())?;
+        let status = response.status().as_u16();
+        let text = response
+            .body_mut()
+            .with_config()
+            .limit(64 << 20)
+            .read_to_string()?;
+        Ok(Answer {
+            status,
+            body: serde_json::from_str(&text).unwrap_or(Value::String(text)),
+            took: start.elapsed(),
+        })
+    }
+
+    #[track_caller]
+    fn ask(&self, method: &str, body: Value) -> Answer {
+        self.try_to_ask(method, &body).unwrap()
+    }
+
+    #[track_caller]
+    fn updates_from(&self, offset: i64) -> Answer {
+        self.ask("getUpdates", json!({"offset": offset}))
+    }
+
+    #[track_caller]
+    fn send(&self, chat: i64) -> Answer {
+        self.ask("sendMessage", json!({"chat_id": chat, "text": "hi"}))
+    }
+}
+
+fn agent(api: &BotApi, limit: Duration, proxy: Option<&str>) -> Agent {
     let pem = std::fs::read(api.ca_path()).unwrap();
     let roots = RootCerts::new_with_certs(&[Pem::from_pem(&pem).unwrap()]);
     let config = Agent::config_builder()
         .http_status_as_error(false)
+        .max_redirects(0)
+        .max_redirects_will_error(false)
         .proxy(proxy.map(|url| ProxySetting::new(url).unwrap()))
-        .timeout_global(Some(Duration::from_secs(2)))
+        .timeout_global(Some(limit))
+        .max_idle_age(Duration::from_secs(60))
         .tls_config(TlsConfig::builder().root_certs(roots).build());
     config.build().into()
-}
-
-fn ask(
-    client: &Agent,
-    api: &BotApi,
-    token: &str,
-    method: &str,
-    body: &Value,
-) -> Result<(u16, Value), ureq::Error> {
-    let url = format!("{}{token}/{method}", api.url());
-    let body = body.to_string();
-    let mut response = client
-        .post(&url)
-        .content_type("application/json")
-        .send(body.as_bytes())?;
-    let status = response.status().as_u16();
-    let text = response.body_mut().read_to_string()?;
-    Ok((
-        status,
-        serde_json::from_str(&text).unwrap_or(Value::String(text)),
-    ))
 }
 
 #[test]
 fn answers_as_telegram_documents() {
     let api = BotApi::start();
-    let client = client(&api);
-    let error = |status: u16, text: &str| {
-        (
-            status,
-            json!({"ok": false, "error_code": status, "description": text}),
-        )
-    };
-    api.unknown_chat(5);
-    api.block_chat(6);
+    let client = Client::new(&api);
     let cases = [
         (
-            TOKEN,
             "sendMessage",
             json!({"chat_id": 1, "text": ""}),
-            error(400, "Bad Request: message text is empty"),
+            400,
+            "Bad Request: message text is empty",
         ),
         (
-            TOKEN,
             "sendMessage",
-            json!({"chat_id": 1, "text": "x".repeat(4097)}),
-            error(400, "Bad Request: message is too long"),
+            json!({"chat_id": 1, "text": "ü".repeat(4097)}),
+            400,
+            "Bad Request: message is too long",
         ),
         (
-            TOKEN,
             "sendMessage",
-            json!({"chat_id": 5, "text": "x"}),
-            error(400, "Bad Request: chat not found"),
+            json!({"chat_id": "Ada", "text": "x"}),
+            400,
+            "Bad Request: chat not found",
         ),
+        ("nonsense", json!({}), 404, "Not Found"),
         (
-            TOKEN,
-            "sendMessage",
-            json!({"chat_id": 6, "text": "x"}),
-            error(403, "Forbidden: bot was blocked by the user"),
-        ),
-        (TOKEN, "nonsense", json!({}), error(404, "Not Found")),
-        ("12:short", "getMe", json!({}), error(404, "Not Found")),
-        (
-            &TOKEN.replace('a', "b"),
-            "getMe",
-            json!({}),
-            error(401, "Unauthorized"),
-        ),
-        (
-            TOKEN,
             "deleteMessage",
             json!({"chat_id": 1, "message_id": 99}),
-            error(400, "Bad Request: message to delete not found"),
+            400,
+            "Bad Request: message to delete not found",
         ),
     ];
-    for (token, method, body, expected) in cases {
-        assert_eq!(
-            ask(&client, &api, token, method, &body).unwrap(),
-            expected,
-            "{method} {body}"
-        );
+    for (method, body, status, description) in cases {
+        client.ask(method, body).expect(status, description);
     }
-    let (status, answer) = ask(
-        &client,
-        &api,
-        TOKEN,
-        "sendMessage",
-        &json!({"chat_id": "@news", "text": "hi"}),
-    )
-    .unwrap();
-    assert_eq!(
-        (status, &answer["ok"], &answer["result"]["text"]),
-        (200, &json!(true), &json!("hi"))
-    );
+    for (token, status, description) in [
+        ("12:short".to_string(), 404, "Not Found"),
+        (TOKEN.replace('a', "b"), 401, "Unauthorized"),
+    ] {
+        let stranger = Client {
+            agent: client.agent.clone(),
+            url: format!("{}{token}/", api.url()),
+        };
+        stranger.ask("getMe", json!({})).expect(status, description);
+    }
+    let longest = json!({"chat_id": 2, "text": "🌡".repeat(4096)});
+    client.ask("sendMessage", longest).expect(200, "");
+    let sent = client.ask("sendMessage", json!({"chat_id": "@news", "text": "hi"}));
+    sent.expect(200, "");
+    assert_eq!(sent.body["result"]["text"], "hi");
     assert_eq!(api.texts_to("@news"), ["hi"]);
     assert_eq!(api.seen().connections, 1, "kept alive");
 }
 
 #[test]
+fn refuses_each_chat_for_its_reason() {
+    let api = BotApi::start();
+    let client = Client::new(&api);
+    let cases = [
+        (
+            Refusal::Blocked,
+            403,
+            "Forbidden: bot was blocked by the user",
+        ),
+        (Refusal::Deactivated, 403, "Forbidden: user is deactivated"),
+        (
+            Refusal::NeverStarted,
+            403,
+            "Forbidden: bot can't initiate conversation with a user",
+        ),
+        (
+            Refusal::KickedFromGroup,
+            403,
+            "Forbidden: bot was kicked from the group chat",
+        ),
+        (
+            Refusal::KickedFromSupergroup,
+            403,
+            "Forbidden: bot was kicked from the supergroup chat",
+        ),
+        (
+            Refusal::NotInChannel,
+            403,
+            "Forbidden: bot is not a member of the channel chat",
+        ),
+        (
+            Refusal::GroupDeleted,
+            403,
+            "Forbidden: the group chat was deleted",
+        ),
+        (Refusal::NotFound, 400, "Bad Request: chat not found"),
+    ];
+    for (refusal, status, description) in cases {
+        api.refuse_chat(-5, refusal);
+        client.send(-5).expect(status, description);
+    }
+    api.refuse_chat(-5, Refusal::MigratedTo(-1_001_234));
+    let moved = client.send(-5);
+    moved.expect(
+        400,
+        "Bad Request: group chat was upgraded to a supergroup chat",
+    );
+    assert_eq!(moved.body["parameters"]["migrate_to_chat_id"], -1_001_234);
+    client.send(-6).expect(200, "");
+    api.refuse_chat(-5, None);
+    client.send(-5).expect(200, "");
+    assert_eq!(api.texts_to(-5).len(), 1);
+}
+
+#[test]
 fn hands_out_updates_until_they_are_confirmed() {
     let api = BotApi::start();
-    let client = client(&api);
-    let ids = |body: Value| -> Vec<i64> {
-        let (_, answer) = ask(&client, &api, TOKEN, "getUpdates", &body).unwrap();
-        answer["result"]
-            .as_array()
-            .unwrap()
-            .iter()
-            .map(|update| update["update_id"].as_i64().unwrap())
-            .collect()
-    };
+    let client = Client::new(&api);
     for _ in 0..250 {
         api.person_writes(1, "Ada", "hi");
     }
-    let first = 700_000_001;
-    let page = |from: i64, count: i64| (first + from..first + from + count).collect::<Vec<_>>();
-    assert_eq!(ids(json!({})), page(0, 100));
-    assert_eq!(ids(json!({"limit": 3})), page(0, 3), "not confirmed yet");
-    assert_eq!(ids(json!({"offset": first + 100})), page(100, 100));
+    let page = |from: i64, count: i64| (FIRST + from..FIRST + from + count).collect::<Vec<_>>();
+    assert_eq!(client.updates_from(0).updates(), page(0, 100));
+    let three = json!({"offset": FIRST, "limit": 3});
     assert_eq!(
-        ids(json!({"offset": first + 1_000_000})),
+        client.ask("getUpdates", three).updates(),
+        page(0, 3),
+        "not confirmed yet"
+    );
+    assert_eq!(client.updates_from(FIRST + 100).updates(), page(100, 100));
+    assert_eq!(
+        client.updates_from(FIRST + 1_000_000).updates(),
         page(100, 100),
         "too far in the future: ignored"
     );
     assert_eq!(
-        ids(json!({"offset": -2})),
+        client.updates_from(-2).updates(),
         page(248, 2),
         "the last two; the others are forgotten"
     );
-    let all = json!({"offset": first + 250, "allowed_updates": ["message"]});
-    assert!(ids(all).is_empty());
+    let all = json!({"offset": FIRST + 250, "allowed_updates": ["message"]});
+    assert!(client.ask("getUpdates", all).updates().is_empty());
     api.push_update(json!({"edited_message": {}}));
-    assert!(ids(json!({})).is_empty(), "only what is allowed");
+    assert_eq!(api.waiting_updates(), 0, "only what is allowed");
+    api.person_writes(1, "Ada", "hi");
+    assert!(client.updates_from(FIRST + 251).updates().is_empty());
+    assert_eq!(api.waiting_updates(), 0, "confirmed");
+    api.set_next_update_id(5);
+    api.person_writes(1, "Ada", "hi");
+    assert_eq!(client.updates_from(FIRST + 252).updates(), [5]);
+}
+
+/// A short page is no proof that it is the last one.
+#[test]
+fn cuts_a_page_at_4_mib() {
+    let api = BotApi::start();
+    let client = Client::new(&api);
+    for _ in 0..5 {
+        api.person_writes(1, "Ada", &"x".repeat(1 << 20));
+    }
+    let ids: Vec<i64> = (FIRST..FIRST + 5).collect();
+    assert_eq!(client.updates_from(0).updates(), ids[..3]);
+    assert_eq!(client.updates_from(ids[3]).updates(), ids[3..]);
+}
+
+#[test]
+fn holds_who_asks_too_often() {
+    let api = BotApi::start();
+    let client = Client::new(&api);
+    client.updates_from(0).expect_after(0);
+    let held = client.updates_from(0);
+    held.expect_after(3);
+    assert!(held.updates().is_empty());
+    client.updates_from(0).expect_after(0); // 3 s after the beginning of the last one
+    client.updates_from(1).expect_after(0); // another offset
+    client.updates_from(0).expect_after(0); // counts only against the call before
+    let writes = thread::scope(|scope| {
+        scope.spawn(|| {
+            thread::sleep(Duration::from_millis(800));
+            api.person_writes(1, "Ada", "hi");
+        });
+        client.updates_from(0)
+    });
+    assert_eq!(writes.updates(), [FIRST]);
+    assert!((700..1500).contains(&writes.took.as_millis()), "{writes:?}");
+    let asked = json!({"offset": FIRST + 1, "timeout": 1});
+    client.ask("getUpdates", asked).expect_after(1);
+}
+
+#[test]
+fn gives_one_update_to_who_asks_at_once() {
+    let api = BotApi::start();
+    let client = Client::new(&api);
+    for _ in 0..3 {
+        api.person_writes(1, "Ada", "hi");
+    }
+    assert_eq!(client.updates_from(0).updates().len(), 3);
+    assert_eq!(client.updates_from(0).updates(), [FIRST]);
+    assert_eq!(client.updates_from(FIRST).updates().len(), 3);
+    thread::sleep(Duration::from_millis(600));
+    let page = client.updates_from(FIRST);
+    page.expect_after(0);
+    assert_eq!(page.updates().len(), 3, "it is not held with updates there");
+}
+
+const OTHER_POLL: &str = "Conflict: terminated by other getUpdates request; make sure that only one bot instance is running";
+const WEBHOOK: &str = "Conflict: can't use getUpdates method while webhook is active; \
+    use deleteWebhook to delete the webhook first";
+
+#[test]
+fn one_long_poll_ends_the_other() {
+    let api = BotApi::start();
+    let clients = [(); 3].map(|()| Client::new(&api));
+    let poll = || json!({"offset": FIRST, "timeout": 5});
+    let start = Instant::now();
+    thread::scope(|scope| {
+        let first = scope.spawn(|| clients[0].ask("getUpdates", poll()));
+        api.wait_for("the first", |seen| seen.count("getUpdates") == 1);
+        clients[2].updates_from(0).expect_after(0); // answered at once, it ends nothing
+        let second = scope.spawn(|| clients[1].ask("getUpdates", poll()));
+        let first = first.join().unwrap();
+        first.expect(409, OTHER_POLL);
+        first.expect_after(0);
+        let third = scope.spawn(|| clients[2].ask("getUpdates", poll()));
+        let second = second.join().unwrap();
+        second.expect(409, OTHER_POLL);
+        second.expect_after(3);
+        api.person_writes(1, "Ada", "hi");
+        assert_eq!(third.join().unwrap().updates(), [FIRST]);
+    });
+    assert!(start.elapsed() < Duration::from_millis(4500));
+    let statuses: Vec<u16> = api.seen().calls.iter().map(|call| call.status).collect();
+    assert_eq!(statuses, [409, 200, 409, 200]);
+}
+
+#[test]
+fn a_webhook_takes_the_updates() {
+    let api = BotApi::start();
+    let client = Client::new(&api);
+    api.set_webhook(true);
+    let refused = client.updates_from(0);
+    refused.expect(409, WEBHOOK);
+    refused.expect_after(0);
+    let again = client.updates_from(0);
+    again.expect(409, WEBHOOK);
+    again.expect_after(3);
+    client.ask("getMe", json!({})).expect(200, "");
+    client.send(1).expect(200, "");
+    api.set_webhook(false);
+    client.updates_from(0).expect(200, "");
+    client.updates_from(1).expect(200, "");
+    let ended = thread::scope(|scope| {
+        let held = scope.spawn(|| client.updates_from(1));
+        api.wait_for("the last", |seen| seen.count("getUpdates") == 5);
+        api.set_webhook(true);
+        held.join().unwrap()
+    });
+    ended.expect(409, "Conflict: terminated by setWebhook request");
+    ended.expect_after(0);
+}
+
+#[test]
+fn refuses_too_fast_a_bot() {
+    let api = BotApi::start();
+    let client = Client::new(&api);
+    let statuses = |chats: &mut dyn Iterator<Item = i64>| -> Vec<u16> {
+        chats.map(|chat| client.send(chat).status).collect()
+    };
+    assert_eq!(
+        statuses(&mut [1; 40].into_iter()),
+        [200; 40],
+        "not unless told"
+    );
+    api.set_pace(true);
+    assert_eq!(
+        statuses(&mut [1; 4].into_iter()),
+        [200, 200, 200, 429],
+        "a chat's burst"
+    );
+    let refused = client.send(1);
+    refused.expect(429, "Too Many Requests: retry after 3");
+    assert_eq!(refused.body["parameters"]["retry_after"], 3);
+    let many = statuses(&mut (100..130));
+    assert_eq!(
+        many.iter().filter(|status| **status == 200).count(),
+        27,
+        "the bot's second"
+    );
+    thread::sleep(Duration::from_secs(3));
+    assert_eq!(client.send(1).status, 200);
+    assert_eq!(api.texts_to(1).len(), 44);
+}
+
+/// With a clock of its own: a group's minute is too long to wait for.
+#[test]
+fn limits_each_chat_each_group_and_the_bot() {
+    let start = Instant::now();
+    let at = |ms: u64| start + Duration::from_millis(ms);
+    let mut pace = Pace::default();
+    for ms in 0..3 {
+        assert_eq!(pace.count("1", at(ms)), Ok(()));
+    }
+    assert_eq!(pace.count("1", at(3)), Err(3));
+    assert_eq!(pace.count("1", at(2500)), Err(1));
+    assert_eq!(pace.count("1", at(3000)), Ok(()));
+    assert_eq!(
+        pace.count("1", at(3000)),
+        Err(1),
+        "no new burst: one a second"
+    );
+
+    let mut pace = Pace::default();
+    for second in 0..20 {
+        assert_eq!(pace.count("-5", at(1000 * second)), Ok(()), "{second}");
+    }
+    assert_eq!(pace.count("-5", at(20_000)), Err(40));
+    assert_eq!(pace.count("-5", at(60_000)), Ok(()));
+    assert_eq!(pace.count("-5", at(60_500)), Err(1));
+    assert_eq!(
+        pace.count("5", at(60_500)),
+        Ok(()),
+        "a person is another chat"
+    );
+
+    let mut pace = Pace::default();
+    for chat in 0..30 {
+        assert_eq!(pace.count(&chat.to_string(), at(0)), Ok(()));
+    }
+    assert_eq!(pace.count("30", at(900)), Err(1));
+    assert_eq!(pace.count("30", at(1000)), Ok(()));
 }
 
 #[test]
 fn goes_wrong_as_planned() {
     let api = BotApi::start();
-    let send = |client: &Agent| {
-        ask(
-            client,
-            &api,
-            TOKEN,
-            "sendMessage",
-            &json!({"chat_id": 1, "text": "hi"}),
-        )
+    // A new connection each time: what is left of the one before is not to be mixed up with it.
+    let send = || {
+        let client = Client {
+            agent: agent(&api, Duration::from_secs(2), None),
+            ..Client::new(&api)
+        };
+        client.try_to_ask("sendMessage", &json!({"chat_id": 1, "text": "hi"}))
     };
     api.fail(next(1, "sendMessage"), Fault::too_many_requests(7));
-    let (status, answer) = send(&client(&api)).unwrap();
-    assert_eq!(
-        (status, &answer["parameters"]["retry_after"]),
-        (429, &json!(7))
-    );
+    let refused = send().unwrap();
+    refused.expect(429, "Too Many Requests: retry after 7");
+    assert_eq!(refused.body["parameters"]["retry_after"], 7);
     for fault in [
         Fault::Hang,
         Fault::CloseUnanswered,
         Fault::Bytes(b"nonsense\r\n\r\n".to_vec()),
     ] {
         api.fail(next(1, "sendMessage"), fault.clone());
-        assert!(send(&client(&api)).is_err(), "{fault:?}");
+        assert!(send().is_err(), "{fault:?}");
     }
-    assert_eq!(send(&client(&api)).unwrap().0, 200);
+    for status in [200, 302, 403, 502] {
+        api.fail(next(1, "sendMessage"), Fault::Page(status));
+        let page = send().unwrap();
+        assert_eq!(page.status, status);
+        assert!(page.body.as_str().unwrap().starts_with("<html>"));
+    }
+    assert_eq!(send().unwrap().status, 200);
     for certificate in [
         Certificate::OtherAuthority,
         Certificate::WrongName,
         Certificate::Expired,
     ] {
         api.show(certificate);
-        assert!(send(&client(&api)).is_err(), "{certificate:?}");
+        assert!(send().is_err(), "{certificate:?}");
     }
     api.show(Certificate::Good);
     for fault in [ConnectionFault::Hang, ConnectionFault::Close] {
         api.fail_connections(1, fault);
-        assert!(send(&client(&api)).is_err(), "{fault:?}");
+        assert!(send().is_err(), "{fault:?}");
     }
     api.refuse();
-    assert!(send(&client(&api)).is_err(), "refused");
+    assert!(send().is_err(), "refused");
     api.accept_again();
-    assert_eq!(send(&client(&api)).unwrap().0, 200);
+    assert_eq!(send().unwrap().status, 200);
+    assert_eq!(
+        api.texts_to(1).len(),
+        4,
+        "hanging and closing come after the fact"
+    );
+}
+
+#[test]
+fn closes_idle_connections() {
+    let api = BotApi::start();
+    api.close_idle_after(Duration::from_millis(300));
+    let client = Client::new(&api);
+    for (pause_ms, connections) in [(0, 1), (100, 1), (100, 1), (600, 2)] {
+        thread::sleep(Duration::from_millis(pause_ms));
+        client.send(1).expect(200, "");
+        assert_eq!(api.seen().connections, connections);
+    }
 }
 
 /// One round trip each for TCP, TLS 1.3 and the request; one in all on a warm connection.
 #[test]
 fn emulates_a_distance() {
     let api = BotApi::start();
-    let client = client(&api);
+    let client = Client::new(&api);
     api.set_round_trip(Duration::from_millis(200));
     for (round_trips, what) in [(3, "cold"), (1, "warm")] {
-        let start = Instant::now();
-        ask(&client, &api, TOKEN, "getMe", &json!({})).unwrap();
-        let taken = start.elapsed().as_millis();
+        let taken = client.ask("getMe", json!({})).took.as_millis();
         assert!(
             (200 * round_trips..200 * round_trips + 190).contains(&taken),
             "{what}: {taken} ms"
@@ -224,14 +529,10 @@ fn emulates_a_distance() {
 #[test]
 fn is_fast() {
     let api = BotApi::start();
-    let client = client(&api);
+    let client = Client::new(&api);
     let start = Instant::now();
     for number in 0..1000 {
-        let body = json!({"chat_id": number % 10, "text": "hi"});
-        assert_eq!(
-            ask(&client, &api, TOKEN, "sendMessage", &body).unwrap().0,
-            200
-        );
+        client.send(number % 10).expect(200, "");
     }
     assert!(
         start.elapsed() < Duration::from_secs(5),
@@ -249,14 +550,14 @@ fn the_proxy_leads_one_name_only() {
         ..BotApiOptions::default()
     });
     let proxy = Proxy::start("api.telegram.org:443", api.address());
-    let client = client_through(&api, Some(&proxy.url()));
-    let answer = client
+    let agent = agent(&api, Duration::from_secs(2), Some(&proxy.url()));
+    let answer = agent
         .get(format!("https://api.telegram.org/bot{TOKEN}/getMe"))
         .call()
         .unwrap();
     assert_eq!(answer.status(), 200);
     assert!(
-        client
+        agent
             .get(format!("https://localhost/bot{TOKEN}/getMe"))
             .call()
             .is_err()
@@ -300,4 +601,81 @@ fn motes_write_what_the_firmware_writes() {
     ] {
         assert_eq!(Message::decode(&hex(malformed)), None, "{malformed}");
     }
+}
+
+/// Each with its own way of going from one message ID to the next.
+#[test]
+fn motes_count_as_the_firmware_does() {
+    let gateway = "127.0.0.1:9".parse().unwrap();
+    let mote = Mote::at_port("127.0.0.9", free_udp_port(), gateway);
+    let mut last = mote.next_id();
+    let mut steps = [0; 4];
+    for _ in 0..300 {
+        let id = mote.next_id();
+        steps[usize::from(id.wrapping_sub(last))] += 1;
+        last = id;
+    }
+    assert!(steps[0] == 0 && steps[1..].iter().all(|count| *count > 50));
+    mote.reboot();
+    assert!(mote.next_id().wrapping_sub(last) > 64);
+}
+
+// --- the model of the firmware ---
+
+/// What it knows after these replies.
+fn heard(replies: &[&str]) -> String {
+    let mut firmware = Firmware::default();
+    replies.iter().for_each(|reply| firmware.take(reply));
+    firmware.knows()
+}
+
+#[test]
+fn the_firmware_reads_tokens() {
+    for (replies, expected) in [
+        (&["r7;i5;f1;Ada:1234567890"][..], "i5;f1;Ada:1234567890"),
+        (
+            &["Ada:1", "No Updates", "", "Messages sent successfully"],
+            "Ada:1",
+        ),
+        (&["Ada:1;Bob:2", "r1", "i120"], "i120;Bob:2"),
+        (&["Ada:1", "Ada:2"], "Ada:2"), // the first one's id is gone
+        (&["Ada:1", "Eve:1"], "Eve:1"), // a new name
+        (&["Ada:1;Bob:2", "Ada:2"], "Ada:2;Bob:2"), // the first slot of the two
+        (&["7:1;Bob:2", "r7"], "Bob:2"), // a name of digits
+        (&["Ada:1", "r2d2:5"], "Ada:1"), // taken for a removal
+        (&["i5ve:5", "f0x:6"], "i5;f0"), // taken for settings
+        (&["Ada:123456789012"], "Ada:12345678901"),
+        (&["Maximiliana-Aurelia:1"], "Maximiliana-Au:1"),
+        (
+            &["a:1;b:2;c:3;d:4;e:5;g:6;h:7;j:8;k:9;l:10;m:11", "r3"],
+            "a:1;b:2;d:4;e:5;g:6;h:7;j:8;k:9;l:10",
+        ),
+    ] {
+        assert_eq!(heard(replies), expected, "{replies:?}");
+    }
+}
+
+#[test]
+fn the_firmware_throws_long_replies_away() {
+    let reply = |length: usize| format!("Ada:1;{}:2", "x".repeat(length - 8));
+    assert_eq!(
+        heard(&[&reply(REPLY_MAX)]),
+        format!("Ada:1;{}:2", "x".repeat(14))
+    );
+    assert_eq!(heard(&[&reply(REPLY_MAX + 1)]), "");
+}
+
+#[test]
+fn the_firmware_forgets_when_it_boots() {
+    let mut firmware = Firmware::default();
+    firmware.take("i5;f1;Ada:1;Bob:2");
+    assert_eq!(firmware.chat_ids(), "1,2");
+    firmware.reboot();
+    assert_eq!(firmware.knows(), "");
+}
+
+#[test]
+#[should_panic(expected = "the firmware crashes")]
+fn the_firmware_crashes_without_a_colon() {
+    heard(&["Missing required fields"]);
 }

@@ -1,16 +1,20 @@
 //! What the tests, the demo and the benches share: everything that surrounds the gateway, played on loopback.
 //!
 //! [`BotApi`] stands in for Telegram, [`Gateway`] runs the real binary in a directory of its own, [`Mote`] speaks CoAP
-//! to it with bytes made by hand (so that the gateway's codec is not tested against itself).
+//! to it with bytes made by hand (so that the gateway's codec is not tested against itself), and [`Firmware`] is what a
+//! mote makes of the replies.
 
 // Each test program uses a part of this.
 #![allow(dead_code, unused_imports)]
 
 mod bot_api;
 mod certificates;
+mod firmware;
 mod gateway;
+mod http;
 mod mote;
 mod proxy;
+mod telegram;
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -21,9 +25,11 @@ pub use bot_api::{
     BotApi, BotApiOptions, Call, ConnectionFault, Fault, Seen, Sent, When, every, next,
 };
 pub use certificates::Certificate;
+pub use firmware::{Firmware, REPLY_MAX};
 pub use gateway::{Finished, Gateway, PASSWORD, Setup, binary, free_udp_port};
 pub use mote::*;
 pub use proxy::Proxy;
+pub use telegram::{Pace, Refusal};
 
 /// The bot token of the firmware's datagrams, and of the stand-in unless told otherwise.
 pub const TOKEN: &str = "123456789:AAEaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa";
@@ -152,6 +158,19 @@ pub fn poll(mote: &Mote, api: &BotApi) -> String {
         "2.05"
     };
     assert_eq!(response.code(), code, "{response}");
+    tokens
+}
+
+/// Polls until the mote is told something. What was written within 3 s of a fetch that found nothing takes so long, for
+/// Telegram is not asked again before.
+#[track_caller]
+pub fn hear(mote: &Mote, api: &BotApi) -> String {
+    let mut tokens = String::new();
+    let told = within(Duration::from_secs(6), || {
+        tokens = poll(mote, api);
+        tokens != "No Updates"
+    });
+    assert!(told, "the mote is told nothing");
     tokens
 }
 

@@ -1,6 +1,6 @@
 //! A mote: CoAP messages made and read byte by byte (RFC 7252 §3), and a client on a UDP socket of its own.
 
-use std::cell::Cell;
+use std::cell::RefCell;
 use std::fmt;
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
@@ -26,7 +26,6 @@ pub const URI_QUERY: u16 = 15;
 pub const ACCEPT: u16 = 17;
 pub const BLOCK2: u16 = 23;
 pub const BLOCK1: u16 = 27;
-pub const SIZE2: u16 = 28;
 pub const PROXY_URI: u16 = 35;
 pub const PROXY_SCHEME: u16 = 39;
 pub const SIZE1: u16 = 60;
@@ -258,11 +257,48 @@ pub fn form(url: &str, token: &str, chats: &str, text: &str) -> String {
     format!("url={url}&token={token}&chat_ids={chats}&text={text}")
 }
 
+/// Message IDs as gcoap counts them: 1 to 3 from one request to the next, and from anywhere after a restart.
+#[derive(Clone, Debug)]
+pub struct MessageIds {
+    last: u16,
+    random: u64,
+}
+
+impl MessageIds {
+    pub fn new(seed: u64) -> Self {
+        let mut ids = Self {
+            last: 0,
+            random: seed,
+        };
+        ids.restart();
+        ids
+    }
+
+    pub fn next(&mut self) -> u16 {
+        self.last = self.last.wrapping_add(1 + self.draw(3));
+        self.last
+    }
+
+    /// At least 1000 away, for nobody can tell a restart that happens to go on from the last ID.
+    pub fn restart(&mut self) {
+        self.last = self.last.wrapping_add(1000 + self.draw(60_000));
+    }
+
+    /// The high bits of a linear congruential generator.
+    fn draw(&mut self, below: u64) -> u16 {
+        self.random = self
+            .random
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        ((self.random >> 33) % below) as u16
+    }
+}
+
 /// One mote: a UDP socket connected to the gateway, so that only answers from the gateway's own address and port are
 /// seen, as gcoap does. The gateway tells motes apart by their IP address: see [`Mote::at`].
 pub struct Mote {
     pub socket: UdpSocket,
-    next_id: Cell<u16>,
+    ids: RefCell<MessageIds>,
 }
 
 impl Mote {
@@ -278,23 +314,28 @@ impl Mote {
 
     /// A mote with an address of its own, `127.0.0.2` to `127.255.255.254` (for a gateway on `127.0.0.1`).
     pub fn at(ip: &str, gateway: SocketAddr) -> Self {
+        Self::at_port(ip, 0, gateway)
+    }
+
+    /// A mote with an address and a port of its own. The firmware's port is always 5683.
+    pub fn at_port(ip: &str, port: u16, gateway: SocketAddr) -> Self {
         let ip: IpAddr = ip.parse().unwrap();
-        let socket = UdpSocket::bind((ip, 0)).unwrap();
+        let socket = UdpSocket::bind((ip, port)).unwrap();
         socket.connect(gateway).unwrap();
-        let start = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap()
-            .subsec_nanos() as u16;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
         Self {
             socket,
-            next_id: Cell::new(start),
+            ids: RefCell::new(MessageIds::new(now.as_nanos() as u64)),
         }
     }
 
     pub fn next_id(&self) -> u16 {
-        let id = self.next_id.get().wrapping_add(1);
-        self.next_id.set(id);
-        id
+        self.ids.borrow_mut().next()
+    }
+
+    /// From now on its message IDs are those of a mote that has booted again, with the same address and port.
+    pub fn reboot(&self) {
+        self.ids.borrow_mut().restart();
     }
 
     /// A POST with a new message ID and a 2-byte token, as the firmware sends it.
