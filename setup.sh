@@ -103,9 +103,9 @@ put_on() {
     prepare_unit_and_binary
     choose_address
     prepare_rc_local
-    prepare_connection
     prepare_settings
     prepare_firmware
+    prepare_connection
 
     keep_what_is_there
     [ -d "$etc" ] || mkdir -m 755 "$etc"
