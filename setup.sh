@@ -114,7 +114,11 @@ put_on() {
     place config.ini "$etc/config.ini" 600
     place env "$etc/.env" 600
     [ ! -e "$stage/firmware.ini" ] || place_in_firmware
-    [ "$old_address $old_interface" = "$address $interface" ] || drop_address "$old_address" "$old_interface"
+    if [ "$old_address $old_interface" != "$address $interface" ]; then
+        drop_address "$old_address" "$old_interface"
+        echo "$address $interface" >"$stage/address"
+        mv "$stage/address" "$kept/address"
+    fi
     place_rc_local
     [ ! -e "$stage/connection" ] || place connection "$connection" 600
     add_address
@@ -337,8 +341,6 @@ place_rc_local() {
     local mode=755 owner=0:0
     [ ! -x "$rc_local" ] || mode=$(stat -c %a "$rc_local")
     [ ! -e "$rc_local" ] || owner=$(stat -c %u:%g "$rc_local")
-    echo "$address $interface" >"$stage/address"
-    mv "$stage/address" "$kept/address"
     place rc.local "$rc_local" "$mode" "$owner"
 }
 
