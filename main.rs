@@ -12,13 +12,12 @@
 //!
 //! One thread owns everything ([`Gateway`]) and does one thing at a time: it receives a datagram,
 //! sends the empty ACK, calls Telegram, sends the separate response, and only then writes to the
-//! disk and to people. What comes meanwhile waits in the socket. When nothing waits there, it
-//! retransmits, and fetches what people wrote. Another thread logs a heartbeat; a text to several
-//! chats has a thread for each while it is sent.
+//! disk and to people. What comes meanwhile waits in the socket. When nothing waits, it retransmits
+//! and fetches what people wrote. Another thread logs a heartbeat; a text to several chats has a
+//! thread for each while it is sent.
 //!
-//! A datagram travels [`Gateway::run`] → [`coap::Exchanges::receive`] → [`Gateway::handle`] →
-//! [`Gateway::deliver`] or [`Gateway::update`] → [`Gateway::settle`]; what people write travels
-//! [`Gateway::fetch`] → [`People::take`] → [`State`] → [`State::tokens`].
+//! A datagram travels `run` → `receive` → `handle` → `deliver` or `update` → `settle`; what people
+//! write travels `fetch` → `People::take` → `State::tokens`.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
@@ -49,7 +48,7 @@ use ureq::unversioned::transport::{DefaultConnector, NextTimeout};
 
 /// For a request: RIOT's nanocoap_sock waits 10 s after the empty ACK, so it is answered within 9 s.
 const REQUEST_TIME: Duration = Duration::from_millis(8500);
-/// The same while Telegram does not answer, so that all the motes that wait are soon told.
+/// The same while Telegram does not answer, so that all who wait are soon told.
 const REQUEST_TIME_IN_A_HANG: Duration = Duration::from_secs(2);
 /// For the gateway's own fetch, during which requests wait.
 const FETCH_TIME: Duration = Duration::from_secs(5);
@@ -72,7 +71,7 @@ const ATTEMPTS: u32 = 3;
 const ATTEMPT_PAUSE: Duration = Duration::from_millis(500);
 /// Bot API server: a page of updates is cut at 4 MiB of JSON; twice that, for the one beyond.
 const PAGE_BYTES_MAX: u64 = 8 << 20;
-/// Of any other answer: a `Message` whose text has 4,096 characters, each `\uXXXX\uXXXX`.
+/// Of any other answer: a `Message` of 4,096 characters, each `\uXXXX\uXXXX`.
 const ANSWER_BYTES_MAX: u64 = 64 << 10;
 /// Bot API, getUpdates: updates in one page.
 const PAGE: usize = 100;
@@ -86,22 +85,22 @@ const USERS_MAX: usize = 10;
 const REMOVED_MAX: usize = 100;
 /// Motes that are remembered.
 const MOTES_MAX: usize = 64;
-/// After that a mote is told everything again, as it may have restarted unnoticed.
+/// Then a mote is told everything again: it may have restarted unnoticed.
 const ACKNOWLEDGED_HOLDS: Duration = Duration::from_secs(3600);
 /// Firmware: its message IDs go up by 1 to 3 from one request to the next; some get lost.
 const MESSAGE_ID_STEP_MAX: u16 = 64;
 /// Firmware: bytes of a user's name.
 const NAME_MAX: usize = 14;
-/// Firmware: 11 characters of a chat id; it cuts longer ones, so that they name another chat.
+/// Firmware: 11 characters of a chat id; it cuts longer ones.
 const CHAT_ID_MAX: i64 = 99_999_999_999;
 /// Firmware: bytes of a reply; a longer one is thrown away whole.
 const REPLY_MAX: usize = 302;
 /// Firmware: bytes of its token.
 const MOTE_TOKEN_MAX: usize = 49;
-/// Wrong passwords in a row from one chat, after which its `config` is ignored for `LOCKED_OUT`.
+/// Wrong passwords in a row, after which a chat's `config` is ignored for `LOCKED_OUT`.
 const WRONG_PASSWORDS_MAX: u32 = 5;
 const LOCKED_OUT: Duration = Duration::from_secs(3600);
-/// Chats whose wrong passwords are counted: what a flood of strangers can take of memory.
+/// Chats whose wrong passwords are counted.
 const SUSPECTS_MAX: usize = 256;
 /// Of `coap_server.log`, bytes; then it becomes `coap_server.log.1`.
 const LOG_MAX: u64 = 1 << 20;
@@ -207,16 +206,14 @@ struct Config {
     url: String,
     /// `None`: `/message` serves any token, `/update` the first bot that Telegram accepts.
     token: Option<Secret>,
-    /// What motes may present in place of `token`, so that it never crosses the mesh.
+    /// What motes may present for `token`, so that it never crosses the mesh.
     mote_token: Option<Secret>,
-    /// File and line of it.
     mote_token_origin: String,
     ip_family: IpFamily,
     /// `None`: every `config` is refused.
     password: Option<Secret>,
     listen: SocketAddr,
     roots: RootCerts,
-    /// Where the roots come from.
     roots_origin: String,
     state_path: PathBuf,
 }
@@ -314,7 +311,7 @@ impl Config {
 fn settings_file(name: &str) -> PathBuf {
     let folder = folder("CREDENTIALS_DIRECTORY", "/etc");
     match env::var_os("CREDENTIALS_DIRECTORY") {
-        Some(_) => folder.join(name.trim_start_matches('.')), // as a credential has to be named
+        Some(_) => folder.join(name.trim_start_matches('.')),
         None => folder.join(name),
     }
 }
@@ -407,7 +404,7 @@ fn read_roots(file: &str) -> Result<RootCerts, String> {
 /// Everything; one thread owns it.
 struct Gateway {
     config: Config,
-    /// Answers leave from it, too: gcoap matches a response by the server's address and port.
+    /// Answers leave from it, too: gcoap looks at the server's address and port.
     socket: UdpSocket,
     exchanges: Exchanges,
     telegram: Telegram,
@@ -416,21 +413,21 @@ struct Gateway {
     saved: Option<State>,
     motes: Motes,
     people: People,
-    /// For the gateway's own fetches: the configured token, else the last that Telegram accepted.
+    /// For its own fetches: the configured token, else the last that Telegram accepted.
     token: Option<Secret>,
     /// When the gateway fetches on its own.
     next_fetch: Instant,
     /// When the last fetch found that nobody had written.
     found_nothing: Option<Instant>,
-    /// Set while fetching fails, so that start and end of it are logged once.
+    /// Whether the last fetch failed.
     fetch_fails: bool,
-    /// Set while Telegram does not answer: when the next try may take all its time.
+    /// While Telegram does not answer: when the next try may take all its time.
     hang: Option<Instant>,
     /// Of the request or the fetch under way.
     deadline: Instant,
 }
 
-/// Serves for ever. Faults of the start end it; afterwards nothing that a datagram holds does.
+/// Serves for ever. Faults of the start end it, but nothing that a datagram holds.
 fn serve() -> Result<(), String> {
     start_log(folder("LOGS_DIRECTORY", "/var/log").join("coap_server.log"))?;
     let config = Config::load()?;
@@ -520,7 +517,7 @@ impl Gateway {
             && let Some(token) = self.token.clone()
         {
             self.deadline = now + self.time_for(FETCH_TIME);
-            let _ = self.fetch(&token); // which logs how it went
+            let _ = self.fetch(&token);
             self.settle();
         }
     }
@@ -790,7 +787,7 @@ impl Gateway {
         response
     }
 
-    /// Fetches what people wrote, and tells the mote all that it should know, unless it does.
+    /// Fetches what people wrote, and tells the mote all, unless it knows that.
     fn update(&mut self, token: &Secret, peer: SocketAddr) -> Response {
         let is_fresh = |at: Instant| at.elapsed() < FOUND_NOTHING_HOLDS;
         let is_accepted = self.token.as_ref().is_some_and(|own| own.is(&token.0));
@@ -812,7 +809,7 @@ impl Gateway {
         response
     }
 
-    /// Takes in what people wrote. The first failure, and the first success after it, are logged.
+    /// Takes in what people wrote. Start and end of trouble are logged once each.
     fn fetch(&mut self, token: &Secret) -> Result<(), Failure> {
         let result = self.fetch_pages(token);
         match &result {
@@ -842,8 +839,7 @@ impl Gateway {
         result
     }
 
-    /// Progress is saved before it is confirmed to Telegram (by the next call's offset) and before
-    /// anybody is answered.
+    /// Progress is saved before the next call's offset confirms it, and before anybody is answered.
     fn fetch_pages(&mut self, token: &Secret) -> Result<(), Failure> {
         loop {
             self.save().map_err(Failure::new)?;
@@ -856,12 +852,12 @@ impl Gateway {
             };
             let length = page.len();
             self.state.bot = Some(token.bot_id().to_string());
-            for update in page {
+            for update in &page {
                 self.people
                     .take(update, &mut self.state, &self.config.password);
             }
             if length == 0 {
-                // Only this proves that there is nothing more: Telegram also cuts pages by bytes.
+                // Only this proves that there is no more: pages are cut by bytes, too.
                 self.state.ignore_commands_before = None;
                 self.found_nothing = Some(Instant::now());
             }
@@ -871,7 +867,7 @@ impl Gateway {
         }
     }
 
-    /// Telegram does not answer: requests get little time until it answers one of them.
+    /// Telegram does not answer: requests get little time until it does.
     fn note_hang(&mut self) {
         let next_try = Instant::now() + FETCH_AFTER_FAILURE;
         self.next_fetch = *self.hang.get_or_insert(next_try);
@@ -915,7 +911,7 @@ impl Gateway {
 struct Telegram {
     agent: ureq::Agent,
     url: String,
-    /// Where the root certificates come from.
+    /// Their origin, for people.
     roots: String,
 }
 
@@ -976,7 +972,7 @@ impl Telegram {
         self.call(token, "getUpdates", &parameters, by)
     }
 
-    /// One `sendMessage` for each chat, all at the same time; the results in the same order.
+    /// One `sendMessage` for each chat, all at the same time; results in the same order.
     fn send_to_all(&self, message: &Message, chats: &[Value], deadline: Instant) -> Vec<Called> {
         let send = |chat: &Value| {
             let parameters = json!({"chat_id": chat, "text": message.text});
@@ -1025,7 +1021,7 @@ impl Telegram {
         let mut request = self.agent.post(format!("{}{}/{method}", self.url, token.0));
         request = request.header("content-type", "application/json");
         request = request.header("content-length", bytes.len());
-        // ureq caches the TLS configuration only for requests with the agent's own settings.
+        // ureq keeps the TLS configuration only of requests with the agent's own settings.
         if remaining + Duration::from_millis(100) < REQUEST_TIME {
             request = request.config().timeout_global(Some(remaining)).build();
         }
@@ -1079,19 +1075,18 @@ fn read_answer(status: u16, body: &[u8]) -> Called {
     }
     let code = answer["error_code"].as_u64();
     let Some(code) = code.filter(|_| answer["ok"] == false) else {
-        let origin = "from a proxy, or a login page of the network?";
-        let reason = format!("HTTP {status} without the Bot API's JSON ({origin})");
-        return Err(Failure::new(reason));
+        let origin = "not from the Bot API: from a proxy, or a login page of the network?";
+        return Err(Failure::new(format!("HTTP {status}, {origin}")));
     };
     let description = answer["description"].as_str().unwrap_or("no description");
     let parameters = &answer["parameters"];
-    let hint = match (code, parameters["migrate_to_chat_id"].as_i64()) {
-        (401 | 404, _) => " (is the bot's token right?)".to_string(),
-        (409, _) => " (a webhook: open <url><token>/deleteWebhook in a browser once; \
-            or stop the other program that uses this bot)"
-            .to_string(),
-        (_, Some(id)) => format!(" (the group's id is now {id}: tell the mote)"),
-        _ => String::new(),
+    let moved_to = parameters["migrate_to_chat_id"].as_i64();
+    let hint = match code {
+        401 | 404 => " (is the bot's token right?)".to_string(),
+        409 => " (open <url><token>/deleteWebhook once, or stop the other program)".to_string(),
+        _ => moved_to.map_or(String::new(), |id| {
+            format!(" (its id is now {id}: tell the mote)")
+        }),
     };
     let retry_after = parameters["retry_after"].as_u64().filter(|_| code == 429);
     Err(Failure {
@@ -1101,15 +1096,15 @@ fn read_answer(status: u16, body: &[u8]) -> Called {
     })
 }
 
-/// Keeps the addresses of the host (the Bot API's or the proxy's), for ureq asks for them on every
-/// call, also when a connection is open. The lock makes one look-up of many at once.
+/// Keeps the addresses of the host (the Bot API's or the proxy's), for ureq asks for them on each
+/// call. The lock makes one look-up of many at once.
 #[derive(Debug, Default)]
 struct Addresses(Mutex<LookUp>);
 
 #[derive(Debug, Default)]
 struct LookUp {
     at: Option<Instant>,
-    /// Of the last look-up that succeeded: they serve while the name server fails.
+    /// The last that were found: they serve while the name server fails.
     found: Option<ResolvedSocketAddrs>,
 }
 
@@ -1156,19 +1151,18 @@ struct State {
     bot: Option<String>,
     /// Bot API: the next update's id. It may fall: after a quiet week Telegram numbers anew.
     offset: i64,
-    /// The first start, Unix seconds; none once all that was written before was fetched.
+    /// First start, Unix seconds; none once all that was written before was fetched.
     ignore_commands_before: Option<u64>,
 }
 
 #[derive(Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 struct User {
     name: String,
     chat: i64,
 }
 
 impl State {
-    /// A damaged file is set aside, for its content may be worth a look, and the gateway must start.
+    /// A damaged file is set aside: it may be worth a look, and the gateway must start.
     fn open(config: &Config) -> State {
         let path = &config.state_path;
         let known = State::read(path).unwrap_or_else(|reason| {
@@ -1205,7 +1199,7 @@ impl State {
         result.map_err(|error| format!("cannot read {}: {error}", path.display()))
     }
 
-    /// The file is the old or the new one after a power cut, too. Readable by its owner alone.
+    /// The old or the new one, also after a power cut. Readable by its owner alone.
     fn write(&self, path: &Path) -> io::Result<()> {
         let new = beside(path, ".new");
         let mut options = OpenOptions::new();
@@ -1285,8 +1279,8 @@ fn is_private(chat: &i64) -> bool {
     (1..=CHAT_ID_MAX).contains(chat)
 }
 
-/// A name that the firmware neither cuts nor takes for something else, and unlike every one of
-/// `taken`, for it looks users up by name first.
+/// A name that the firmware neither cuts nor takes for something else, and none of `taken`, for it
+/// finds users by name.
 fn wire_name(name: &str, taken: &[&str]) -> String {
     let fits = |c: &char| !c.is_control() && !";:,&=".contains(*c);
     let clean: String = name.chars().filter(fits).collect();
@@ -1322,7 +1316,7 @@ fn cut(text: &str, end: usize) -> &str {
     text[..end].trim_end()
 }
 
-/// What the motes have acknowledged. Forgotten with the process: then they are told everything.
+/// What the motes have acknowledged. It ends with the process: then they are told everything.
 #[derive(Default)]
 struct Motes {
     /// The longest silent first.
@@ -1449,13 +1443,13 @@ struct Suspect {
 }
 
 impl People {
-    /// Progress before judgement: an update that cannot be understood must not come back.
-    fn take(&mut self, mut update: Value, state: &mut State, password: &Option<Secret>) {
+    /// Progress first: an update that cannot be understood must not come back.
+    fn take(&mut self, update: &Value, state: &mut State, password: &Option<Secret>) {
         let Some(id) = update["update_id"].as_i64() else {
             return;
         };
         state.offset = id.saturating_add(1);
-        let written: Written = match serde_json::from_value(update["message"].take()) {
+        let written = match Written::deserialize(&update["message"]) {
             Ok(written) => written,
             Err(error) => return info!("update {id} is not understood: {error}"),
         };
@@ -1464,7 +1458,7 @@ impl People {
             return info!("{chat} cannot register");
         }
         let chat = chat.id;
-        // Written before the gateway was there: the sender could not know what it does.
+        // Written before the gateway was there, to something else.
         let start = state.ignore_commands_before;
         let is_old = start.is_some_and(|start| written.date < start);
         let words: Vec<&str> = written.text.split_whitespace().collect();
@@ -1625,10 +1619,9 @@ impl log::Log for Log {
 
 /// So that what comes from outside cannot forge a line.
 fn escape(text: &str) -> String {
-    let forges = |c: char| c.is_control() || matches!(c, '\u{2028}' | '\u{2029}');
-    let escaped = text.chars().map(|c| match forges(c) {
-        true => c.escape_default().to_string(),
-        false => c.to_string(),
+    let escaped = text.chars().map(|c| match c {
+        '\u{2028}' | '\u{2029}' | '\0'..' ' | '\x7f'..'\u{a0}' => c.escape_default().to_string(),
+        c => c.to_string(),
     });
     escaped.collect()
 }
@@ -1718,9 +1711,9 @@ fn check() -> Result<(), String> {
     }
     say("chats whose messages no gateway has fetched yet (for others see its log):")?;
     let mut told = Vec::new();
-    let mut updates = telegram.get_updates(token, None, deadline).map_err(fault)?;
-    for update in updates.as_array_mut().into_iter().flatten() {
-        if let Ok(chat) = serde_json::from_value::<Chat>(update["message"]["chat"].take())
+    let updates = telegram.get_updates(token, None, deadline).map_err(fault)?;
+    for update in updates.as_array().into_iter().flatten() {
+        if let Ok(chat) = Chat::deserialize(&update["message"]["chat"])
             && !told.contains(&chat.id)
         {
             say(&escape(&format!("  {chat}")))?;
@@ -1730,7 +1723,7 @@ fn check() -> Result<(), String> {
     Ok(())
 }
 
-/// One `POST /message` as a mote would send it; without a URI, to the gateway configured here.
+/// One `POST /message` as a mote sends it; without a URI, to the gateway configured here.
 fn send(chat: &str, text: &str, uri: Option<&str>) -> Result<(), String> {
     let config = Config::load()?;
     let token = config.required_token()?;
@@ -1851,7 +1844,7 @@ mod coap {
     pub const TEXT_PLAIN: u32 = 0;
     pub const LINK_FORMAT: u32 = 40;
 
-    /// Random enough for a message ID and a timeout; each call gives another number.
+    /// Random enough for message IDs and timeouts.
     fn random() -> u64 {
         RandomState::new().build_hasher().finish()
     }
@@ -1875,7 +1868,7 @@ mod coap {
         pub peer: SocketAddr,
         pub at: Instant,
         pub packet: Packet,
-        /// Of the peer and the whole datagram: a restarted mote uses message IDs again.
+        /// Of the peer and the whole datagram: restarted motes use message IDs again.
         digest: u64,
     }
 
@@ -2074,7 +2067,7 @@ mod coap {
             }
         }
 
-        /// Judges a datagram, but remembers nothing: `acknowledge` does, when it is acted on.
+        /// Remembers nothing: `acknowledge` does, when a request is acted on.
         pub fn receive(&mut self, now: Instant, peer: SocketAddr, datagram: &[u8]) -> Event {
             if peer.ip().is_unspecified() {
                 return Event::Send(Vec::new()); // firmware: it cannot be answered, and comes again
@@ -2166,8 +2159,8 @@ mod coap {
 
         /// What is to be sent again now.
         pub fn retransmissions(&mut self, now: Instant) -> Vec<(SocketAddr, Vec<u8>)> {
-            let goes_on = |open: &Open| now < open.due || open.retransmitted < MAX_RETRANSMIT;
-            self.open.retain(|_, open| goes_on(open));
+            self.open
+                .retain(|_, open| now < open.due || open.retransmitted < MAX_RETRANSMIT);
             let mut again = Vec::new();
             for ((peer, _), open) in self.open.iter_mut().filter(|(_, open)| open.due <= now) {
                 again.push((*peer, open.bytes.clone()));
@@ -2187,8 +2180,8 @@ mod coap {
         pub fn assemble(&mut self, request: &mut Request) -> Result<bool, Response> {
             let block = request.block(BLOCK1)?;
             let (key, touched) = ((request.peer, request.path()), request.at);
-            let is_alive = |known: &Assembly| touched < known.touched + ASSEMBLY_LIFETIME;
-            self.assemblies.retain(|_, known| is_alive(known));
+            self.assemblies
+                .retain(|_, known| touched < known.touched + ASSEMBLY_LIFETIME);
             let known = self.assemblies.remove(&key).filter(|_| block.number > 0);
             let mut body = known.map_or(Vec::new(), |known| known.body);
             let length = request.packet.payload.len();
@@ -2257,7 +2250,7 @@ mod coap {
         to_bytes(&packet)
     }
 
-    /// Firmware: it takes every payload outside an ACK for configuration, so an error there has none.
+    /// Firmware: it takes payloads outside an ACK for configuration, so an error there has none.
     fn encode(kind: MessageType, id: u16, request: &Request, response: &Response) -> Vec<u8> {
         let mut packet = response.packet.clone();
         // RFC 7959 §2.3: a response to a block says which one.
