@@ -26,7 +26,7 @@ fn start() -> (BotApi, Gateway) {
 
 /// These mostly wait, so they run at the same time.
 #[test]
-fn what_takes_seconds() {
+fn all_that_takes_seconds() {
     let tests: [(&str, fn()); 4] = [
         ("a_slow_telegram", a_slow_telegram),
         ("retransmission", retransmission),

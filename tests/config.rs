@@ -72,7 +72,7 @@ fn mount(arguments: &[&str]) {
 
 /// These mostly wait, so they run at the same time.
 #[test]
-fn what_takes_seconds() {
+fn all_that_takes_seconds() {
     let tests: [(&str, fn()); 6] = [
         ("without_a_token", without_a_token),
         ("ip_family", ip_family),

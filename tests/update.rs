@@ -52,7 +52,7 @@ fn config(setting: &str) -> String {
 
 /// These mostly wait, so they run at the same time.
 #[test]
-fn what_takes_seconds() {
+fn all_that_takes_seconds() {
     let tests: [(&str, fn()); 7] = [
         ("everything_or_nothing", everything_or_nothing),
         ("killed_at_any_moment", killed_at_any_moment),
