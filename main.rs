@@ -62,11 +62,11 @@ const FOUND_NOTHING_HOLDS: Duration = Duration::from_secs(3);
 const IDLE_CONNECTION: Duration = Duration::from_secs(50);
 /// For a connection over all addresses of the host, and for their look-up.
 const CONNECT_TIME: Duration = Duration::from_secs(4);
-/// How long the addresses of the host serve without a new look-up.
+/// How long the addresses of the host serve.
 const ADDRESSES_HOLD: Duration = Duration::from_secs(60);
-/// For a look-up while there are old addresses to fall back on.
+/// For a look-up while old addresses can serve.
 const LOOK_UP_AGAIN_TIME: Duration = Duration::from_secs(1);
-/// Of calls that surely did not reach Telegram, or that are to come later (429).
+/// Of calls that surely did not reach Telegram, or came too early (429).
 const ATTEMPTS: u32 = 3;
 const ATTEMPT_PAUSE: Duration = Duration::from_millis(500);
 /// Bot API server: pages of updates are cut beyond 4 MiB of JSON.
@@ -75,11 +75,11 @@ const PAGE_BYTES_MAX: u64 = 8 << 20;
 const ANSWER_BYTES_MAX: u64 = 64 << 10;
 /// Bot API, getUpdates: updates in one page.
 const PAGE: usize = 100;
-/// Of the reason of a failed call in the log, characters.
+/// Characters of the reason of a failed call.
 const REASON_MAX: usize = 300;
 /// Bot API, sendMessage: characters of a text.
 const TEXT_MAX: usize = 4096;
-/// Firmware: users it keeps, hence chats it can name in one message.
+/// Firmware: users it keeps, and chats it can name.
 const USERS_MAX: usize = 10;
 /// Removed chats that are remembered.
 const REMOVED_MAX: usize = 100;
@@ -87,7 +87,7 @@ const REMOVED_MAX: usize = 100;
 const MOTES_MAX: usize = 64;
 /// Then a mote is told everything again: it may have restarted unnoticed.
 const ACKNOWLEDGED_HOLDS: Duration = Duration::from_secs(3600);
-/// Firmware: its message IDs go up by 1 to 3 from one request to the next; some get lost.
+/// Firmware: its message IDs go up by 1 to 3, and some requests get lost.
 const MESSAGE_ID_STEP_MAX: u16 = 64;
 /// Firmware: bytes of a user's name.
 const NAME_MAX: usize = 14;
@@ -1069,7 +1069,7 @@ impl Telegram {
         let Some(rustls::Error::InvalidCertificate(reason)) = tls else {
             return error.to_string();
         };
-        let hint = format!("roots: {}; is this machine's clock right?", self.roots);
+        let hint = format!("roots: {}; is the clock right?", self.roots);
         format!("its certificate is not trusted: {reason} ({hint})")
     }
 }
@@ -1415,7 +1415,7 @@ struct Chat {
     id: i64,
     #[serde(rename = "type")]
     kind: String,
-    /// A person has a first name, a group a title.
+    /// People have first names, groups have titles.
     #[serde(default, alias = "first_name", alias = "title")]
     name: String,
 }
