@@ -54,32 +54,32 @@ const REQUEST_TIME_IN_A_HANG: Duration = Duration::from_secs(2);
 const FETCH_TIME: Duration = Duration::from_secs(5);
 /// Between two fetches. Three connections take turns, so each is used every 45 s.
 const FETCH_EVERY: Duration = Duration::from_secs(15);
-/// After a failed fetch; and in a hang, between two tries with all the time.
+/// After a failed fetch, and in a hang between two tries with all the time.
 const FETCH_AFTER_FAILURE: Duration = Duration::from_secs(60);
 /// tdlib/telegram-bot-api holds a `getUpdates` that repeats the offset of the one before for 3 s.
 const FOUND_NOTHING_HOLDS: Duration = Duration::from_secs(3);
 /// Telegram closes idle connections after about a minute, and a text that meets the closing is lost.
 const IDLE_CONNECTION: Duration = Duration::from_secs(50);
-/// For a connection over all addresses of the host, and for their look-up: half of `REQUEST_TIME`.
+/// For a connection over all addresses of the host, and for their look-up.
 const CONNECT_TIME: Duration = Duration::from_secs(4);
-/// How long the addresses of the host serve without a new look-up.
+/// How long the addresses of the host serve.
 const ADDRESSES_HOLD: Duration = Duration::from_secs(60);
-/// For a look-up while there are old addresses to fall back on.
+/// For a look-up while old addresses can serve.
 const LOOK_UP_AGAIN_TIME: Duration = Duration::from_secs(1);
-/// Of calls that surely did not reach Telegram, or that are to come later (429).
+/// Of calls that surely did not reach Telegram, or came too early (429).
 const ATTEMPTS: u32 = 3;
 const ATTEMPT_PAUSE: Duration = Duration::from_millis(500);
-/// Bot API server: a page of updates is cut at 4 MiB of JSON; twice that, for the one beyond.
+/// Bot API server: pages of updates are cut beyond 4 MiB of JSON.
 const PAGE_BYTES_MAX: u64 = 8 << 20;
 /// Of any other answer: a `Message` of 4,096 characters, each `\uXXXX\uXXXX`.
 const ANSWER_BYTES_MAX: u64 = 64 << 10;
 /// Bot API, getUpdates: updates in one page.
 const PAGE: usize = 100;
-/// Of the reason of a failed call in the log, characters.
+/// Characters of the reason of a failed call.
 const REASON_MAX: usize = 300;
 /// Bot API, sendMessage: characters of a text.
 const TEXT_MAX: usize = 4096;
-/// Firmware: users it keeps, hence chats it can name in one message.
+/// Firmware: users it keeps, and chats it can name.
 const USERS_MAX: usize = 10;
 /// Removed chats that are remembered.
 const REMOVED_MAX: usize = 100;
@@ -87,7 +87,7 @@ const REMOVED_MAX: usize = 100;
 const MOTES_MAX: usize = 64;
 /// Then a mote is told everything again: it may have restarted unnoticed.
 const ACKNOWLEDGED_HOLDS: Duration = Duration::from_secs(3600);
-/// Firmware: its message IDs go up by 1 to 3 from one request to the next; some get lost.
+/// Firmware: its message IDs go up by 1 to 3, and some requests get lost.
 const MESSAGE_ID_STEP_MAX: u16 = 64;
 /// Firmware: bytes of a user's name.
 const NAME_MAX: usize = 14;
@@ -107,6 +107,8 @@ const LOG_MAX: u64 = 1 << 20;
 const HEARTBEAT: Duration = Duration::from_secs(15 * 60);
 /// Longest sleep of the loop, which serves systemd's watchdog.
 const TICK: Duration = Duration::from_secs(1);
+/// More datagrams than the socket holds: no flood puts off for ever what is due.
+const SOCKET_HOLDS: u32 = 1000;
 
 /// Of a payload's fields.
 const KEYS: [&str; 4] = ["&url=", "&token=", "&chat_ids=", "&text="];
@@ -480,16 +482,24 @@ impl Gateway {
     fn run(&mut self) -> ! {
         let mut buffer = vec![0; coap::DATAGRAM_MAX];
         let mut watched = Instant::now();
+        let mut in_a_row = 0;
         loop {
             let _ = self.socket.set_read_timeout(Some(self.rest()));
             match self.socket.recv_from(&mut buffer) {
-                Ok((length, peer)) => self.receive(peer, &buffer[..length]),
-                Err(error) if error.kind() == ErrorKind::WouldBlock => self.tend(),
+                Ok((length, peer)) => {
+                    self.receive(peer, &buffer[..length]);
+                    in_a_row += 1;
+                }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => in_a_row = SOCKET_HOLDS,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) => {
                     warn!("cannot receive: {error}");
                     thread::sleep(TICK);
                 }
+            }
+            if in_a_row >= SOCKET_HOLDS {
+                self.tend();
+                in_a_row = 0;
             }
             if watched.elapsed() >= TICK {
                 notify("WATCHDOG=1");
@@ -507,7 +517,7 @@ impl Gateway {
         rest.clamp(Duration::from_millis(1), TICK) // zero would be no limit at all
     }
 
-    /// Nothing waits in the socket, so no ACK either.
+    /// Whatever waited in the socket, such as an ACK, has been read.
     fn tend(&mut self) {
         let now = Instant::now();
         for (peer, bytes) in self.exchanges.retransmissions(now) {
@@ -568,8 +578,8 @@ impl Gateway {
         }
     }
 
-    /// What can wait until the mote has its response: the disk, and only then the people, for nobody
-    /// is told of a change that a power cut would undo.
+    /// What can wait until the mote has its response: the disk, then the people, for nobody is told
+    /// of a change that a power cut would undo.
     fn settle(&mut self) {
         USERS.store(self.state.users.len() as u64, Relaxed);
         match self.save() {
@@ -878,8 +888,7 @@ impl Gateway {
         let Some(token) = &self.token else { return };
         let mut dropped = 0;
         for (chat, answer) in mem::take(&mut self.people.answers) {
-            let text = answer.texts.join("\n\n");
-            let text: String = text.chars().take(TEXT_MAX).collect();
+            let text = format!("{:.TEXT_MAX$}", answer.texts.join("\n\n"));
             let mut calls = Vec::new();
             if !text.is_empty() {
                 calls.push(("sendMessage", json!({"chat_id": chat, "text": text})));
@@ -952,7 +961,7 @@ impl Telegram {
             .timeout_global(Some(REQUEST_TIME))
             .timeout_connect(Some(CONNECT_TIME))
             .timeout_resolve(Some(CONNECT_TIME))
-            .input_buffer_size(8 << 10) // of each connection
+            .input_buffer_size(8 << 10)
             .output_buffer_size(8 << 10)
             .max_idle_connections(USERS_MAX)
             .max_idle_connections_per_host(USERS_MAX)
@@ -1032,11 +1041,10 @@ impl Telegram {
         let answer = request.send(ureq::SendBody::from_reader(&mut unread));
         let answer = answer.and_then(|mut response| {
             let body = response.body_mut().with_config().limit(limit);
-            let body = body.read_to_vec()?;
-            Ok((response.status().as_u16(), body))
+            Ok((body.read_to_vec()?, response.status().as_u16()))
         });
         let result = match answer {
-            Ok((status, answer)) => read_answer(status, &answer),
+            Ok((answer, status)) => read_answer(status, &answer),
             Err(error) => Err(Failure {
                 // As long as nobody asked for the body, Telegram cannot have acted on the call.
                 retry_in: (unread.len() == bytes.len()).then_some(ATTEMPT_PAUSE),
@@ -1046,8 +1054,7 @@ impl Telegram {
         };
         result.map_err(|failure| {
             let reason = failure.reason.replace(&token.0, "<token>");
-            let reason = format!("{}: {reason}", self.url);
-            let reason = reason.chars().take(REASON_MAX).collect();
+            let reason = format!("{}: {reason:.REASON_MAX$}", self.url);
             Failure { reason, ..failure }
         })
     }
@@ -1062,7 +1069,7 @@ impl Telegram {
         let Some(rustls::Error::InvalidCertificate(reason)) = tls else {
             return error.to_string();
         };
-        let hint = format!("roots: {}; is this machine's clock right?", self.roots);
+        let hint = format!("roots: {}; is the clock right?", self.roots);
         format!("its certificate is not trusted: {reason} ({hint})")
     }
 }
@@ -1408,7 +1415,7 @@ struct Chat {
     id: i64,
     #[serde(rename = "type")]
     kind: String,
-    /// A person has a first name, a group a title.
+    /// People have first names, groups have titles.
     #[serde(default, alias = "first_name", alias = "title")]
     name: String,
 }
@@ -1709,7 +1716,7 @@ fn check() -> Result<(), String> {
     for user in State::read(&config.state_path)?.unwrap_or_default().users {
         say(&format!("  {} {}", user.chat, user.name))?;
     }
-    say("chats whose messages no gateway has fetched yet (for others see its log):")?;
+    say("chats with messages not fetched yet (for others see the log):")?;
     let mut told = Vec::new();
     let updates = telegram.get_updates(token, None, deadline).map_err(fault)?;
     for update in updates.as_array().into_iter().flatten() {
@@ -1877,10 +1884,9 @@ mod coap {
         fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
             let path = self.path();
             let path = path.split(':').next().unwrap_or_default();
-            let path: String = path.chars().take(24).collect();
             let methods = ["", "GET", "POST", "PUT", "DELETE"];
             let method = methods.get(usize::from(self.code())).unwrap_or(&"?");
-            write!(f, "{method} /{path}")
+            write!(f, "{method} /{path:.24}")
         }
     }
 

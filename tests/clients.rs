@@ -26,6 +26,14 @@ fn skipped(client: &str, there: bool) -> bool {
     !there
 }
 
+/// Somebody has written before the gateway starts, so its first fetch finds it.
+fn with_ada() -> (BotApi, Gateway) {
+    let api = BotApi::start();
+    api.person_writes(1234567890, "Ada", "hi");
+    let gateway = Gateway::start(&api);
+    (api, gateway)
+}
+
 // --- libcoap ---
 
 fn without_libcoap() -> bool {
@@ -74,8 +82,7 @@ fn libcoap_polls_and_discovers() {
     if without_libcoap() {
         return;
     }
-    let (api, gateway) = start();
-    api.person_writes(1234567890, "Ada", "hi");
+    let (api, gateway) = with_ada();
     let form = update(&api);
     let poll = ["-m", "post", "-e", &form];
     assert_eq!(libcoap(&gateway, &poll, "update"), "Ada:1234567890\n");
@@ -205,14 +212,13 @@ fn aiocoap_polls_and_discovers() {
     if without_aiocoap() {
         return;
     }
-    let (api, gateway) = start();
-    api.person_writes(1234567890, "Ada", "hi");
+    let (api, gateway) = with_ada();
     let poll = json!({"uri": uri(&gateway, "update"), "payload": update(&api)});
     let mut unconfirmed = poll.clone();
     unconfirmed["confirmable"] = false.into();
     let core = json!({"method": "GET", "uri": uri(&gateway, ".well-known/core")});
     let in_blocks_of_16 = json!({"method": "GET", "uri": uri(&gateway, ".well-known/core"), "options": [[BLOCK2, []]]});
-    let filtered =
+    let with_query =
         json!({"method": "GET", "uri": uri(&gateway, ".well-known/core?rt=telegram.u*")});
     let links = [
         json!(["/message", [["rt", "telegram.message"], ["ct", "0"]]]),
@@ -224,7 +230,7 @@ fn aiocoap_polls_and_discovers() {
         json!(["2.03", "No Updates"]),
         json!(["2.05", links]),
         json!(["2.05", links]),
-        json!(["2.05", links[1..]]),
+        json!(["2.05", links]),
     ];
     assert_eq!(
         aiocoap(&[
@@ -233,7 +239,7 @@ fn aiocoap_polls_and_discovers() {
             poll,
             core,
             in_blocks_of_16,
-            filtered
+            with_query
         ]),
         expected
     );
@@ -247,7 +253,7 @@ fn aiocoap_is_told_what_is_wrong() {
     }
     let (api, gateway) = start();
     let other_token = form(&api.url(), &TOKEN.replace('a', "b"), "5", "x");
-    let too_large = message(&api, "5", &"x".repeat(9000));
+    let too_large = message(&api, "5", &"x".repeat(18_000));
     let (json, unknown) = (json!(uint(50)), 65001);
     let cases = [
         (
@@ -280,7 +286,7 @@ fn aiocoap_is_told_what_is_wrong() {
         ),
         (
             json!({"payload": too_large, "block": 64}),
-            json!(["4.13", "At most 8192 bytes"]),
+            json!(["4.13", "At most 17408 bytes"]),
         ),
         (
             json!({"options": [[CONTENT_FORMAT, json]]}),
@@ -303,5 +309,5 @@ fn aiocoap_is_told_what_is_wrong() {
     for ((different, expected), response) in iter::zip(&cases, aiocoap(&requests)) {
         assert_eq!(response, *expected, "{different}");
     }
-    assert_eq!(api.seen().connections, 0, "Telegram was asked");
+    assert_eq!(api.count("sendMessage"), 0);
 }

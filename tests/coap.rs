@@ -26,10 +26,11 @@ fn start() -> (BotApi, Gateway) {
 
 /// These mostly wait, so they run at the same time.
 #[test]
-fn what_takes_seconds() {
-    let tests: [(&str, fn()); 3] = [
+fn all_that_takes_seconds() {
+    let tests: [(&str, fn()); 4] = [
         ("a_slow_telegram", a_slow_telegram),
         ("retransmission", retransmission),
+        ("an_ack_that_waits", an_ack_that_waits),
         ("non_confirmable_requests", non_confirmable_requests),
     ];
     in_parallel(&tests, |test| test());
@@ -313,6 +314,22 @@ fn retransmission() {
         );
     });
     assert_eq!(api.count("sendMessage"), 3, "one for each mote");
+}
+
+/// What waits in the socket is read before anything is retransmitted: the ACK may be what waits.
+fn an_ack_that_waits() {
+    let (api, gateway) = start();
+    api.fail(next(1, "sendMessage").to(6), Fault::Late(ms(4000)));
+    let (first, second) = (Mote::new(gateway.address()), Mote::new(gateway.address()));
+    let request = first.post("message", message(&api, "5", "x"));
+    first.begin(&request);
+    let response = first.response(&request);
+    let slow = second.post("message", message(&api, "6", "x"));
+    second.begin(&slow);
+    first.acknowledge(&response);
+    let late = second.response(&slow);
+    second.acknowledge(&late);
+    first.expect_silence(ms(1000));
 }
 
 /// Row 10.

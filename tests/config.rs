@@ -72,9 +72,11 @@ fn mount(arguments: &[&str]) {
 
 /// These mostly wait, so they run at the same time.
 #[test]
-fn what_takes_seconds() {
-    let tests: [(&str, fn()); 4] = [
+fn all_that_takes_seconds() {
+    let tests: [(&str, fn()); 6] = [
         ("without_a_token", without_a_token),
+        ("ip_family", ip_family),
+        ("proxies", proxies),
         ("check_that_fails", check_that_fails),
         (
             "an_address_that_does_not_exist",
@@ -211,7 +213,6 @@ fn config_files() {
     });
 }
 
-#[test]
 fn ip_family() {
     let api = BotApi::with(BotApiOptions {
         listen: "[::1]:0".parse().unwrap(),
@@ -258,7 +259,6 @@ fn environment_files() {
 }
 
 /// The real environment's, as ureq reads it: used, not used for a host, refused by it, and not taken from `.env`.
-#[test]
 fn proxies() {
     for (name, other, variables, in_file, code, asked) in [
         ("used", false, "HTTPS_PROXY", false, "2.05", true),
@@ -796,18 +796,17 @@ fn a_disk_that_cannot_be_written() {
 
 /// Spoils the disk before the gateway starts, or later.
 fn assert_disk_is_spoilt(later: bool, spoil: impl Fn(&Path), mend: impl Fn(&Path)) {
-    let (api, disk) = (BotApi::start(), TempDir::new());
-    let path = disk.path().display().to_string();
-    mount(&["-t", "tmpfs", "-o", "size=64k", "tmpfs", &path]);
+    let (api, disk) = (BotApi::start(), Path::new("/mnt"));
+    mount(&["-t", "tmpfs", "-o", "size=64k", "tmpfs", "/mnt"]);
     if !later {
-        spoil(disk.path());
+        spoil(disk);
     }
-    let gateway = Gateway::with(Setup::new(&api).env("STATE_DIRECTORY", &path));
+    let gateway = Gateway::with(Setup::new(&api).env("STATE_DIRECTORY", "/mnt"));
     let mote = Mote::new(gateway.address());
     if later {
         api.person_writes(2_345_678_901, "Bob", "remove me");
         assert!(within(PATIENCE, || poll(&mote, &api) == "r2345678901"));
-        spoil(disk.path());
+        spoil(disk);
     }
     mote.post_separate("message", message(&api, "5", "x"))
         .expect("2.05", SENT);
@@ -821,12 +820,12 @@ fn assert_disk_is_spoilt(later: bool, spoil: impl Fn(&Path), mend: impl Fn(&Path
     assert!(api.waiting_updates() > 0, "confirmed too early");
     let log = gateway.log();
     assert!(has_line(&log, &["[ERROR]", "state.json"]), "{log}");
-    mend(disk.path());
+    mend(disk);
     let response = mote.post_separate("update", update(&api));
     response.expect_code("2.05");
     assert!(response.text().ends_with(ADA_TOKEN), "{response}");
     api.wait_for("the greeting", |seen| seen.texts_to(ADA).len() == 1);
-    assert_eq!(files(disk.path()), set(&["state.json"]));
+    assert_eq!(files(disk), set(&["state.json"]));
 }
 
 /// A disk that takes its time (here: until somebody reads what is written) delays no response to a message.

@@ -32,7 +32,7 @@ fn warnings(gateway: &Gateway) -> Vec<String> {
 
 /// These mostly wait, so they run at the same time.
 #[test]
-fn what_takes_seconds() {
+fn all_that_takes_seconds() {
     let tests: [(&str, fn()); 5] = [
         ("chats_that_refuse", chats_that_refuse),
         ("failures", failures),

@@ -52,7 +52,7 @@ fn config(setting: &str) -> String {
 
 /// These mostly wait, so they run at the same time.
 #[test]
-fn what_takes_seconds() {
+fn all_that_takes_seconds() {
     let tests: [(&str, fn()); 7] = [
         ("everything_or_nothing", everything_or_nothing),
         ("killed_at_any_moment", killed_at_any_moment),
@@ -383,9 +383,10 @@ fn many_removals() {
 fn how_updates_are_fetched() {
     let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
+    let long = "x".repeat(4000); // a page of 400 KiB
     for number in 0..250 {
         let (id, name) = (1_000_000_000 + number % 10, format!("User{}", number % 10));
-        api.person_writes(id, &name, "hi");
+        api.person_writes(id, &name, &long);
     }
     let expected: Vec<String> = (0..10)
         .map(|n| format!("User{n}:{}", 1_000_000_000 + n))

@@ -104,17 +104,6 @@ pub fn within(limit: Duration, mut done: impl FnMut() -> bool) -> bool {
     }
 }
 
-/// Lets this process have the sockets of 1,000 motes: 1,024 open files are allowed to it, usually.
-pub fn allow_sockets() {
-    let limit = process::Command::new("prlimit")
-        .args(["--nofile=4096:", "--pid", &process::id().to_string()])
-        .status();
-    assert!(
-        limit.is_ok_and(|status| status.success()),
-        "prlimit (Debian: util-linux) allows no 4,096 open files"
-    );
-}
-
 /// Runs every case of a table on a thread of its own, because most cases only wait; fails naming the cases that failed.
 pub fn in_parallel<Case: Sync>(cases: &[(&str, Case)], check: impl Fn(&Case) + Sync) {
     let failed: Vec<&str> = thread::scope(|scope| {
@@ -173,6 +162,13 @@ pub fn hear(mote: &Mote, api: &BotApi) -> String {
         thread::sleep(Duration::from_millis(200));
     }
     panic!("the mote is told nothing");
+}
+
+/// The seed of a test's [`Numbers`], printed so that a failure can be repeated: `SEED=7 cargo test …`.
+pub fn seed() -> u64 {
+    let seed = env::var("SEED").map_or(2026, |seed| seed.parse().expect("SEED is a number"));
+    println!("SEED={seed}");
+    seed
 }
 
 /// Numbers for tests that need many different ones, the same in every run (SplitMix64).

@@ -4,7 +4,6 @@ use std::cell::RefCell;
 use std::fmt;
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
-use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// Longer than the gateway may take for any answer (9 s).
@@ -498,33 +497,6 @@ impl Mote {
     #[track_caller]
     pub fn post_piggybacked(&self, path: &str, payload: impl AsRef<[u8]>) -> Message {
         self.piggybacked(&self.post(path, payload))
-    }
-
-    /// As [`Mote::separate`], with the retransmission of RFC 7252 §4.2 until the ACK; none if it gives up. `jitter` is the
-    /// random part of the first time-out, up to 1 s. It is slept, for the kernel rounds a socket's long time limits so
-    /// much that all motes of a crowd would come in step.
-    #[track_caller]
-    pub fn persist(&self, request: &Message, jitter: Duration) -> Option<Message> {
-        for doubled in [1, 2, 4, 8, 16] {
-            self.send(request);
-            let received = self
-                .try_receive(Duration::from_secs(2) * doubled)
-                .or_else(|| {
-                    thread::sleep(jitter * doubled);
-                    self.try_receive(Duration::ZERO)
-                });
-            if let Some(acknowledgement) = received {
-                assert_eq!(
-                    acknowledgement,
-                    Message::new(Ack, 0, request.id),
-                    "empty ACK of {request}"
-                );
-                let response = self.response(request);
-                self.acknowledge(&response);
-                return Some(response);
-            }
-        }
-        None
     }
 
     /// A whole exchange over a lossy link: the request is retransmitted as RFC 7252 §4.2 says, starting with
