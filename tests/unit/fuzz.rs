@@ -9,7 +9,7 @@
 mod firmware;
 #[allow(dead_code)]
 #[path = "../support/mote.rs"]
-mod mote;
+pub mod mote;
 
 use std::collections::{BTreeSet, HashMap};
 use std::process;
@@ -19,9 +19,9 @@ use firmware::Firmware;
 use mote::{BLOCK1, BLOCK2, Kind, Message as Datagram, MessageIds, URI_PATH};
 
 // As in the firmware's datagrams.
-const URL: &str = "https://api.telegram.org/bot";
-const TOKEN: &str = "123456789:AAEaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa";
-const PASSWORD: &str = "geheim";
+pub const URL: &str = "https://api.telegram.org/bot";
+pub const TOKEN: &str = "123456789:AAEaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa";
+pub const PASSWORD: &str = "geheim";
 const MOTE_TOKEN: &str = "mesh";
 /// Before it, the gateway was not there.
 const START: u64 = 1_769_860_800;
@@ -62,7 +62,7 @@ fn corpus() {
 
 /// With the token of the configuration, the word that motes may present for it, and the bot that was
 /// served first.
-fn gateway(token: Option<&str>, mote_token: Option<&str>, bot: Option<&str>) -> Gateway {
+pub(super) fn gateway(token: Option<&str>, mote_token: Option<&str>, bot: Option<&str>) -> Gateway {
     let secret = |text: &str| Secret(text.to_string());
     let config = config(token.map(secret), mote_token.map(secret));
     let state = State {
@@ -87,7 +87,7 @@ fn gateway(token: Option<&str>, mote_token: Option<&str>, bot: Option<&str>) -> 
     }
 }
 
-fn config(token: Option<Secret>, mote_token: Option<Secret>) -> Config {
+pub(super) fn config(token: Option<Secret>, mote_token: Option<Secret>) -> Config {
     Config {
         url: URL.to_string(),
         token,
@@ -102,7 +102,7 @@ fn config(token: Option<Secret>, mote_token: Option<Secret>) -> Config {
     }
 }
 
-fn peer(number: u8) -> SocketAddr {
+pub(super) fn peer(number: u8) -> SocketAddr {
     ([10, 0, 0, number], 61616).into()
 }
 
