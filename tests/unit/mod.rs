@@ -1,7 +1,7 @@
 //! What cannot be seen from outside within a test's time: hours, bounds, and tables.
 
 use super::fuzz::mote::{self, BLOCK1, Kind, Message as Datagram};
-use super::fuzz::{PASSWORD, TOKEN, URL, config, gateway, peer};
+use super::fuzz::{PASSWORD, TOKEN, config_of, gateway, peer, take};
 use super::*;
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -308,10 +308,7 @@ fn names_on_the_wire() {
 
 /// What is answered.
 fn write(people: &mut People, state: &mut State, chat: i64, text: &str) -> String {
-    let update = json!({"update_id": 1, "message": {"message_id": 1, "date": 1, "text": text,
-        "chat": {"id": chat, "type": "private", "first_name": "Ada"}}});
-    let password = Some(Secret(PASSWORD.to_string()));
-    people.take(&update, state, &password);
+    take(people, state, chat, "Ada", text, 1);
     let answer = people.answers.remove(&chat).unwrap();
     answer.texts.concat()
 }
@@ -351,7 +348,7 @@ fn suspects_are_bounded() {
 
 #[test]
 fn time_in_a_hang() {
-    let mut gateway = gateway(Some(TOKEN), None, None);
+    let mut gateway = gateway(Some(TOKEN));
     assert_eq!(gateway.time_for(FETCH_TIME), FETCH_TIME);
     gateway.note_hang();
     assert_eq!(gateway.time_for(FETCH_TIME), 2 * SECOND);
@@ -436,19 +433,6 @@ fn secrets() {
     assert!(!is_token(&"1".repeat(21)) && !is_token(&format!("1:{}", "a".repeat(101))));
 }
 
-/// What is wrong in which line; empty if nothing is.
-fn fault(content: &str, is_ini: bool, config: &mut Config) -> String {
-    static FILES: AtomicU64 = AtomicU64::new(0);
-    let number = FILES.fetch_add(1, Relaxed);
-    let name = format!("coap_websocket-unit-{}-{number}", std::process::id());
-    let path = env::temp_dir().join(name);
-    fs::write(&path, content).unwrap();
-    let result = read_settings(&path, config, is_ini);
-    fs::remove_file(&path).unwrap();
-    let fault = result.err().unwrap_or_default();
-    fault.replace(&path.display().to_string(), "")
-}
-
 #[test]
 fn lines_of_settings() {
     for (content, expected) in [
@@ -476,8 +460,7 @@ fn lines_of_settings() {
         ("[telegram]\nmote_token=a b", ":2: mote_token is not"),
         ("[telegram]\nmote_token=a&b", ":2: mote_token is not"),
     ] {
-        let mut config = config(None, None);
-        let fault = fault(content, true, &mut config);
+        let (config, fault) = config_of(content.as_bytes(), true);
         let token = config.token.map_or(String::new(), |token| token.0);
         let is_expected = (fault.clone() + &token).starts_with(expected);
         assert!(is_expected && fault.is_empty() == !expected.starts_with(':'));
@@ -493,13 +476,13 @@ fn lines_of_variables() {
         ("\nCOAP_SERVER_PORT=65536", ":2: COAP_SERVER_PORT is not"),
         ("COAP_SERVER_IP=fe80::1%usb0", ":1: COAP_SERVER_IP is not"),
     ] {
-        let fault = fault(content, false, &mut config(None, None));
+        let (_, fault) = config_of(content.as_bytes(), false);
         assert!(fault.starts_with(expected), "{content:?}: {fault}");
         assert_eq!(fault.is_empty(), expected.is_empty(), "{fault}");
     }
-    let mut config = config(None, None);
-    let variables = "PASSWORD=\"a=b\"\nCOAP_SERVER_IP=::1\nCOAP_SERVER_PORT=9";
-    assert_eq!(fault(variables, false, &mut config), "");
+    let variables = b"PASSWORD=\"a=b\"\nCOAP_SERVER_IP=::1\nCOAP_SERVER_PORT=9";
+    let (config, fault) = config_of(variables, false);
+    assert_eq!(fault, "");
     assert_eq!(config.listen.to_string(), "[::1]:9");
     assert!(config.password.unwrap().is("a=b"));
 }
