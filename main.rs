@@ -867,7 +867,7 @@ impl Gateway {
                     .take(update, &mut self.state, &self.config.password);
             }
             if length == 0 {
-                // Only this proves that there is no more: pages are cut by bytes, too.
+                // The only proof that there is no more: pages are cut.
                 self.state.ignore_commands_before = None;
                 self.found_nothing = Some(Instant::now());
             }
@@ -883,7 +883,7 @@ impl Gateway {
         self.next_fetch = *self.hang.get_or_insert(next_try);
     }
 
-    /// Best effort, for the mote has its answer already.
+    /// Best effort: the mote has its answer.
     fn answer_people(&mut self) {
         let Some(token) = &self.token else { return };
         let mut dropped = 0;
