@@ -853,7 +853,7 @@ impl Gateway {
     fn fetch_pages(&mut self, token: &Secret) -> Result<(), Failure> {
         loop {
             self.save().map_err(Failure::new)?;
-            let offset = Some(self.state.offset);
+            let offset = self.state.offset;
             let page = self.telegram.get_updates(token, offset, self.deadline)?;
             let Value::Array(page) = page else {
                 return Err(Failure::new(
@@ -867,7 +867,7 @@ impl Gateway {
                     .take(update, &mut self.state, &self.config.password);
             }
             if length == 0 {
-                // Only this proves that there is no more: pages are cut by bytes, too.
+                // The only proof that there is no more: pages are cut.
                 self.state.ignore_commands_before = None;
                 self.found_nothing = Some(Instant::now());
             }
@@ -883,7 +883,7 @@ impl Gateway {
         self.next_fetch = *self.hang.get_or_insert(next_try);
     }
 
-    /// Best effort, for the mote has its answer already.
+    /// Best effort: the mote has its answer.
     fn answer_people(&mut self) {
         let Some(token) = &self.token else { return };
         let mut dropped = 0;
@@ -975,8 +975,8 @@ impl Telegram {
         }
     }
 
-    /// The updates from `offset` on; those before are confirmed. Without `offset`, nothing is.
-    fn get_updates(&self, token: &Secret, offset: Option<i64>, by: Instant) -> Called {
+    /// The updates from `offset` on; those before are confirmed.
+    fn get_updates(&self, token: &Secret, offset: i64, by: Instant) -> Called {
         let parameters = json!({"offset": offset, "limit": PAGE, "allowed_updates": ["message"]});
         self.call(token, "getUpdates", &parameters, by)
     }
@@ -1718,7 +1718,8 @@ fn check() -> Result<(), String> {
     }
     say("chats with messages not fetched yet (for others see the log):")?;
     let mut told = Vec::new();
-    let updates = telegram.get_updates(token, None, deadline).map_err(fault)?;
+    // 1 confirms nothing, and is no offset of the gateway's: Telegram would hold a repeated one.
+    let updates = telegram.get_updates(token, 1, deadline).map_err(fault)?;
     for update in updates.as_array().into_iter().flatten() {
         if let Ok(chat) = Chat::deserialize(&update["message"]["chat"])
             && !told.contains(&chat.id)
