@@ -6,76 +6,72 @@
 //!
 //! * `POST /message`, payload `url=…&token=…&chat_ids=1,2&text=…`: one `sendMessage` for each chat.
 //! * `POST /update`, payload `url=…&token=…`: `getUpdates`, answered with all that the mote should
-//!   know, unless it has acknowledged just that: `r123` (a removed user), `i5` (interval, minutes),
-//!   `f1` (LED feedback), `Ada:123` (a user), joined with `;`.
+//!   know, as `r123;i5;f1;Ada:123` (a removed user, interval, LED feedback, a user), unless it has
+//!   acknowledged just that.
 //! * `GET /.well-known/core`: RFC 6690.
 //!
 //! One thread owns everything ([`Gateway`]) and does one thing at a time: it receives a datagram,
 //! sends the empty ACK, calls Telegram, sends the separate response, and only then writes to the
-//! disk and to people. Whatever comes meanwhile waits in the socket. When nothing waits there, it
-//! retransmits, and fetches what people wrote. A second thread logs a heartbeat; a text to several
-//! chats has a thread for each as long as it takes.
+//! disk and to people. What comes meanwhile waits in the socket. When nothing waits, it retransmits
+//! and fetches what people wrote. Another thread logs a heartbeat; a text to several chats has a
+//! thread for each while it is sent.
 //!
-//! The file reads top-down. A datagram travels [`Gateway::run`] → [`coap::Exchanges::receive`] →
-//! [`Gateway::handle`] → [`Gateway::deliver`] or [`Gateway::update`] → [`Gateway::settle`]. What
-//! people write travels [`Gateway::fetch`] → [`People::take`] → [`State`] → [`State::tokens`].
+//! A datagram travels `run` → `receive` → `handle` → `deliver` or `update` → `settle`; what people
+//! write travels `fetch` → `People::take` → `State::tokens`.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Write};
-use std::net::{IpAddr, SocketAddr, ToSocketAddrs, UdpSocket};
+use std::io::{self, ErrorKind, Write};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::os::unix::net::{SocketAddr as UnixAddr, UnixDatagram};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-use std::{env, mem, thread};
+use std::{env, fmt, mem, thread};
 
 use coap::{Event, Exchanges, Request, Response};
-use coap_lite::ResponseType;
-use log::{error, info, warn};
+use coap_lite::{MessageClass, MessageType, Packet, ResponseType};
+use log::{LevelFilter, error, info, warn};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use simple_logger::SimpleLogger;
 use ureq::config::IpFamily;
+use ureq::tls::{PemItem, RootCerts, TlsConfig};
 use ureq::unversioned::resolver::{DefaultResolver, ResolvedSocketAddrs, Resolver};
 use ureq::unversioned::transport::{DefaultConnector, NextTimeout};
 
-// -------------------------------------------------------------------------------------------------
-// Limits, each with its reason
-// -------------------------------------------------------------------------------------------------
+// ---------- Limits, each with its reason ----------
 
-/// For a request, from its arrival: the mote is answered within 9 s, for RIOT's nanocoap_sock waits
-/// 10 s after the empty ACK.
+/// For a request: RIOT's nanocoap_sock waits 10 s after the empty ACK, so it is answered within 9 s.
 const REQUEST_TIME: Duration = Duration::from_millis(8500);
-/// The same while Telegram does not answer, so that all the motes that wait are soon told.
+/// The same while Telegram does not answer, so that all who wait are soon told.
 const REQUEST_TIME_IN_A_HANG: Duration = Duration::from_secs(2);
 /// For the gateway's own fetch, during which requests wait.
 const FETCH_TIME: Duration = Duration::from_secs(5);
-/// Between two fetches. With three connections in turn, each is used every 45 s.
+/// Between two fetches. Three connections take turns, so each is used every 45 s.
 const FETCH_EVERY: Duration = Duration::from_secs(15);
-/// After a failed fetch; and in a hang, between two tries with all the time.
+/// After a failed fetch, and in a hang between two tries with all the time.
 const FETCH_AFTER_FAILURE: Duration = Duration::from_secs(60);
 /// tdlib/telegram-bot-api holds a `getUpdates` that repeats the offset of the one before for 3 s.
 const FOUND_NOTHING_HOLDS: Duration = Duration::from_secs(3);
-/// How long idle connections are kept: Telegram closes them after about a minute, and a text that
-/// meets the closing is lost.
+/// Telegram closes idle connections after about a minute, and a text that meets the closing is lost.
 const IDLE_CONNECTION: Duration = Duration::from_secs(50);
-/// For one connection (TCP and TLS, over all addresses of the host), and for a look-up: leaves time
-/// for a second attempt.
-const CONNECT_TIME: Duration = Duration::from_secs(5);
+/// For a connection over all addresses of the host, and for their look-up.
+const CONNECT_TIME: Duration = Duration::from_secs(4);
 /// How long the addresses of the host serve without a new look-up.
 const ADDRESSES_HOLD: Duration = Duration::from_secs(60);
 /// For a look-up while there are old addresses to fall back on.
 const LOOK_UP_AGAIN_TIME: Duration = Duration::from_secs(1);
-/// Calls that surely did not reach Telegram, and HTTP 429, are tried this often in all.
+/// Of calls that surely did not reach Telegram, or that are to come later (429).
 const ATTEMPTS: u32 = 3;
 const ATTEMPT_PAUSE: Duration = Duration::from_millis(500);
-/// Bot API server: a page of updates is cut at 4 MiB of JSON. Twice that, for the one that exceeds.
+/// Bot API server: pages of updates are cut beyond 4 MiB of JSON.
 const PAGE_BYTES_MAX: u64 = 8 << 20;
-/// Of any other answer: a `Message` with its text, each character as `\uXXXX\uXXXX`.
+/// Of any other answer: a `Message` of 4,096 characters, each `\uXXXX\uXXXX`.
 const ANSWER_BYTES_MAX: u64 = 64 << 10;
 /// Bot API, getUpdates: updates in one page.
 const PAGE: usize = 100;
@@ -85,46 +81,47 @@ const REASON_MAX: usize = 300;
 const TEXT_MAX: usize = 4096;
 /// Firmware: users it keeps, hence chats it can name in one message.
 const USERS_MAX: usize = 10;
-/// Removals that are remembered: chats to which nothing is sent.
+/// Removed chats that are remembered.
 const REMOVED_MAX: usize = 100;
-/// Motes that are remembered; the longest silent is forgotten, and told everything again.
+/// Motes that are remembered.
 const MOTES_MAX: usize = 64;
-/// A mote that has restarted unnoticed is right again after that.
+/// Then a mote is told everything again: it may have restarted unnoticed.
 const ACKNOWLEDGED_HOLDS: Duration = Duration::from_secs(3600);
-/// Firmware: its message IDs go up by 1 to 3 from one request to the next, and begin anew, at
-/// random, when it boots. Room for what is lost in between.
+/// Firmware: its message IDs go up by 1 to 3 from one request to the next; some get lost.
 const MESSAGE_ID_STEP_MAX: u16 = 64;
 /// Firmware: bytes of a user's name.
 const NAME_MAX: usize = 14;
-/// Firmware: 11 characters of a chat id; it cuts longer ones, so that they name another chat.
+/// Firmware: 11 characters of a chat id; it cuts longer ones.
 const CHAT_ID_MAX: i64 = 99_999_999_999;
 /// Firmware: bytes of a reply; a longer one is thrown away whole.
 const REPLY_MAX: usize = 302;
-/// Firmware: bytes of its token, with the NUL behind.
+/// Firmware: bytes of its token.
 const MOTE_TOKEN_MAX: usize = 49;
-/// Wrong passwords in a row from one chat, after which its `config` is ignored for `LOCKED_OUT`.
+/// Wrong passwords in a row, after which a chat's `config` is ignored for `LOCKED_OUT`.
 const WRONG_PASSWORDS_MAX: u32 = 5;
 const LOCKED_OUT: Duration = Duration::from_secs(3600);
-/// Chats whose wrong passwords are counted: what a flood of strangers can take of memory.
+/// Chats whose wrong passwords are counted.
 const SUSPECTS_MAX: usize = 256;
 /// Of `coap_server.log`, bytes; then it becomes `coap_server.log.1`.
 const LOG_MAX: u64 = 1 << 20;
 const HEARTBEAT: Duration = Duration::from_secs(15 * 60);
-/// Longest sleep of the loop: systemd's watchdog is served each time.
+/// Longest sleep of the loop, which serves systemd's watchdog.
 const TICK: Duration = Duration::from_secs(1);
-/// More datagrams than Linux's default socket buffer holds: after so many in a row, all that waited
-/// at the first has been read, so a flood cannot put off retransmissions for ever.
+/// More datagrams than the socket holds: no flood puts off for ever what is due.
 const SOCKET_HOLDS: u32 = 1000;
 
-const LINKS: &str = r#"</message>;rt="telegram.message";ct=0,</update>;rt="telegram.update";ct=0"#;
+/// Of a payload's fields.
+const KEYS: [&str; 4] = ["&url=", "&token=", "&chat_ids=", "&text="];
 const MESSAGES_SENT: &str = "Messages sent successfully";
 const NO_UPDATES: &str = "No Updates";
 const MISSING_FIELDS: &str = "Missing required fields";
+const LINKS: &str = r#"</message>;rt="telegram.message";ct=0,</update>;rt="telegram.update";ct=0"#;
 const HELP: &str = "I pass on what the sensors report.\n\
     remove me - no more messages\n\
     config <password> interval <1..120> - minutes between two reports\n\
     config <password> feedback <0|1> - LED feedback off or on\n\
     help - this text";
+const REGISTERED: &str = "You are registered.";
 const LIST_IS_FULL: &str = "The list is full: 10 people are registered already.";
 const REMOVED: &str = "You are removed and get no more messages. Write anything to register again.";
 const CONFIG_FORM: &str = "Allowed is: config <password> interval <1..120>, \
@@ -136,40 +133,34 @@ usage: coap_websocket                serve
                                      send one message through a running gateway
        coap_websocket --help | --version";
 
-// -------------------------------------------------------------------------------------------------
-// Arguments and configuration
-// -------------------------------------------------------------------------------------------------
+// ---------- Arguments and configuration ----------
 
 fn main() -> ExitCode {
-    let arguments = env::args_os().skip(1);
-    let words: Vec<String> = arguments
-        .map(|word| word.to_string_lossy().into_owned())
-        .collect();
-    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let words: Vec<_> = env::args_os().skip(1).collect();
+    let words: Vec<_> = words.iter().map(|word| word.to_string_lossy()).collect();
+    let words: Vec<&str> = words.iter().map(AsRef::as_ref).collect();
     let outcome = match words[..] {
-        [] => Config::load().and_then(serve),
-        ["check"] => Config::load().and_then(|config| check(&config)),
-        ["send", ref options @ ..] => match SendOptions::parse(options) {
-            Some(options) => Config::load().and_then(|config| send(&config, &options)),
-            None => return usage(),
-        },
-        ["--help" | "-h"] => {
-            say(USAGE);
-            Ok(())
+        [] => serve(),
+        ["check"] => check(),
+        ["send", ref options @ ..] => {
+            let after = |name: &str| options.iter().skip_while(move |word| **word != name).nth(1);
+            match (after("-i"), after("-m"), after("-u"), options.len()) {
+                (Some(chat), Some(text), None, 4) => send(chat, text, None),
+                (Some(chat), Some(text), Some(uri), 6) if uri.starts_with("coap://") => {
+                    send(chat, text, Some(uri))
+                }
+                _ => return usage(),
+            }
         }
-        ["--version" | "-V"] => {
-            say(concat!("coap_websocket ", env!("CARGO_PKG_VERSION")));
-            Ok(())
-        }
+        ["--help" | "-h"] => say(USAGE),
+        ["--version" | "-V"] => say(concat!("coap_websocket ", env!("CARGO_PKG_VERSION"))),
         _ => return usage(),
     };
-    match outcome {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(reason) => {
-            let _ = writeln!(io::stderr(), "coap_websocket: {reason}");
-            ExitCode::FAILURE
-        }
+    if let Err(reason) = outcome {
+        let _ = writeln!(io::stderr(), "coap_websocket: {reason}");
+        return ExitCode::FAILURE;
     }
+    ExitCode::SUCCESS
 }
 
 fn usage() -> ExitCode {
@@ -178,33 +169,22 @@ fn usage() -> ExitCode {
 }
 
 /// `println!`, but a closed pipe is no reason to panic.
-fn say(text: &str) {
+fn say(text: &str) -> Result<(), String> {
     let _ = writeln!(io::stdout(), "{text}");
+    Ok(())
 }
 
-/// A token or a password. It has neither `Debug` nor `Display`, so that it cannot get into a log
-/// line by accident.
+/// A token or a password. Without `Debug` and `Display` it cannot get into a log line by accident.
 #[derive(Clone)]
 struct Secret(String);
 
 impl Secret {
-    /// A bot token, `<bot id>:<letters, digits, _ and ->`, so that it can stand in a URL as it is.
-    fn bot_token(text: &str) -> Option<Secret> {
-        let (id, key) = text.split_once(':')?;
-        let id_fits = (1..=20).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_digit());
-        let key_byte = |b: u8| b.is_ascii_alphanumeric() || b == b'_' || b == b'-';
-        let key_fits = (1..=100).contains(&key.len()) && key.bytes().all(key_byte);
-        (id_fits && key_fits).then(|| Secret(text.to_string()))
-    }
-
-    fn password(text: &str) -> Option<Secret> {
-        (!text.contains(char::is_whitespace)).then(|| Secret(text.to_string()))
-    }
-
-    fn mote_token(text: &str) -> Option<Secret> {
-        let separates = |c: char| c.is_whitespace() || c == '&';
-        (text.len() <= MOTE_TOKEN_MAX && !text.contains(separates))
-            .then(|| Secret(text.to_string()))
+    /// `<bot id>:<letters, digits, _ and ->`, so that it can stand in a URL as it is.
+    fn is_bot_token(&self) -> bool {
+        let (id, key) = self.0.split_once(':').unwrap_or_default();
+        let is_id = (1..=20).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_digit());
+        let fits = |b: u8| b.is_ascii_alphanumeric() || b == b'_' || b == b'-';
+        is_id && (1..=100).contains(&key.len()) && key.bytes().all(fits)
     }
 
     /// The part of a bot token before the colon: the bot's user id, which is public.
@@ -228,297 +208,205 @@ struct Config {
     url: String,
     /// `None`: `/message` serves any token, `/update` the first bot that Telegram accepts.
     token: Option<Secret>,
-    /// What motes may present in place of `token`, so that it never crosses the mesh.
+    /// What motes may present for `token`, so that it never crosses the mesh.
     mote_token: Option<Secret>,
+    mote_token_origin: String,
     ip_family: IpFamily,
     /// `None`: every `config` is refused.
     password: Option<Secret>,
     listen: SocketAddr,
-    roots: Option<Roots>,
-    places: Places,
-    /// For the log, once there is one.
-    warnings: Vec<String>,
-}
-
-/// Root certificates instead of the built-in Mozilla roots.
-struct Roots {
-    file: String,
-    certificates: Vec<ureq::tls::Certificate<'static>>,
-}
-
-/// Where the files are.
-struct Places {
-    config_ini: PathBuf,
-    dot_env: PathBuf,
-    state: PathBuf,
-    log: PathBuf,
-}
-
-impl Places {
-    /// What systemd names; else the working directory if it holds settings; else an installation,
-    /// so that `check` and `send` work from every folder of the Pi; else the working directory.
-    fn find() -> Places {
-        let here = Path::new("config.ini").exists() || Path::new(".env").exists();
-        let [mut settings, mut state, mut logs] = [(); 3].map(|()| PathBuf::new());
-        if !here && Path::new("/etc/coap_websocket/config.ini").exists() {
-            settings = "/etc/coap_websocket".into();
-            state = "/var/lib/coap_websocket".into();
-            logs = "/var/log/coap_websocket".into();
-        }
-        let mut dot_env = settings.join(".env");
-        if let Some(credentials) = systemd_directory("CREDENTIALS_DIRECTORY") {
-            dot_env = credentials.join("env"); // a credential's name cannot start with a dot
-            settings = credentials;
-        }
-        let state = systemd_directory("STATE_DIRECTORY").unwrap_or(state);
-        let logs = systemd_directory("LOGS_DIRECTORY").unwrap_or(logs);
-        Places {
-            config_ini: settings.join("config.ini"),
-            dot_env,
-            state: state.join("state.json"),
-            log: logs.join("coap_server.log"),
-        }
-    }
-}
-
-/// Of several directories, separated by colons, the first.
-fn systemd_directory(variable: &str) -> Option<PathBuf> {
-    let value = env::var(variable).ok()?;
-    let first = value.split(':').next()?;
-    (!first.is_empty()).then(|| first.into())
+    roots: RootCerts,
+    roots_origin: String,
+    state_path: PathBuf,
 }
 
 impl Config {
-    /// Reads `config.ini`, `.env` and the environment. An error is one line that names file, line
-    /// and reason.
+    /// From `config.ini`, `.env` and the environment. An error names file, line and reason.
     fn load() -> Result<Config, String> {
-        let places = Places::find();
-        let ini = read_settings(&places.config_ini, true)?;
-        let variables = read_settings(&places.dot_env, false)?;
-        let key = |name| ini.get(name).cloned();
-        let variable = |name| variable(&variables, name);
-
-        let token = key("bot_token").filter(|set| set.text != "your_telegram_bot_token");
-        let token_rule = "is not a bot token (digits, a colon, letters, as BotFather shows it)";
-        let token = parsed(token, token_rule, Secret::bot_token)?;
-        let mote_token_rule = "is not a word of at most 49 characters without white space and &";
-        let mote_token = parsed(key("mote_token"), mote_token_rule, Secret::mote_token)?;
-        if let (Some(_), None, Some(set)) = (&mote_token, &token, key("mote_token")) {
-            return Err(format!(
-                "{}: mote_token stands for bot_token, which is not set",
-                set.origin
-            ));
-        }
-        let password_rule = "holds white space, so nobody could write it in a `config` message";
-        let password = parsed(variable("PASSWORD"), password_rule, Secret::password)?;
-        let url = parsed(key("url"), "is not of the form https://host/bot", https_url)?;
-        let family = parsed(key("ip_family"), "is none of any, ipv4, ipv6", ip_family)?;
-        let address_rule = "is not an IP address (one without a zone)";
-        let address = parsed(variable("COAP_SERVER_IP"), address_rule, |text| {
-            text.parse().ok()
-        })?;
-        let port_rule = "is not a port (0 to 65535)";
-        let port = parsed(variable("COAP_SERVER_PORT"), port_rule, |text| {
-            text.parse().ok()
-        })?;
-        let roots = variable("SSL_CERT_FILE").map(Roots::read).transpose()?;
-
-        let mut warnings = Vec::new();
-        for (name, set) in &ini {
-            if !["bot_token", "mote_token", "url", "ip_family"].contains(&name.as_str()) {
-                warnings.push(format!("{}: unknown key `{name}` is ignored", set.origin));
+        let mut config = Config {
+            url: "https://api.telegram.org/bot".to_string(),
+            token: None,
+            mote_token: None,
+            mote_token_origin: String::new(),
+            ip_family: IpFamily::Any,
+            password: None,
+            listen: SocketAddr::new(Ipv6Addr::LOCALHOST.into(), coap::PORT),
+            roots: RootCerts::WebPki,
+            roots_origin: "Mozilla's, built in".to_string(),
+            state_path: folder("STATE_DIRECTORY", "/var/lib").join("state.json"),
+        };
+        let (ini, dot_env) = (settings_file("config.ini"), settings_file(".env"));
+        read_settings(&ini, &mut config, true)?;
+        read_settings(&dot_env, &mut config, false)?;
+        for name in "PASSWORD SSL_CERT_FILE COAP_SERVER_IP COAP_SERVER_PORT".split(' ') {
+            let value = env::var(name).unwrap_or_default();
+            if !value.is_empty() {
+                config.set("environment", name, &value)?;
             }
         }
-        if token.is_none() {
-            let file = places.config_ini.display();
-            warnings.push(format!(
-                "no bot_token in {file}: /message serves any token, /update the first bot that Telegram accepts"
-            ));
+        if config.token.is_none() && config.mote_token.is_some() {
+            let origin = config.mote_token_origin;
+            return Err(format!("{origin}: mote_token without bot_token"));
         }
-        if password.is_none() {
-            let file = places.dot_env.display();
-            warnings.push(format!(
-                "no PASSWORD in {file}: every `config` message is refused"
-            ));
+        if config.token.is_none() {
+            warn!(
+                "no bot_token is set in {}: /message serves any token, \
+                /update the first bot that Telegram accepts",
+                ini.display()
+            );
         }
-        Ok(Config {
-            url: url.unwrap_or_else(|| "https://api.telegram.org/bot".to_string()),
-            token,
-            mote_token,
-            ip_family: family.unwrap_or(IpFamily::Any),
-            password,
-            listen: SocketAddr::new(
-                address.unwrap_or(std::net::Ipv6Addr::LOCALHOST.into()),
-                port.unwrap_or(coap::PORT),
-            ),
-            roots,
-            places,
-            warnings,
-        })
+        if config.password.is_none() {
+            let file = dot_env.display();
+            warn!("no PASSWORD is set in {file}: every `config` is refused");
+        }
+        Ok(config)
     }
 
-    /// For the commands that need one.
+    /// An error does not repeat the value, for it may be a secret.
+    fn set(&mut self, origin: &str, name: &str, value: &str) -> Result<(), String> {
+        let fault = |rule: &str| format!("{origin}: {name} {rule}");
+        let is_word = !value.contains(char::is_whitespace);
+        let secret = Secret(value.to_string());
+        match name {
+            "bot_token" if value == "your_telegram_bot_token" => {}
+            "bot_token" if secret.is_bot_token() => self.token = Some(secret),
+            "bot_token" => return Err(fault("is not a bot token (digits, a colon, letters)")),
+            "mote_token" if is_word && value.len() <= MOTE_TOKEN_MAX && !value.contains('&') => {
+                self.mote_token = Some(secret);
+                self.mote_token_origin = origin.to_string();
+            }
+            "mote_token" => return Err(fault("is not a word of at most 49 bytes without &")),
+            "url" if is_https_url(value) => self.url = value.to_string(),
+            "url" => return Err(fault("is not of the form https://host/bot")),
+            "ip_family" if value == "any" => self.ip_family = IpFamily::Any,
+            "ip_family" if value == "ipv4" => self.ip_family = IpFamily::Ipv4Only,
+            "ip_family" if value == "ipv6" => self.ip_family = IpFamily::Ipv6Only,
+            "ip_family" => return Err(fault("is none of any, ipv4, ipv6")),
+            "PASSWORD" if is_word => self.password = Some(secret),
+            "PASSWORD" => return Err(fault("holds white space, which nobody could send")),
+            "COAP_SERVER_IP" => match value.parse() {
+                Ok(ip) => self.listen.set_ip(ip),
+                Err(_) => return Err(fault("is not an IP address (without a zone)")),
+            },
+            "COAP_SERVER_PORT" => match value.parse() {
+                Ok(port) => self.listen.set_port(port),
+                Err(_) => return Err(fault("is not a port (0 to 65535)")),
+            },
+            "SSL_CERT_FILE" => {
+                self.roots = read_roots(value).map_err(|reason| fault(&reason))?;
+                self.roots_origin = format!("those in SSL_CERT_FILE {value}");
+            }
+            _ => warn!("{}", fault("is unknown and ignored")),
+        }
+        Ok(())
+    }
+
+    /// For the commands that cannot do without.
     fn required_token(&self) -> Result<&Secret, String> {
-        let missing = || {
-            format!(
-                "no bot_token is set in {}",
-                self.places.config_ini.display()
-            )
-        };
-        self.token.as_ref().ok_or_else(missing)
+        let file = settings_file("config.ini").display().to_string();
+        self.token
+            .as_ref()
+            .ok_or(format!("no bot_token is set in {file}"))
     }
 }
 
-/// What is set, and where it stands, as in `.env:3`.
-#[derive(Clone)]
-struct Setting {
-    name: String,
-    text: String,
-    origin: String,
+fn settings_file(name: &str) -> PathBuf {
+    let folder = folder("CREDENTIALS_DIRECTORY", "/etc");
+    match env::var_os("CREDENTIALS_DIRECTORY") {
+        Some(_) => folder.join(name.trim_start_matches('.')),
+        None => folder.join(name),
+    }
 }
 
-/// The lines `name = value` that are neither empty nor comments; of an INI file those of
-/// `[telegram]`, for the other sections belong to the firmware's build. None without a file.
-fn read_settings(path: &Path, ini: bool) -> Result<BTreeMap<String, Setting>, String> {
-    let mut found = BTreeMap::<String, Setting>::new();
+/// What systemd names in `variable`; else the working directory, unless it holds no settings but an
+/// installation does: so `check` and `send` work from every folder of the Pi.
+fn folder(variable: &str, root: &str) -> PathBuf {
+    let value = env::var(variable).unwrap_or_default();
+    let first = value.split(':').next().unwrap_or_default();
+    let is_here = Path::new("config.ini").exists() || Path::new(".env").exists();
+    let is_installed = Path::new("/etc/coap_websocket/config.ini").exists();
+    if first.is_empty() && is_installed && !is_here {
+        return Path::new(root).join("coap_websocket");
+    }
+    first.into()
+}
+
+/// Of an INI file only `[telegram]`, for the other sections belong to the firmware's build.
+fn read_settings(path: &Path, config: &mut Config, is_ini: bool) -> Result<(), String> {
     let content = match fs::read(path) {
         Ok(content) => content,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(found),
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(format!("cannot read {}: {error}", path.display())),
     };
-    let mut section = if ini {
-        None
-    } else {
-        Some("telegram".to_string())
-    };
     let content = content.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&content);
+    let mut section = if is_ini { "" } else { "telegram" };
+    let mut names = Vec::new();
     for (number, line) in (1..).zip(content.split(|byte| *byte == b'\n')) {
         let origin = format!("{}:{number}", path.display());
-        let line = str::from_utf8(line)
-            .map_err(|_| format!("{origin}: not UTF-8 text"))?
-            .trim();
+        let line = str::from_utf8(line).map_err(|_| format!("{origin}: not UTF-8 text"))?;
+        let line = line.trim();
         if line.is_empty() || line.starts_with(['#', ';']) {
             continue;
         }
-        if let Some(name) = line.strip_prefix('[').filter(|_| ini) {
+        if is_ini && let Some(name) = line.strip_prefix('[') {
             let name = name
-                .strip_suffix(']')
-                .ok_or(format!("{origin}: `[` without `]`"))?;
-            section = Some(name.trim().to_string());
+                .split_once(']')
+                .ok_or(format!("{origin}: `[` without `]`"))?
+                .0;
+            section = name.trim();
             continue;
         }
-        match section.as_deref() {
-            None => return Err(format!("{origin}: no section yet; put [telegram] above it")),
-            Some("telegram") => {}
-            Some(_) => continue,
+        if section.is_empty() {
+            return Err(format!("{origin}: no section yet; put [telegram] above it"));
         }
-        let set = Setting::parse(line, ini, origin)?;
-        if let Some(first) = found.insert(set.name.clone(), set.clone()) {
-            let (origin, first) = (set.origin, first.origin);
-            return Err(format!(
-                "{origin}: set before in {first}; remove one of them"
-            ));
+        if section != "telegram" {
+            continue;
         }
-    }
-    Ok(found)
-}
-
-impl Setting {
-    /// `name = value`, perhaps with `export` before and a pair of quotes around the value.
-    fn parse(line: &str, ini: bool, origin: String) -> Result<Setting, String> {
         let line = line.strip_prefix("export ").unwrap_or(line);
-        let (name, value) = line.split_once('=').unwrap_or_default();
-        let (name, value) = (name.trim(), value.trim());
-        if name.is_empty() || name.contains(|c: char| c.is_whitespace() || c.is_control()) {
-            return Err(format!("{origin}: not `NAME=value`"));
+        let fault = || format!("{origin}: not `NAME=value`");
+        let (name, value) = line.split_once('=').ok_or_else(fault)?;
+        let (name, value) = (name.trim().to_string(), value.trim());
+        let name = if is_ini { name.to_lowercase() } else { name };
+        if names.contains(&name) {
+            return Err(format!("{origin}: {name} is set twice; remove one of them"));
         }
         let unquote = |quote: char| value.strip_prefix(quote)?.strip_suffix(quote);
-        let text = unquote('"').or(unquote('\'')).unwrap_or(value).to_string();
-        let name = if ini {
-            name.to_ascii_lowercase()
-        } else {
-            name.to_string()
-        };
-        Ok(Setting { name, text, origin })
-    }
-}
-
-/// The real environment wins over `.env`, and an empty variable is not set.
-fn variable(dot_env: &BTreeMap<String, Setting>, name: &str) -> Option<Setting> {
-    match env::var_os(name) {
-        Some(value) if !value.is_empty() => Some(Setting {
-            name: name.to_string(),
-            text: value.to_string_lossy().into_owned(),
-            origin: "environment".to_string(),
-        }),
-        _ => dot_env
-            .get(name)
-            .filter(|set| !set.text.is_empty())
-            .cloned(),
-    }
-}
-
-/// What `parse` makes of a setting (`None`: it is not set), or what is wrong where. The text is not
-/// repeated, for it may be a secret.
-fn parsed<T>(
-    set: Option<Setting>,
-    rule: &str,
-    parse: impl Fn(&str) -> Option<T>,
-) -> Result<Option<T>, String> {
-    let Some(set) = set.filter(|set| !set.text.is_empty()) else {
-        return Ok(None);
-    };
-    match parse(&set.text) {
-        None => Err(format!("{}: {} {rule}", set.origin, set.name)),
-        value => Ok(value),
-    }
-}
-
-fn https_url(text: &str) -> Option<String> {
-    let uri: ureq::http::Uri = text.parse().ok()?;
-    let plain = uri.query().is_none() && !text.contains('#');
-    let has_host = !uri.host()?.is_empty();
-    (uri.scheme_str() == Some("https") && plain && has_host).then(|| text.to_string())
-}
-
-fn ip_family(text: &str) -> Option<IpFamily> {
-    match text {
-        "any" => Some(IpFamily::Any),
-        "ipv4" => Some(IpFamily::Ipv4Only),
-        "ipv6" => Some(IpFamily::Ipv6Only),
-        _ => None,
-    }
-}
-
-impl Roots {
-    fn read(set: Setting) -> Result<Roots, String> {
-        let (origin, file) = (set.origin, set.text);
-        let pem = fs::read(&file)
-            .map_err(|error| format!("{origin}: cannot read SSL_CERT_FILE {file}: {error}"))?;
-        let mut certificates = Vec::new();
-        for item in ureq::tls::parse_pem(&pem) {
-            if let Ok(ureq::tls::PemItem::Certificate(certificate)) = item {
-                certificates.push(certificate);
-            }
+        let value = unquote('"').or(unquote('\'')).unwrap_or(value);
+        let is_overruled = !is_ini && env::var(&name).is_ok_and(|real| !real.is_empty());
+        if !value.is_empty() && !is_overruled {
+            config.set(&origin, &name, value)?;
         }
-        if certificates.is_empty() {
-            return Err(format!(
-                "{origin}: SSL_CERT_FILE {file} holds no PEM certificate"
-            ));
-        }
-        Ok(Roots { file, certificates })
+        names.push(name);
     }
+    Ok(())
 }
 
-// -------------------------------------------------------------------------------------------------
-// The loop
-// -------------------------------------------------------------------------------------------------
+fn is_https_url(text: &str) -> bool {
+    let uri = ureq::http::Uri::try_from(text).unwrap_or_default();
+    let has_host = uri.host().is_some_and(|host| !host.is_empty());
+    uri.scheme_str() == Some("https") && has_host && !text.contains(['?', '#'])
+}
+
+fn read_roots(file: &str) -> Result<RootCerts, String> {
+    let pem = fs::read(file).map_err(|error| format!("cannot be read: {file}: {error}"))?;
+    let mut certificates = Vec::new();
+    for item in ureq::tls::parse_pem(&pem) {
+        if let Ok(PemItem::Certificate(certificate)) = item {
+            certificates.push(certificate);
+        }
+    }
+    if certificates.is_empty() {
+        return Err(format!("holds no certificate: {file}"));
+    }
+    Ok(RootCerts::new_with_certs(&certificates))
+}
+
+// ---------- The loop ----------
 
 /// Everything; one thread owns it.
 struct Gateway {
     config: Config,
-    /// Answers leave from the socket that received: gcoap matches a response by the server's
-    /// address and port.
+    /// Answers leave from it, too: gcoap looks at the server's address and port.
     socket: UdpSocket,
     exchanges: Exchanges,
     telegram: Telegram,
@@ -527,40 +415,31 @@ struct Gateway {
     saved: Option<State>,
     motes: Motes,
     people: People,
-    /// For the gateway's own fetches: the configured token, else the last that Telegram accepted.
+    /// For its own fetches: the configured token, else the last that Telegram accepted.
     token: Option<Secret>,
     /// When the gateway fetches on its own.
     next_fetch: Instant,
     /// When the last fetch found that nobody had written.
     found_nothing: Option<Instant>,
-    /// Set while fetching fails, so that start and end are logged once.
+    /// Whether the last fetch failed.
     fetch_fails: bool,
-    /// Set while Telegram does not answer: when the next try may take all its time.
+    /// While Telegram does not answer: when the next try may take all its time.
     hang: Option<Instant>,
+    /// Of the request or the fetch under way.
+    deadline: Instant,
 }
 
-/// Serves for ever. Faults of the start end it; afterwards nothing that a datagram holds does.
-fn serve(config: Config) -> Result<(), String> {
-    start_log(&config.places.log)?;
-    for warning in &config.warnings {
-        warn!("{warning}");
-    }
-    let mut state = State::open(&config.places.state);
-    // Update ids are counted for each bot.
-    let bot = config
-        .token
-        .as_ref()
-        .map(|token| token.bot_id().to_string());
-    if bot.is_some() && bot != state.bot {
-        state.bot = bot;
-        state.offset = 0;
-    }
+/// Serves for ever. Faults of the start end it, but nothing that a datagram holds.
+fn serve() -> Result<(), String> {
+    start_log(folder("LOGS_DIRECTORY", "/var/log").join("coap_server.log"))?;
+    let config = Config::load()?;
+    let state = State::open(&config);
     notify("READY=1");
     let socket = bind(config.listen)?;
-    thread::Builder::new()
-        .name("heartbeat".to_string())
-        .spawn(heartbeat)
-        .map_err(|error| format!("cannot start a thread: {error}"))?;
+    thread::spawn(heartbeat);
+    let version = env!("CARGO_PKG_VERSION");
+    info!("coap_websocket {version} serves CoAP on {}", config.listen);
+    notify(&format!("STATUS=Serves CoAP on {}", config.listen));
     let mut gateway = Gateway {
         socket,
         exchanges: Exchanges::new(),
@@ -574,33 +453,25 @@ fn serve(config: Config) -> Result<(), String> {
         found_nothing: None,
         fetch_fails: false,
         hang: None,
+        deadline: Instant::now(),
         config,
     };
-    info!(
-        "coap_websocket {} serves CoAP on {}",
-        env!("CARGO_PKG_VERSION"),
-        gateway.local_address()
-    );
-    gateway.tell_status();
-    // At once, so that a first start that crashes is not followed by another first start.
-    gateway.settle(Instant::now());
+    gateway.settle(); // so that the time of the first start outlives a crash
     gateway.run()
 }
 
-/// Waits for an address that does not exist yet: READY was said before, for a unit that waits would
-/// hold up the boot.
+/// Waits for an address that does not exist yet, after READY: a unit that waits holds up the boot.
 fn bind(listen: SocketAddr) -> Result<UdpSocket, String> {
-    let mut told = false;
+    let mut is_told = false;
     loop {
         match UdpSocket::bind(listen) {
-            Ok(socket) => return Ok(socket),
-            Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => {}
-            Err(error) => return Err(format!("cannot bind {listen}: {error}")),
+            Err(error) if error.kind() == ErrorKind::AddrNotAvailable => {}
+            result => return result.map_err(|error| format!("cannot bind {listen}: {error}")),
         }
-        if !told {
+        if !is_told {
             warn!("address {listen} does not exist yet; trying every second");
             notify(&format!("STATUS=Waits for address {listen} to appear"));
-            told = true;
+            is_told = true;
         }
         notify("WATCHDOG=1");
         thread::sleep(TICK);
@@ -610,8 +481,8 @@ fn bind(listen: SocketAddr) -> Result<UdpSocket, String> {
 impl Gateway {
     fn run(&mut self) -> ! {
         let mut buffer = vec![0; coap::DATAGRAM_MAX];
-        let mut in_a_row = 0;
         let mut watched = Instant::now();
+        let mut in_a_row = 0;
         loop {
             let _ = self.socket.set_read_timeout(Some(self.rest()));
             match self.socket.recv_from(&mut buffer) {
@@ -619,14 +490,13 @@ impl Gateway {
                     self.receive(peer, &buffer[..length]);
                     in_a_row += 1;
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => in_a_row = SOCKET_HOLDS,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => in_a_row = SOCKET_HOLDS,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) => {
                     warn!("cannot receive: {error}");
                     thread::sleep(TICK);
                 }
             }
-            // Only when all that waited has been read: an ACK may have been among it.
             if in_a_row >= SOCKET_HOLDS {
                 self.tend();
                 in_a_row = 0;
@@ -641,18 +511,13 @@ impl Gateway {
     /// How long there is nothing to do but to receive.
     fn rest(&self) -> Duration {
         let now = Instant::now();
-        let mut due = now + TICK;
-        if let Some(retransmission) = self.exchanges.next_due() {
-            due = due.min(retransmission);
-        }
-        if self.token.is_some() {
-            due = due.min(self.next_fetch);
-        }
-        due.saturating_duration_since(now)
-            .max(Duration::from_millis(1))
+        let fetch = self.token.is_some().then_some(self.next_fetch);
+        let due = self.exchanges.next_due().into_iter().chain(fetch).min();
+        let rest = due.map_or(TICK, |due| due.saturating_duration_since(now));
+        rest.clamp(Duration::from_millis(1), TICK) // zero would be no limit at all
     }
 
-    /// What is done when nothing waits in the socket.
+    /// Whatever waited in the socket, such as an ACK, has been read.
     fn tend(&mut self) {
         let now = Instant::now();
         for (peer, bytes) in self.exchanges.retransmissions(now) {
@@ -661,51 +526,49 @@ impl Gateway {
         if now >= self.next_fetch
             && let Some(token) = self.token.clone()
         {
-            let deadline = now + self.time_for(FETCH_TIME);
-            let _ = self.fetch(&token, deadline); // it has logged how it went
-            self.settle(deadline);
+            self.deadline = now + self.time_for(FETCH_TIME);
+            let _ = self.fetch(&token);
+            self.settle();
         }
     }
 
     fn receive(&mut self, peer: SocketAddr, datagram: &[u8]) {
         match self.exchanges.receive(Instant::now(), peer, datagram) {
-            Event::Nothing => {}
             Event::Send(bytes) => self.transmit(peer, &bytes),
             Event::Request(request) => self.handle(request),
             Event::Acknowledged(version) => self.motes.acknowledge(peer, version, Instant::now()),
-            Event::Refused => info!("{peer} did not want the response (RST): it is told again"),
         }
     }
 
     fn handle(&mut self, mut request: Request) {
-        let work = match self.judge(&mut request) {
-            Ok(Verdict::Work(work)) => work,
-            Ok(Verdict::Reply(response)) | Err(response) => return self.reply(&request, response),
+        let response = match self.judge(&mut request) {
+            Err(response) | Ok(Work::Reply(response)) => {
+                let reply = self.exchanges.acknowledge(&request, Some(&response));
+                self.transmit(request.peer, &reply);
+                return log_outcome(&request, &response);
+            }
+            Ok(Work::Message(message)) => {
+                self.begin(&request);
+                self.deliver(&message)
+            }
+            Ok(Work::Update(token)) => {
+                self.begin(&request);
+                self.update(&token, request.peer)
+            }
         };
-        let acknowledgement = self.exchanges.accept(&request);
-        self.transmit(request.peer, &acknowledgement);
-        self.motes.note_request(request.peer, request.message_id());
-        let deadline = request.at + self.time_for(REQUEST_TIME);
-        let outcome = match work {
-            Work::Message(message) => self.deliver(&message, deadline),
-            Work::Update(token) => self.update(&token, request.peer, deadline),
-        };
-        let code = outcome.response.code();
-        let bytes = self
-            .exchanges
-            .respond(Instant::now(), &request, outcome.response);
+        let bytes = self.exchanges.respond(Instant::now(), &request, &response);
         self.transmit(request.peer, &bytes);
-        log_outcome(&request, &code, &outcome.detail);
-        self.settle(deadline);
+        log_outcome(&request, &response);
+        self.settle();
     }
 
-    /// Answers at once, inside the ACK.
-    fn reply(&mut self, request: &Request, response: Response) {
-        let code = response.code();
-        let detail = response.diagnostic();
-        let bytes = self.exchanges.reply(request, response);
-        self.transmit(request.peer, &bytes);
-        log_outcome(request, &code, &detail);
+    /// Promises a response.
+    fn begin(&mut self, request: &Request) {
+        let acknowledgement = self.exchanges.acknowledge(request, None);
+        self.transmit(request.peer, &acknowledgement);
+        self.motes
+            .note_request(request.peer, request.packet.header.message_id);
+        self.deadline = request.at + self.time_for(REQUEST_TIME);
     }
 
     /// A datagram that cannot be sent is one that was lost: CoAP retransmits.
@@ -715,11 +578,12 @@ impl Gateway {
         }
     }
 
-    /// The disk, then the people: nobody is told of a change that a power cut would undo.
-    fn settle(&mut self, deadline: Instant) {
+    /// What can wait until the mote has its response: the disk, then the people, for nobody is told
+    /// of a change that a power cut would undo.
+    fn settle(&mut self) {
         USERS.store(self.state.users.len() as u64, Relaxed);
         match self.save() {
-            Ok(()) => self.answer_people(deadline),
+            Ok(()) => self.answer_people(),
             Err(reason) => error!("{reason}"),
         }
     }
@@ -727,58 +591,31 @@ impl Gateway {
     /// Writes `state.json` if it is not what it should be.
     fn save(&mut self) -> Result<(), String> {
         if self.saved.as_ref() != Some(&self.state) {
-            let path = &self.config.places.state;
-            self.state
-                .write(path)
-                .map_err(|error| format!("cannot write {}: {error}", path.display()))?;
+            let path = &self.config.state_path;
+            let fault = |error| format!("cannot write {}: {error}", path.display());
+            self.state.write(path).map_err(fault)?;
             self.saved = Some(self.state.clone());
         }
         Ok(())
     }
 
-    /// The time for a request or a fetch, which is `usual` unless Telegram does not answer. In a
-    /// hang, one try a minute has all the time, and so notices the end of it.
+    /// In a hang, only one try a minute has the usual time, and so notices the end of the hang.
     fn time_for(&mut self, usual: Duration) -> Duration {
         let now = Instant::now();
-        match self.hang {
-            None => usual,
-            Some(next) if now < next => REQUEST_TIME_IN_A_HANG,
-            Some(_) => {
-                self.hang = Some(now + FETCH_AFTER_FAILURE);
-                usual
-            }
+        if self.hang.is_some_and(|next_try| now < next_try) {
+            return REQUEST_TIME_IN_A_HANG;
         }
-    }
-
-    fn local_address(&self) -> SocketAddr {
-        self.socket.local_addr().unwrap_or(self.config.listen)
-    }
-
-    fn tell_status(&self) {
-        let trouble = if self.fetch_fails {
-            ", but Telegram does not answer: see the log"
-        } else {
-            ""
-        };
-        notify(&format!(
-            "STATUS=Serves CoAP on {}{trouble}",
-            self.local_address()
-        ));
+        self.hang = self.hang.map(|_| now + FETCH_AFTER_FAILURE);
+        usual
     }
 }
 
-// -------------------------------------------------------------------------------------------------
-// Judging a request
-// -------------------------------------------------------------------------------------------------
+// ---------- Judging a request ----------
 
-/// What becomes of an acceptable request.
-enum Verdict {
-    /// It is answered without Telegram.
-    Reply(Response),
-    Work(Work),
-}
-
+/// What an acceptable request asks for.
 enum Work {
+    /// Nothing of Telegram: this answers it.
+    Reply(Response),
     Message(Message),
     /// With the bot's token.
     Update(Secret),
@@ -791,87 +628,62 @@ struct Message {
     text: String,
 }
 
-#[derive(Clone, Copy, PartialEq)]
-enum Resource {
-    Message,
-    Update,
-    Discovery,
-}
-
 impl Gateway {
     /// Whether the request can be carried out; else the answer to it.
-    fn judge(&mut self, request: &mut Request) -> Result<Verdict, Response> {
-        let resource = route(request)?;
-        if resource == Resource::Discovery {
-            let links = Response::content(ResponseType::Content, LINKS, coap::LINK_FORMAT);
-            return Ok(Verdict::Reply(links));
+    fn judge(&mut self, request: &mut Request) -> Result<Work, Response> {
+        request.check_options()?;
+        let path = request.path();
+        match path.as_str() {
+            "message" | "update" => check_formats(request, coap::POST, coap::TEXT_PLAIN)?,
+            ".well-known/core" => {
+                check_formats(request, coap::GET, coap::LINK_FORMAT)?;
+                let links = Response::content(ResponseType::Content, coap::LINK_FORMAT, LINKS);
+                return Ok(Work::Reply(links));
+            }
+            _ => return Err(Response::error(ResponseType::NotFound, "No such resource")),
         }
         if !self.exchanges.assemble(request)? {
-            return Ok(Verdict::Reply(Response::empty(ResponseType::Continue)));
+            return Ok(Work::Reply(Response::error(ResponseType::Continue, "")));
         }
-        let payload = String::from_utf8_lossy(&request.payload);
-        let form = Form::parse(&payload);
-        let is_message = resource == Resource::Message;
-        let chats = if is_message {
-            chats(form.chat_ids)
-        } else {
-            Ok(Vec::new())
-        };
-        let no_chats = chats.as_ref().is_ok_and(Vec::is_empty);
-        if form.url.is_empty()
-            || form.token.is_empty()
-            || (is_message && (no_chats || form.text.is_empty()))
-        {
+        let payload = String::from_utf8_lossy(&request.packet.payload);
+        let payload = format!("&{}", trim(&payload)); // so that each key has its `&`
+        let [url, token, chat_ids, text] = KEYS.map(|key| field(&payload, key));
+        let is_message = path == "message";
+        let is_missing = [url, token].contains(&"");
+        if is_missing || is_message && [chat_ids, text].contains(&"") {
             return Err(bad_request(MISSING_FIELDS));
         }
-        if form.url != self.config.url {
-            return Err(forbidden("This gateway does not serve that url"));
+        if url != self.config.url {
+            return Err(forbidden("url"));
         }
-        let token = self.served_token(form.token, resource)?;
-        if resource == Resource::Update {
-            return Ok(Verdict::Work(Work::Update(token)));
+        let token = self.served_token(token, is_message)?;
+        if !is_message {
+            return Ok(Work::Update(token));
         }
-        let chats = chats?;
-        if chats.len() > USERS_MAX {
-            return Err(bad_request(&format!(
-                "Too many chat ids, at most {USERS_MAX}"
-            )));
+        if text.chars().count() > TEXT_MAX {
+            return Err(bad_request("Text too long, at most 4096 characters"));
         }
-        if form.text.chars().count() > TEXT_MAX {
-            return Err(bad_request(&format!(
-                "Text too long, at most {TEXT_MAX} characters"
-            )));
-        }
-        let text = form.text.to_string();
-        Ok(Verdict::Work(Work::Message(Message { token, chats, text })))
+        let (chats, text) = (chats(chat_ids)?, text.to_string());
+        Ok(Work::Message(Message { token, chats, text }))
     }
 
     /// The bot's token for what a mote has presented.
-    fn served_token(&self, presented: &str, resource: Resource) -> Result<Secret, Response> {
-        let refusal = || forbidden("This gateway does not serve that token");
+    fn served_token(&self, presented: &str, is_message: bool) -> Result<Secret, Response> {
         if let Some(own) = &self.config.token {
-            let is_mote_token = self
-                .config
-                .mote_token
-                .as_ref()
-                .is_some_and(|word| word.is(presented));
-            return if is_mote_token || own.is(presented) {
-                Ok(own.clone())
-            } else {
-                Err(refusal())
-            };
+            let mote_token = self.config.mote_token.as_ref();
+            let is_mote_token = mote_token.is_some_and(|word| word.is(presented));
+            let is_served = is_mote_token || own.is(presented);
+            return is_served.then(|| own.clone()).ok_or(forbidden("token"));
         }
-        let token = Secret::bot_token(presented).ok_or(bad_request("Malformed token"))?;
-        let other_bot = self
-            .state
-            .bot
-            .as_ref()
-            .is_some_and(|bot| bot != token.bot_id());
-        if resource == Resource::Update && other_bot {
-            Err(refusal())
-        } else {
-            Ok(token)
+        let token = Secret(presented.to_string());
+        if !token.is_bot_token() {
+            return Err(bad_request("Malformed token"));
         }
+        let first = self.state.bot.as_deref().unwrap_or(token.bot_id());
+        if !is_message && first != token.bot_id() {
+            return Err(forbidden("token"));
+        }
+        Ok(token)
     }
 }
 
@@ -879,89 +691,41 @@ fn bad_request(reason: &str) -> Response {
     Response::error(ResponseType::BadRequest, reason)
 }
 
-fn forbidden(reason: &str) -> Response {
-    Response::error(ResponseType::Forbidden, reason)
+fn forbidden(what: &str) -> Response {
+    let reason = format!("This gateway does not serve that {what}");
+    Response::error(ResponseType::Forbidden, &reason)
 }
 
-/// Options, path, method and formats. RFC 7252 §5.4, §5.8 and §5.10, RFC 7959 §2.2.
-fn route(request: &Request) -> Result<Resource, Response> {
-    use ResponseType::{MethodNotAllowed, NotAcceptable, NotFound, UnsupportedContentFormat};
-    request.check_options()?;
-    let (resource, method, format) = match request.path().as_str() {
-        "message" => (Resource::Message, coap::POST, coap::TEXT_PLAIN),
-        "update" => (Resource::Update, coap::POST, coap::TEXT_PLAIN),
-        ".well-known/core" => (Resource::Discovery, coap::GET, coap::LINK_FORMAT),
-        _ => return Err(Response::error(NotFound, "No such resource")),
-    };
-    if request.code != method {
-        return Err(Response::error(MethodNotAllowed, "Method not allowed"));
+/// RFC 7252 §5.8, §5.10.3 and §5.10.4.
+fn check_formats(request: &Request, method: u8, format: u32) -> Result<(), Response> {
+    let error = |code, reason| Err(Response::error(code, reason));
+    let given = request.uint(coap::CONTENT_FORMAT);
+    let wanted = request.uint(coap::ACCEPT);
+    if request.code() != method {
+        return error(ResponseType::MethodNotAllowed, "Method not allowed");
     }
-    if method == coap::POST
-        && request
-            .uint(coap::CONTENT_FORMAT)
-            .is_some_and(|given| given != coap::TEXT_PLAIN)
-    {
-        return Err(Response::error(UnsupportedContentFormat, "Only text/plain"));
+    if method == coap::POST && given.is_some_and(|given| given != coap::TEXT_PLAIN) {
+        return error(ResponseType::UnsupportedContentFormat, "Only text/plain");
     }
-    if request
-        .uint(coap::ACCEPT)
-        .is_some_and(|wanted| wanted != format)
-    {
-        return Err(Response::error(
-            NotAcceptable,
-            "Not available in this format",
-        ));
+    if wanted.is_some_and(|wanted| wanted != format) {
+        return error(ResponseType::NotAcceptable, "Not available in this format");
     }
     // Replies are short and go whole, whatever size of block is asked for.
-    if request
-        .block(coap::BLOCK2)?
-        .is_some_and(|block| block.number > 0)
-    {
-        return Err(bad_request("No such block"));
+    if request.block(coap::BLOCK2)?.number > 0 {
+        return error(ResponseType::BadRequest, "No such block");
     }
-    Ok(resource)
+    Ok(())
 }
 
-/// The fields of a payload; an empty one is missing.
-struct Form<'a> {
-    url: &'a str,
-    token: &'a str,
-    chat_ids: &'a str,
-    text: &'a str,
-}
-
-impl Form<'_> {
-    /// Values are not percent-encoded. A key separates only where it stands at the start or behind
-    /// `&`, and only once: a text may hold anything else.
-    fn parse(payload: &str) -> Form<'_> {
-        let payload = trim(payload);
-        let keys = ["url=", "token=", "chat_ids=", "text="];
-        // Of each key: where it (with its `&`) starts, and where its value does.
-        let found = keys.map(|key| {
-            if payload.starts_with(key) {
-                return Some((0, key.len()));
-            }
-            let start = payload.find(&format!("&{key}"))?;
-            Some((start, start + 1 + key.len()))
-        });
-        let value = |index: usize| {
-            let Some((start, value)) = found[index] else {
-                return "";
-            };
-            let starts = found.iter().flatten().map(|(start, _)| *start);
-            let end = starts
-                .filter(|other| *other > start)
-                .min()
-                .unwrap_or(payload.len());
-            trim(&payload[value..end])
-        };
-        Form {
-            url: value(0),
-            token: value(1),
-            chat_ids: value(2),
-            text: value(3),
-        }
-    }
+/// The value of a field, empty if it is missing; it is not percent-encoded. Only the first of each
+/// key separates: a text may hold anything else.
+fn field<'a>(payload: &'a str, key: &str) -> &'a str {
+    let Some(start) = payload.find(key) else {
+        return "";
+    };
+    let starts = KEYS.iter().filter_map(|key| payload.find(key));
+    let end = starts.filter(|other| *other > start).min();
+    trim(&payload[start + key.len()..end.unwrap_or(payload.len())])
 }
 
 /// Firmware: payloads are padded with NUL, texts may end in a line feed.
@@ -978,204 +742,189 @@ fn chats(list: &str) -> Result<Vec<Value>, Response> {
             chats.push(chat);
         }
     }
-    Ok(chats)
+    match chats.len() {
+        0 => Err(bad_request(MISSING_FIELDS)),
+        1..=USERS_MAX => Ok(chats),
+        _ => Err(bad_request("Too many chat ids, at most 10")),
+    }
 }
 
 /// Bot API, `chat_id`: an integer, or `@` and the username of a channel.
 fn chat_id(text: &str) -> Option<Value> {
     if let Some(name) = text.strip_prefix('@') {
-        let fits = (1..=32).contains(&name.len());
-        let valid = fits && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_');
-        return valid.then(|| text.into());
+        let fits = |b: u8| b.is_ascii_alphanumeric() || b == b'_';
+        let is_name = (1..=32).contains(&name.len()) && name.bytes().all(fits);
+        return is_name.then(|| text.into());
     }
     let number = text.parse::<i64>().ok()?;
     (!text.starts_with('+')).then(|| number.into())
 }
 
-// -------------------------------------------------------------------------------------------------
-// Message and update
-// -------------------------------------------------------------------------------------------------
-
-/// What becomes of a request, and what the log says of it.
-struct Outcome {
-    response: Response,
-    detail: String,
-}
+// ---------- Message and update ----------
 
 impl Gateway {
     /// Sends the text to every chat that has not asked to be left alone.
-    fn deliver(&mut self, message: &Message, deadline: Instant) -> Outcome {
-        let wanted = |chat: &&Value| {
-            !chat
-                .as_i64()
-                .is_some_and(|id| self.state.removed.contains(&id))
-        };
-        let chats: Vec<&Value> = message.chats.iter().filter(wanted).collect();
-        let results = self
-            .telegram
-            .send_to_all(&message.token, &chats, &message.text, deadline);
+    fn deliver(&mut self, message: &Message) -> Response {
+        let mut chats = message.chats.clone();
+        chats.retain(|chat| !self.state.removed.iter().any(|removed| chat == removed));
+        let results = self.telegram.send_to_all(message, &chats, self.deadline);
         let sent = results.iter().filter(|result| result.is_ok()).count();
-        let mut answered = sent > 0;
-        let mut timed_out = false;
-        for (chat, result) in chats.iter().zip(&results) {
+        let (mut is_answered, mut is_hang) = (sent > 0, false);
+        for (chat, result) in chats.iter().zip(results) {
             let Err(failure) = result else { continue };
             warn!("sendMessage to {chat} failed: {}", failure.reason);
-            answered |= failure.code.is_some();
-            timed_out |= failure.timed_out;
-            if let (Some(403), Some(id)) = (failure.code, chat.as_i64().filter(is_private)) {
+            is_answered |= failure.code.is_some();
+            is_hang |= failure.timed_out;
+            if failure.code == Some(403)
+                && let Some(id) = chat.as_i64().filter(is_private)
+            {
                 let user = self.state.remove(id);
                 info!("{user} is removed, for Telegram refuses messages to it");
             }
         }
-        let failed = chats.len() - sent;
-        FORWARDED.fetch_add(sent as u64, Relaxed);
-        FAILURES.fetch_add(failed as u64, Relaxed);
-        if answered && self.hang.take().is_some() {
+        if is_answered && self.hang.take().is_some() {
             self.next_fetch = Instant::now();
-        } else if timed_out && !answered {
+        } else if is_hang && !is_answered {
             self.note_hang();
         }
-        let detail = format!("{sent} of {} chats", message.chats.len());
-        if sent > 0 || chats.is_empty() {
-            let response = Response::text(ResponseType::Content, MESSAGES_SENT);
-            return Outcome { response, detail };
+        FORWARDED.fetch_add(sent as u64, Relaxed);
+        FAILURES.fetch_add((chats.len() - sent) as u64, Relaxed);
+        let mut response = Response::text(ResponseType::Content, MESSAGES_SENT);
+        if sent == 0 && !chats.is_empty() {
+            response = Response::failed();
         }
-        Outcome {
-            response: Response::empty(ResponseType::InternalServerError),
-            detail,
-        }
+        response.detail = format!("{sent} of {} chats", message.chats.len());
+        response
     }
 
-    /// Fetches what people wrote, and tells the mote all that it should know, unless it does.
-    fn update(&mut self, token: &Secret, peer: SocketAddr, deadline: Instant) -> Outcome {
-        let fetched = self.token.as_ref().is_some_and(|own| own.is(&token.0))
-            && self
-                .found_nothing
-                .is_some_and(|at| at.elapsed() < FOUND_NOTHING_HOLDS);
-        if !fetched && let Err(failure) = self.fetch(token, deadline) {
+    /// Fetches what people wrote, and tells the mote all, unless it knows that.
+    fn update(&mut self, token: &Secret, peer: SocketAddr) -> Response {
+        let is_fresh = |at: Instant| at.elapsed() < FOUND_NOTHING_HOLDS;
+        let is_accepted = self.token.as_ref().is_some_and(|own| own.is(&token.0));
+        if !(is_accepted && self.found_nothing.is_some_and(is_fresh))
+            && let Err(failure) = self.fetch(token)
+        {
             FAILURES.fetch_add(1, Relaxed);
-            return Outcome {
-                response: Response::empty(ResponseType::InternalServerError),
-                detail: failure.reason,
-            };
+            let mut response = Response::failed();
+            response.detail = failure.reason;
+            return response;
         }
         let tokens = self.state.tokens();
         let version = self.motes.offer(&tokens);
         if tokens.is_empty() || self.motes.has_acknowledged(peer, version, Instant::now()) {
-            let response = Response::text(ResponseType::Valid, NO_UPDATES);
-            return Outcome {
-                response,
-                detail: String::new(),
-            };
+            return Response::text(ResponseType::Valid, NO_UPDATES);
         }
         let mut response = Response::text(ResponseType::Content, &tokens);
-        response.version = Some(version);
-        Outcome {
-            response,
-            detail: tokens,
-        }
+        (response.version, response.detail) = (Some(version), tokens);
+        response
     }
 
-    /// Takes in what people wrote. The first failure and the first success after it are logged.
-    fn fetch(&mut self, token: &Secret, deadline: Instant) -> Result<(), Failure> {
-        let result = self.fetch_pages(token, deadline);
-        let fails = result.is_err();
+    /// Takes in what people wrote. Start and end of trouble are logged once each.
+    fn fetch(&mut self, token: &Secret) -> Result<(), Failure> {
+        let result = self.fetch_pages(token);
         match &result {
+            Err(failure) if failure.timed_out => self.note_hang(),
+            Err(_) => {
+                self.hang = None;
+                self.next_fetch = Instant::now() + FETCH_AFTER_FAILURE;
+            }
             Ok(()) => {
-                self.token = Some(token.clone());
                 self.hang = None;
                 self.next_fetch = Instant::now() + FETCH_EVERY;
-                if self.fetch_fails {
-                    info!("Telegram answers again");
-                }
-            }
-            Err(failure) => {
-                if !self.fetch_fails {
-                    warn!("cannot fetch what people write: {}", failure.reason);
-                }
-                if failure.timed_out {
-                    self.note_hang();
-                } else {
-                    self.hang = None;
-                    self.next_fetch = Instant::now() + FETCH_AFTER_FAILURE;
-                }
+                self.token = Some(token.clone());
             }
         }
-        if self.fetch_fails != fails {
-            self.fetch_fails = fails;
-            self.tell_status();
+        if result.is_err() != self.fetch_fails {
+            self.fetch_fails = result.is_err();
+            let mut status = format!("Serves CoAP on {}", self.config.listen);
+            match &result {
+                Ok(()) => info!("Telegram answers again"),
+                Err(failure) => {
+                    warn!("cannot fetch what people write: {}", failure.reason);
+                    status += ", but cannot fetch what people write";
+                }
+            }
+            notify(&format!("STATUS={status}"));
         }
         result
     }
 
-    /// Progress is saved before it is confirmed to Telegram (by the next call's offset) and before
-    /// anybody is answered.
-    fn fetch_pages(&mut self, token: &Secret, deadline: Instant) -> Result<(), Failure> {
+    /// Progress is saved before the next call's offset confirms it, and before anybody is answered.
+    fn fetch_pages(&mut self, token: &Secret) -> Result<(), Failure> {
         loop {
             self.save().map_err(Failure::new)?;
-            let updates = self
-                .telegram
-                .get_updates(token, self.state.offset, deadline)?;
-            let page = updates.len();
+            let offset = Some(self.state.offset);
+            let page = self.telegram.get_updates(token, offset, self.deadline)?;
+            let Value::Array(page) = page else {
+                return Err(Failure::new(
+                    "getUpdates: the answer is no list".to_string(),
+                ));
+            };
+            let length = page.len();
             self.state.bot = Some(token.bot_id().to_string());
-            for update in updates {
+            for update in &page {
                 self.people
-                    .take(update, &mut self.state, self.config.password.as_ref());
+                    .take(update, &mut self.state, &self.config.password);
             }
-            if page == 0 {
-                // Only an empty page is proof that there is nothing more: Telegram cuts others.
+            if length == 0 {
+                // Only this proves that there is no more: pages are cut by bytes, too.
                 self.state.ignore_commands_before = None;
                 self.found_nothing = Some(Instant::now());
             }
-            if page < PAGE {
+            if length < PAGE {
                 return self.save().map_err(Failure::new);
             }
         }
     }
 
-    /// Telegram does not answer: from now on requests are short, until a call is answered.
+    /// Telegram does not answer: requests get little time until it does.
     fn note_hang(&mut self) {
-        let next = *self
-            .hang
-            .get_or_insert(Instant::now() + FETCH_AFTER_FAILURE);
-        self.next_fetch = next;
+        let next_try = Instant::now() + FETCH_AFTER_FAILURE;
+        self.next_fetch = *self.hang.get_or_insert(next_try);
     }
 
-    /// Best effort, for the mote has its answer already: what does not fit into the time is dropped.
-    fn answer_people(&mut self, deadline: Instant) {
-        let Some(token) = self.token.clone() else {
-            return;
-        };
+    /// Best effort, for the mote has its answer already.
+    fn answer_people(&mut self) {
+        let Some(token) = &self.token else { return };
         let mut dropped = 0;
-        for answer in mem::take(&mut self.people.answers) {
-            for (method, parameters) in answer.calls() {
-                if Instant::now() >= deadline {
+        for (chat, answer) in mem::take(&mut self.people.answers) {
+            let text = format!("{:.TEXT_MAX$}", answer.texts.join("\n\n"));
+            let mut calls = Vec::new();
+            if !text.is_empty() {
+                calls.push(("sendMessage", json!({"chat_id": chat, "text": text})));
+            }
+            for id in answer.deleted {
+                calls.push(("deleteMessage", json!({"chat_id": chat, "message_id": id})));
+            }
+            for (method, parameters) in calls {
+                if Instant::now() >= self.deadline {
                     dropped += 1;
                     continue;
                 }
-                if let Err(failure) = self.telegram.call(&token, method, &parameters, deadline) {
-                    warn!("{method} to {} failed: {}", answer.chat, failure.reason);
+                let telegram = &self.telegram;
+                let result = telegram.call(token, method, &parameters, self.deadline);
+                if let Err(failure) = result {
+                    warn!("{method} to {chat} failed: {}", failure.reason);
                 }
             }
         }
         if dropped > 0 {
-            warn!("{dropped} answers to people are dropped, for there was no time left");
+            warn!("no time left: {dropped} answers to people are dropped");
         }
     }
 }
 
-// -------------------------------------------------------------------------------------------------
-// Telegram
-// -------------------------------------------------------------------------------------------------
+// ---------- Telegram ----------
 
 /// The Bot API.
 struct Telegram {
     agent: ureq::Agent,
     url: String,
-    host: String,
-    /// For people.
+    /// Their origin, for people.
     roots: String,
 }
+
+type Called = Result<Value, Failure>;
 
 /// Why a call did not succeed.
 struct Failure {
@@ -1202,13 +951,8 @@ impl Failure {
 
 impl Telegram {
     fn new(config: &Config) -> Telegram {
-        let mut tls = ureq::tls::TlsConfig::builder();
-        let mut roots = "the built-in Mozilla roots".to_string();
-        if let Some(own) = &config.roots {
-            tls = tls.root_certs(ureq::tls::RootCerts::new_with_certs(&own.certificates));
-            roots = format!("those in SSL_CERT_FILE {}", own.file);
-        }
-        let agent = ureq::Agent::config_builder()
+        let tls = TlsConfig::builder().root_certs(config.roots.clone());
+        let settings = ureq::Agent::config_builder()
             .http_status_as_error(false) // description and retry_after are in the body
             .max_redirects(0)
             .max_redirects_will_error(false)
@@ -1217,74 +961,39 @@ impl Telegram {
             .timeout_global(Some(REQUEST_TIME))
             .timeout_connect(Some(CONNECT_TIME))
             .timeout_resolve(Some(CONNECT_TIME))
-            .input_buffer_size(8 << 10) // half the memory of a text to ten chats
+            .input_buffer_size(8 << 10)
             .output_buffer_size(8 << 10)
             .max_idle_connections(USERS_MAX)
             .max_idle_connections_per_host(USERS_MAX)
             .max_idle_age(IDLE_CONNECTION)
-            .user_agent(concat!("coap_websocket/", env!("CARGO_PKG_VERSION")))
             .build();
-        let uri: ureq::http::Uri = config.url.parse().unwrap_or_default(); // it was checked
+        let (connector, resolver) = (DefaultConnector::default(), Addresses::default());
         Telegram {
-            agent: ureq::Agent::with_parts(
-                agent,
-                DefaultConnector::default(),
-                Addresses::default(),
-            ),
+            agent: ureq::Agent::with_parts(settings, connector, resolver),
             url: config.url.clone(),
-            host: uri.authority().map(ToString::to_string).unwrap_or_default(),
-            roots,
+            roots: config.roots_origin.clone(),
         }
     }
 
-    /// The updates from `offset` on, which confirms all before. Without `offset`, those that nobody
-    /// has confirmed, and nothing is.
-    fn get_updates(
-        &self,
-        token: &Secret,
-        offset: impl Into<Option<i64>>,
-        deadline: Instant,
-    ) -> Result<Vec<Value>, Failure> {
-        let parameters = json!({
-            "offset": offset.into(),
-            "limit": PAGE,
-            "timeout": 0,
-            "allowed_updates": ["message"],
-        });
-        match self.call(token, "getUpdates", &parameters, deadline)? {
-            Value::Array(updates) => Ok(updates),
-            _ => Err(Failure::new(
-                "getUpdates: Telegram's answer is not a list".to_string(),
-            )),
-        }
+    /// The updates from `offset` on; those before are confirmed. Without `offset`, nothing is.
+    fn get_updates(&self, token: &Secret, offset: Option<i64>, by: Instant) -> Called {
+        let parameters = json!({"offset": offset, "limit": PAGE, "allowed_updates": ["message"]});
+        self.call(token, "getUpdates", &parameters, by)
     }
 
-    /// One `sendMessage` for each chat, all at the same time; the results in the same order.
-    fn send_to_all(
-        &self,
-        token: &Secret,
-        chats: &[&Value],
-        text: &str,
-        deadline: Instant,
-    ) -> Vec<Result<Value, Failure>> {
+    /// One `sendMessage` for each chat, all at the same time; results in the same order.
+    fn send_to_all(&self, message: &Message, chats: &[Value], deadline: Instant) -> Vec<Called> {
         let send = |chat: &Value| {
-            let parameters = json!({"chat_id": chat, "text": text});
-            self.call(token, "sendMessage", &parameters, deadline)
-        };
-        let Some((first, others)) = chats.split_first() else {
-            return Vec::new();
+            let parameters = json!({"chat_id": chat, "text": message.text});
+            self.call(&message.token, "sendMessage", &parameters, deadline)
         };
         thread::scope(|scope| {
-            let mut threads = Vec::new();
-            for chat in others {
-                threads.push(thread::Builder::new().spawn_scoped(scope, move || send(chat)));
-            }
-            let mut results = vec![send(first)];
-            for thread in threads {
+            let spawn = |chat| thread::Builder::new().spawn_scoped(scope, move || send(chat));
+            let others: Vec<_> = chats.iter().skip(1).map(spawn).collect();
+            let mut results: Vec<Called> = chats.iter().take(1).map(send).collect();
+            for thread in others {
                 results.push(match thread {
-                    Ok(running) => running
-                        .join()
-                        .unwrap_or_else(|_| Err(Failure::new("its thread died".to_string()))),
+                    Ok(thread) => thread.join().expect("a call does not panic"),
                     Err(error) => Err(Failure::new(format!("cannot start a thread: {error}"))),
                 });
             }
@@ -1292,101 +1001,65 @@ impl Telegram {
         })
     }
 
-    /// Calls a method: again only where the first call surely had no effect and the time allows it.
-    fn call(
-        &self,
-        token: &Secret,
-        method: &str,
-        parameters: &Value,
-        deadline: Instant,
-    ) -> Result<Value, Failure> {
-        let mut first: Option<Failure> = None;
-        let mut attempt = 1;
-        loop {
-            let failure = match self.call_once(token, method, parameters, deadline) {
-                Ok(result) => return Ok(result),
-                Err(failure) => failure,
+    /// Calls a method, until `by`: again only where the call before surely had no effect.
+    fn call(&self, token: &Secret, method: &str, parameters: &Value, by: Instant) -> Called {
+        let call = || self.call_once(token, method, parameters, by);
+        let first = match call() {
+            Err(failure) => failure,
+            done => return done,
+        };
+        let mut retry_in = first.retry_in;
+        for _ in 1..ATTEMPTS {
+            let Some(pause) = retry_in.filter(|pause| Instant::now() + *pause < by) else {
+                break;
             };
-            match failure.retry_in {
-                Some(pause) if attempt < ATTEMPTS && Instant::now() + pause < deadline => {
-                    first.get_or_insert(failure);
-                    attempt += 1;
-                    thread::sleep(pause);
-                }
-                // What Telegram says is the truth; else the first reason tells more than the last.
-                None if failure.code.is_some() => return Err(failure),
-                _ => return Err(first.unwrap_or(failure)),
+            thread::sleep(pause);
+            match call() {
+                Err(failure) if failure.code.is_none() => retry_in = failure.retry_in,
+                Err(failure) if failure.retry_in.is_some() => retry_in = failure.retry_in,
+                done => return done,
             }
         }
+        Err(first) // its reason tells more than the last one's
     }
 
-    fn call_once(
-        &self,
-        token: &Secret,
-        method: &str,
-        parameters: &Value,
-        deadline: Instant,
-    ) -> Result<Value, Failure> {
-        let remaining = deadline.saturating_duration_since(Instant::now());
-        if remaining.is_zero() {
-            return Err(Failure {
-                timed_out: true,
-                ..Failure::new("no time left".to_string())
-            });
-        }
+    fn call_once(&self, token: &Secret, method: &str, parameters: &Value, by: Instant) -> Called {
+        let remaining = by.saturating_duration_since(Instant::now());
         let bytes = parameters.to_string().into_bytes();
-        let mut body = Body {
-            bytes: &bytes,
-            read: false,
-        };
+        let mut unread = bytes.as_slice();
         let mut request = self.agent.post(format!("{}{}/{method}", self.url, token.0));
-        request = request
-            .header("content-type", "application/json")
-            .header("content-length", bytes.len());
-        // ureq caches the TLS configuration only for requests with the agent's own settings.
+        request = request.header("content-type", "application/json");
+        request = request.header("content-length", bytes.len());
+        // ureq keeps the TLS configuration only of requests with the agent's own settings.
         if remaining + Duration::from_millis(100) < REQUEST_TIME {
             request = request.config().timeout_global(Some(remaining)).build();
         }
-        let limit = if method == "getUpdates" {
-            PAGE_BYTES_MAX
-        } else {
-            ANSWER_BYTES_MAX
+        let limit = match method {
+            "getUpdates" => PAGE_BYTES_MAX,
+            _ => ANSWER_BYTES_MAX,
         };
-        let exchange = |mut response: ureq::http::Response<ureq::Body>| {
-            let status = response.status().as_u16();
-            let answer = response
-                .body_mut()
-                .with_config()
-                .limit(limit)
-                .read_to_vec()?;
-            Ok((status, answer))
-        };
-        let answer = request
-            .send(ureq::SendBody::from_reader(&mut body))
-            .and_then(exchange);
+        let answer = request.send(ureq::SendBody::from_reader(&mut unread));
+        let answer = answer.and_then(|mut response| {
+            let body = response.body_mut().with_config().limit(limit);
+            Ok((body.read_to_vec()?, response.status().as_u16()))
+        });
         let result = match answer {
-            Ok((status, answer)) => read_answer(status, &answer),
+            Ok((answer, status)) => read_answer(status, &answer),
             Err(error) => Err(Failure {
-                retry_in: (!body.read).then_some(ATTEMPT_PAUSE),
+                // As long as nobody asked for the body, Telegram cannot have acted on the call.
+                retry_in: (unread.len() == bytes.len()).then_some(ATTEMPT_PAUSE),
                 timed_out: matches!(error, ureq::Error::Timeout(_)),
                 ..Failure::new(self.describe(&error))
             }),
         };
         result.map_err(|failure| {
-            let reason = format!(
-                "{}: {}",
-                self.host,
-                failure.reason.replace(&token.0, "<token>")
-            );
-            Failure {
-                reason: reason.chars().take(REASON_MAX).collect(),
-                ..failure
-            }
+            let reason = failure.reason.replace(&token.0, "<token>");
+            let reason = format!("{}: {reason:.REASON_MAX$}", self.url);
+            Failure { reason, ..failure }
         })
     }
 
     fn describe(&self, error: &ureq::Error) -> String {
-        use rustls::CertificateError::{Expired, ExpiredContext, NotValidYet, NotValidYetContext};
         let tls = match error {
             ureq::Error::Timeout(stage) => return format!("no answer in time ({stage})"),
             ureq::Error::Rustls(error) => Some(error),
@@ -1396,58 +1069,33 @@ impl Telegram {
         let Some(rustls::Error::InvalidCertificate(reason)) = tls else {
             return error.to_string();
         };
-        let hint = match reason {
-            Expired | ExpiredContext { .. } | NotValidYet | NotValidYetContext { .. } => {
-                "; is this machine's clock set?"
-            }
-            _ => "",
-        };
-        format!(
-            "its certificate is not trusted: {reason} (roots: {}{hint})",
-            self.roots
-        )
-    }
-}
-
-/// A request's body that knows whether it was asked for. As long as it was not, Telegram cannot
-/// have acted on the request, whatever happened to the connection.
-struct Body<'a> {
-    bytes: &'a [u8],
-    read: bool,
-}
-
-impl Read for Body<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.read = true;
-        self.bytes.read(buffer)
+        let hint = format!("roots: {}; is this machine's clock right?", self.roots);
+        format!("its certificate is not trusted: {reason} ({hint})")
     }
 }
 
 /// Success is `200` and `"ok": true`, nothing else.
-fn read_answer(status: u16, body: &[u8]) -> Result<Value, Failure> {
+fn read_answer(status: u16, body: &[u8]) -> Called {
     let mut answer: Value = serde_json::from_slice(body).unwrap_or_default();
     if status == 200 && answer["ok"] == true {
         return Ok(answer["result"].take());
     }
-    let (Some(false), Some(code)) = (answer["ok"].as_bool(), answer["error_code"].as_u64()) else {
-        return Err(Failure::new(format!(
-            "HTTP {status} that does not come from the Bot API (a proxy, a login page of the network?)"
-        )));
+    let code = answer["error_code"].as_u64();
+    let Some(code) = code.filter(|_| answer["ok"] == false) else {
+        let origin = "not from the Bot API: from a proxy, or a login page of the network?";
+        return Err(Failure::new(format!("HTTP {status}, {origin}")));
     };
     let description = answer["description"].as_str().unwrap_or("no description");
     let parameters = &answer["parameters"];
-    let retry_after = parameters["retry_after"].as_u64().filter(|_| code == 429);
-    let migrated = parameters["migrate_to_chat_id"].as_i64();
+    let moved_to = parameters["migrate_to_chat_id"].as_i64();
     let hint = match code {
         401 | 404 => " (is the bot's token right?)".to_string(),
-        409 if description.contains("webhook") => {
-            " (open <url><token>/deleteWebhook in a browser once)".to_string()
-        }
-        409 => " (another program uses this bot: stop it)".to_string(),
-        _ => migrated
-            .map(|id| format!(" (the group's id is now {id}: change it in the mote)"))
-            .unwrap_or_default(),
+        409 => " (open <url><token>/deleteWebhook once, or stop the other program)".to_string(),
+        _ => moved_to.map_or(String::new(), |id| {
+            format!(" (its id is now {id}: tell the mote)")
+        }),
     };
+    let retry_after = parameters["retry_after"].as_u64().filter(|_| code == 429);
     Err(Failure {
         code: Some(code),
         retry_in: retry_after.map(Duration::from_secs),
@@ -1455,16 +1103,15 @@ fn read_answer(status: u16, body: &[u8]) -> Result<Value, Failure> {
     })
 }
 
-/// Keeps the addresses of the host, for ureq asks for them on every call, also when a connection is
-/// open. It is the Bot API's host or the proxy's, never both. The lock makes one look-up of many at
-/// once.
+/// Keeps the addresses of the host (the Bot API's or the proxy's), for ureq asks for them on each
+/// call. The lock makes one look-up of many at once.
 #[derive(Debug, Default)]
 struct Addresses(Mutex<LookUp>);
 
 #[derive(Debug, Default)]
 struct LookUp {
     at: Option<Instant>,
-    /// Of the last look-up that succeeded: they serve while the name server fails.
+    /// The last that were found: they serve while the name server fails.
     found: Option<ResolvedSocketAddrs>,
 }
 
@@ -1476,17 +1123,14 @@ impl Resolver for Addresses {
         mut timeout: NextTimeout,
     ) -> Result<ResolvedSocketAddrs, ureq::Error> {
         let asked = Instant::now();
-        let mut last = self
-            .0
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(found) = &last.found {
             if last.at.is_some_and(|at| at.elapsed() < ADDRESSES_HOLD) {
                 return Ok(found.clone());
             }
             timeout.after = (*timeout.after).min(LOOK_UP_AGAIN_TIME).into();
         } else if last.at.is_some_and(|at| at >= asked) {
-            return Err(ureq::Error::HostNotFound); // somebody else's look-up has just failed
+            return Err(ureq::Error::HostNotFound); // another call's look-up has just failed
         }
         let result = DefaultResolver::default().resolve(uri, config, timeout);
         last.at = Some(Instant::now());
@@ -1497,9 +1141,7 @@ impl Resolver for Addresses {
     }
 }
 
-// -------------------------------------------------------------------------------------------------
-// State, and what each mote has acknowledged of it
-// -------------------------------------------------------------------------------------------------
+// ---------- State, and what each mote has acknowledged of it ----------
 
 /// What outlives the process, in `state.json`.
 #[derive(Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -1516,70 +1158,72 @@ struct State {
     bot: Option<String>,
     /// Bot API: the next update's id. It may fall: after a quiet week Telegram numbers anew.
     offset: i64,
-    /// The first start, Unix seconds: commands written before are not carried out. None once all of
-    /// them were fetched.
-    ignore_commands_before: Option<i64>,
+    /// First start, Unix seconds; none once all that was written before was fetched.
+    ignore_commands_before: Option<u64>,
 }
 
 #[derive(Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 struct User {
     name: String,
     chat: i64,
 }
 
-enum Registration {
-    New,
-    Known,
-    /// There are `USERS_MAX` already.
-    Full,
-}
-
 impl State {
-    /// A damaged file is set aside, for its content may be worth a look, and the gateway must start.
-    fn open(path: &Path) -> State {
-        let fresh = State {
-            ignore_commands_before: Some(unix_now() as i64),
+    /// A damaged file is set aside: it may be worth a look, and the gateway must start.
+    fn open(config: &Config) -> State {
+        let path = &config.state_path;
+        let known = State::read(path).unwrap_or_else(|reason| {
+            let aside = beside(path, ".damaged");
+            match fs::rename(path, &aside) {
+                Ok(()) => error!("{reason}; starting anew, it is kept as {}", aside.display()),
+                Err(error) => error!("{reason}; starting anew, and it cannot be kept: {error}"),
+            }
+            None
+        });
+        let mut state = known.unwrap_or_else(|| State {
+            ignore_commands_before: Some(unix_now()),
             ..State::default()
-        };
-        let reason = match fs::read(path).map(|text| serde_json::from_slice(&text)) {
-            Ok(Ok(state)) => return state,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return fresh,
-            Ok(Err(error)) => error.to_string(),
-            Err(error) => error.to_string(),
-        };
-        let aside = beside(path, ".damaged");
-        let (file, kept) = (path.display(), aside.display());
-        match fs::rename(path, &aside) {
-            Ok(()) => error!("cannot read {file}, starting anew; it is kept as {kept}: {reason}"),
-            Err(error) => error!("cannot read {file}: {reason}; nor keep it as {kept}: {error}"),
+        });
+        // Update ids are counted for each bot.
+        if let Some(token) = &config.token
+            && state.bot.as_deref() != Some(token.bot_id())
+        {
+            state.bot = Some(token.bot_id().to_string());
+            state.offset = 0;
         }
-        fresh
+        state
     }
 
-    /// The file is the old or the new one after a power cut, too. Readable by its owner alone.
+    /// `None`: there is no such file.
+    fn read(path: &Path) -> Result<Option<State>, String> {
+        let result = match fs::read(path) {
+            Ok(text) => serde_json::from_slice(&text)
+                .map_err(io::Error::from)
+                .map(Some),
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(error) => Err(error),
+        };
+        result.map_err(|error| format!("cannot read {}: {error}", path.display()))
+    }
+
+    /// The old or the new one, also after a power cut. Readable by its owner alone.
     fn write(&self, path: &Path) -> io::Result<()> {
         let new = beside(path, ".new");
         let mut options = OpenOptions::new();
-        let mut file = options
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&new)?;
+        options.write(true).create(true).truncate(true).mode(0o600);
+        let mut file = options.open(&new)?;
         file.write_all(&serde_json::to_vec_pretty(self)?)?;
         file.sync_all()?;
         fs::rename(&new, path)?;
-        let folder = path
-            .parent()
-            .filter(|folder| !folder.as_os_str().is_empty());
-        File::open(folder.unwrap_or(Path::new(".")))?.sync_all()
+        let folder = Path::new(".").join(path); // for a path without a folder
+        File::open(folder.parent().unwrap_or(path))?.sync_all()
     }
 
-    fn register(&mut self, chat: i64, name: &str) -> Registration {
+    /// What is said to a chat that is not registered; `None` to one that is.
+    fn register(&mut self, chat: i64, name: &str) -> Option<&'static str> {
         let known = self.users.iter().position(|user| user.chat == chat);
         if known.is_none() && self.users.len() >= USERS_MAX {
-            return Registration::Full;
+            return Some(LIST_IS_FULL);
         }
         let others = self.users.iter().filter(|user| user.chat != chat);
         let taken: Vec<&str> = others.map(|user| user.name.as_str()).collect();
@@ -1588,13 +1232,13 @@ impl State {
             info!("{name} ({chat}) is registered");
             self.removed.retain(|removed| *removed != chat);
             self.users.push(User { name, chat });
-            return Registration::New;
+            return Some(REGISTERED);
         };
         if self.users[at].name != name {
-            info!("{name} ({chat}) is the new name of {}", self.users[at].name);
+            info!("{} ({chat}) is now called {name}", self.users[at].name);
             self.users[at].name = name;
         }
-        Registration::Known
+        None
     }
 
     /// Returns the user for the log.
@@ -1610,26 +1254,24 @@ impl State {
     }
 
     /// All that a mote should know: removals first, which make room in its list. Settings and ten
-    /// users are at most 277 bytes; of the removals, the latest that still fit go with them.
+    /// users are at most 277 bytes; the latest removals that still fit go with them.
     fn tokens(&self) -> String {
         let mut tokens = Vec::new();
         tokens.extend(self.interval.map(|minutes| format!("i{minutes}")));
         tokens.extend(self.feedback.map(|on| format!("f{on}")));
-        tokens.extend(
-            self.users
-                .iter()
-                .map(|user| format!("{}:{}", user.name, user.chat)),
-        );
-        let mut length = tokens.join(";").len();
+        for User { name, chat } in &self.users {
+            tokens.push(format!("{name}:{chat}"));
+        }
+        let mut tokens = tokens.join(";");
         for chat in self.removed.iter().rev() {
-            let token = format!("r{chat}");
-            length += token.len() + 1;
-            if length > REPLY_MAX {
+            let separator = if tokens.is_empty() { "" } else { ";" };
+            let longer = format!("r{chat}{separator}{tokens}");
+            if longer.len() > REPLY_MAX {
                 break;
             }
-            tokens.insert(0, token);
+            tokens = longer;
         }
-        tokens.join(";")
+        tokens
     }
 }
 
@@ -1639,17 +1281,16 @@ fn beside(path: &Path, suffix: &str) -> PathBuf {
     name.into()
 }
 
-/// A chat with one person, whom the firmware can hold and remove: it removes only ids that start
-/// with a digit.
+/// A person whom the firmware can hold and remove: it removes only ids that start with a digit.
 fn is_private(chat: &i64) -> bool {
     (1..=CHAT_ID_MAX).contains(chat)
 }
 
-/// A name that the firmware neither cuts nor takes for something else, and unlike every one of
-/// `taken`, for it looks users up by name first.
+/// A name that the firmware neither cuts nor takes for something else, and none of `taken`, for it
+/// finds users by name.
 fn wire_name(name: &str, taken: &[&str]) -> String {
-    let allowed = |c: &char| !c.is_control() && !";:,&=".contains(*c);
-    let clean: String = name.chars().filter(allowed).collect();
+    let fits = |c: &char| !c.is_control() && !";:,&=".contains(*c);
+    let clean: String = name.chars().filter(fits).collect();
     let base = match cut(clean.trim(), NAME_MAX) {
         "" => "user".to_string(),
         name if is_misread(name) => format!("_{name}"),
@@ -1675,13 +1316,14 @@ fn is_misread(name: &str) -> bool {
 
 /// At most `end` bytes, whole characters, no white space behind.
 fn cut(text: &str, end: usize) -> &str {
-    let end = (0..=end.min(text.len()))
-        .rev()
-        .find(|end| text.is_char_boundary(*end));
-    text[..end.unwrap_or(0)].trim_end()
+    let mut end = end.min(text.len());
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    text[..end].trim_end()
 }
 
-/// What the motes have acknowledged. Forgotten with the process: then they are told everything.
+/// What the motes have acknowledged. It ends with the process: then they are told everything.
 #[derive(Default)]
 struct Motes {
     /// The longest silent first.
@@ -1695,8 +1337,9 @@ struct Mote {
     address: IpAddr,
     port: u16,
     message_id: u16,
-    /// Version and time of the last acknowledgement.
-    acknowledged: Option<(u64, Instant)>,
+    /// The version that it acknowledged last, 0 for none, and when.
+    version: u64,
+    at: Instant,
 }
 
 impl Motes {
@@ -1709,61 +1352,61 @@ impl Motes {
         self.version
     }
 
-    /// A mote whose message ID does not go on from its last one has restarted, and knows nothing. A
-    /// client with a new port for each request tells nothing by its message IDs.
+    /// A mote whose message ID does not go on from the last one (of this port: other clients have a
+    /// new one for each request) has restarted, and knows nothing.
     fn note_request(&mut self, peer: SocketAddr, message_id: u16) {
         let address = peer.ip().to_canonical();
         let known = self.known.iter().position(|mote| mote.address == address);
-        let mut acknowledged = None;
-        if let Some(at) = known {
-            let mote = self.known.remove(at);
-            let step = message_id.wrapping_sub(mote.message_id);
-            acknowledged = mote.acknowledged;
-            if mote.port == peer.port() && !(1..=MESSAGE_ID_STEP_MAX).contains(&step) {
-                info!("{address} has restarted, as its message ID tells: it is told everything");
-                acknowledged = None;
-            }
+        let mut mote = match known {
+            Some(at) => self.known.remove(at),
+            None => Mote {
+                address,
+                port: peer.port(),
+                message_id: message_id.wrapping_sub(1),
+                version: 0,
+                at: Instant::now(),
+            },
+        };
+        let step = message_id.wrapping_sub(mote.message_id);
+        if mote.port == peer.port() && !(1..=MESSAGE_ID_STEP_MAX).contains(&step) {
+            info!("{address} has restarted, its message ID says: it is told everything");
+            mote.version = 0;
         }
+        (mote.port, mote.message_id) = (peer.port(), message_id);
         if self.known.len() >= MOTES_MAX {
             self.known.remove(0);
         }
-        self.known.push(Mote {
-            address,
-            port: peer.port(),
-            message_id,
-            acknowledged,
-        });
+        self.known.push(mote);
     }
 
     fn acknowledge(&mut self, peer: SocketAddr, version: u64, now: Instant) {
-        let address = peer.ip().to_canonical();
-        if let Some(mote) = self.known.iter_mut().find(|mote| mote.address == address) {
-            mote.acknowledged = Some((version, now));
+        if let Some(mote) = self.find(peer) {
+            (mote.version, mote.at) = (version, now);
         }
     }
 
-    fn has_acknowledged(&self, peer: SocketAddr, version: u64, now: Instant) -> bool {
+    fn has_acknowledged(&mut self, peer: SocketAddr, version: u64, now: Instant) -> bool {
+        let mote = self.find(peer);
+        mote.is_some_and(|mote| mote.version == version && now < mote.at + ACKNOWLEDGED_HOLDS)
+    }
+
+    fn find(&mut self, peer: SocketAddr) -> Option<&mut Mote> {
         let address = peer.ip().to_canonical();
-        let mote = self.known.iter().find(|mote| mote.address == address);
-        mote.and_then(|mote| mote.acknowledged)
-            .is_some_and(|(acknowledged, at)| {
-                acknowledged == version && now.saturating_duration_since(at) < ACKNOWLEDGED_HOLDS
-            })
+        self.known.iter_mut().find(|mote| mote.address == address)
     }
 }
 
-// -------------------------------------------------------------------------------------------------
-// What people write
-// -------------------------------------------------------------------------------------------------
+// ---------- What people write ----------
 
 /// Bot API, `Message`: what is needed of it.
 #[derive(Deserialize)]
 struct Written {
     message_id: i64,
     /// Unix seconds.
-    date: i64,
+    date: u64,
     chat: Chat,
-    text: Option<String>,
+    #[serde(default)]
+    text: String,
 }
 
 /// Bot API, `Chat`.
@@ -1772,281 +1415,193 @@ struct Chat {
     id: i64,
     #[serde(rename = "type")]
     kind: String,
-    title: Option<String>,
-    first_name: Option<String>,
-    username: Option<String>,
+    /// A person has a first name, a group a title.
+    #[serde(default, alias = "first_name", alias = "title")]
+    name: String,
 }
 
-impl Chat {
-    fn name(&self) -> &str {
-        let names = [&self.first_name, &self.title, &self.username];
-        names
-            .into_iter()
-            .flatten()
-            .next()
-            .map_or("", String::as_str)
+impl fmt::Display for Chat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {} ({})", self.id, self.name, self.kind)
     }
 }
 
-/// Whoever writes to the bot.
+/// Those who write to the bot.
 #[derive(Default)]
 struct People {
-    /// What is to be said to them, when what it says is saved: one answer for each chat.
-    answers: Vec<Answer>,
-    suspects: Vec<Suspect>,
+    /// By chat: what is to be said once it is saved.
+    answers: BTreeMap<i64, Answer>,
+    /// By chat: who has tried wrong passwords.
+    suspects: BTreeMap<i64, Suspect>,
 }
 
+#[derive(Default)]
 struct Answer {
-    chat: i64,
     texts: Vec<String>,
-    /// Messages that held a password.
-    delete: Vec<i64>,
+    /// Messages to delete, for they may hold the password.
+    deleted: Vec<i64>,
 }
 
-impl Answer {
-    /// Methods of the Bot API with their parameters.
-    fn calls(&self) -> Vec<(&'static str, Value)> {
-        let mut calls = Vec::new();
-        if !self.texts.is_empty() {
-            let text: String = self.texts.join("\n\n").chars().take(TEXT_MAX).collect();
-            calls.push(("sendMessage", json!({"chat_id": self.chat, "text": text})));
-        }
-        for message in &self.delete {
-            let parameters = json!({"chat_id": self.chat, "message_id": message});
-            calls.push(("deleteMessage", parameters));
-        }
-        calls
-    }
-}
-
-/// A chat that has tried a wrong password.
+#[derive(Default)]
 struct Suspect {
-    chat: i64,
-    /// In a row.
+    /// Wrong passwords in a row.
     wrong: u32,
     locked_until: Option<Instant>,
 }
 
 impl People {
-    /// Progress before judgement: an update that cannot be understood must not come back.
-    fn take(&mut self, mut update: Value, state: &mut State, password: Option<&Secret>) {
+    /// Progress first: an update that cannot be understood must not come back.
+    fn take(&mut self, update: &Value, state: &mut State, password: &Option<Secret>) {
         let Some(id) = update["update_id"].as_i64() else {
             return;
         };
         state.offset = id.saturating_add(1);
-        let written = match serde_json::from_value::<Written>(update["message"].take()) {
+        let written = match Written::deserialize(&update["message"]) {
             Ok(written) => written,
             Err(error) => return info!("update {id} is not understood: {error}"),
         };
         let chat = &written.chat;
-        if chat.kind == "private" && is_private(&chat.id) {
-            self.take_message(&written, state, password, Instant::now());
-        } else {
-            info!(
-                "chat {} ({}, {}) cannot be registered",
-                chat.id,
-                chat.kind,
-                chat.name()
-            );
+        if chat.kind != "private" || !is_private(&chat.id) {
+            return info!("{chat} cannot register");
         }
-    }
-
-    /// Carries out a message from a private chat.
-    fn take_message(
-        &mut self,
-        written: &Written,
-        state: &mut State,
-        password: Option<&Secret>,
-        now: Instant,
-    ) {
-        let chat = written.chat.id;
-        let text = written.text.as_deref().unwrap_or_default();
-        let lower = text.to_ascii_lowercase();
-        let words: Vec<&str> = lower.split_whitespace().collect();
-        // Written before the gateway was there: the sender could not know what it does.
-        let is_old = state
-            .ignore_commands_before
-            .is_some_and(|start| written.date < start);
-        if words == ["remove", "me"] && !is_old {
+        let chat = chat.id;
+        // Written before the gateway was there, to something else.
+        let start = state.ignore_commands_before;
+        let is_old = start.is_some_and(|start| written.date < start);
+        let words: Vec<&str> = written.text.split_whitespace().collect();
+        let lower: Vec<String> = words.iter().map(|word| word.to_lowercase()).collect();
+        let lower: Vec<&str> = lower.iter().map(String::as_str).collect();
+        if lower == ["remove", "me"] && !is_old {
             let user = state.remove(chat);
             info!("{user} is removed, as asked");
-            return self.answer(chat, REMOVED);
+            return self.say(chat, REMOVED);
         }
-        let registration = state.register(chat, written.chat.name());
-        match registration {
-            Registration::New => {
-                self.answer(chat, "You are registered.");
-                self.answer(chat, HELP);
-            }
-            Registration::Full => self.answer(chat, LIST_IS_FULL),
-            Registration::Known => {}
+        let news = state.register(chat, &written.chat.name);
+        if let Some(news) = news {
+            self.say(chat, news);
         }
-        match words[..] {
+        match lower[..] {
             ["config" | "/config", ..] => {
-                if !is_old {
-                    self.configure(chat, text, state, password, now);
-                }
                 // Whether right or wrong: a wrong password may be nearly right.
-                self.answer_to(chat).delete.push(written.message_id);
+                let answer = self.answers.entry(chat).or_default();
+                answer.deleted.push(written.message_id);
+                if !is_old {
+                    self.configure(chat, &words, state, password);
+                }
             }
-            [] => {} // a sticker or the like
-            ["help" | "/help" | "/start", ..] => self.answer(chat, HELP),
-            _ if matches!(registration, Registration::Known) => {
-                self.answer(chat, "I do not understand that.");
-                self.answer(chat, HELP);
+            ["help" | "/help" | "/start"] => self.say(chat, HELP),
+            _ if news == Some(REGISTERED) => self.say(chat, HELP),
+            _ if news.is_some() || words.is_empty() => {} // the list is full, or a sticker
+            _ => {
+                self.say(chat, "I do not understand that.");
+                self.say(chat, HELP);
             }
-            _ => {}
         }
     }
 
-    /// Carries out `config …`. Only a complete command is a guess at the password, and nothing is
-    /// said about the rest of it unless the password is right.
-    fn configure(
-        &mut self,
-        chat: i64,
-        text: &str,
-        state: &mut State,
-        password: Option<&Secret>,
-        now: Instant,
-    ) {
-        let Some(password) = password else {
-            return self.answer(
-                chat,
-                "No password is set on the gateway, so nothing can be changed.",
-            );
+    /// Only a complete command is a guess at the password, and nothing is said about the rest of it
+    /// unless that is right.
+    fn configure(&mut self, chat: i64, words: &[&str], state: &mut State, own: &Option<Secret>) {
+        let Some(password) = own else {
+            return self.say(chat, "No password is set, so nothing can be changed.");
         };
-        let suspect = self.suspects.iter().find(|suspect| suspect.chat == chat);
-        if suspect
-            .and_then(|suspect| suspect.locked_until)
-            .is_some_and(|until| now < until)
-        {
+        let suspect = self.suspects.get(&chat);
+        let locked_until = suspect.and_then(|suspect| suspect.locked_until);
+        if locked_until.is_some_and(|until| Instant::now() < until) {
             return;
         }
-        let words: Vec<&str> = text.split_whitespace().collect();
-        let [_, guess, key, value] = words[..] else {
-            return self.answer(chat, CONFIG_FORM);
+        let [_, guess, key, value] = *words else {
+            return self.say(chat, CONFIG_FORM);
         };
         if !password.is(guess) {
-            return self.suspect(chat, now);
+            return self.suspect(chat);
         }
-        self.suspects.retain(|suspect| suspect.chat != chat);
+        self.suspects.remove(&chat);
         let number = value.parse::<u8>().ok().filter(|_| !value.starts_with('+'));
         let told = match (key.to_ascii_lowercase().as_str(), number) {
             ("interval", Some(minutes @ 1..=120)) => {
                 state.interval = Some(minutes);
-                info!("interval is set to {minutes} minutes by chat {chat}");
                 format!("The interval is set to {minutes} minutes.")
             }
             ("feedback", Some(on @ 0..=1)) => {
                 state.feedback = Some(on);
-                info!("LED feedback is set to {on} by chat {chat}");
-                let state = if on == 1 { "on" } else { "off" };
-                format!("The LED feedback is set to {on} ({state}).")
+                format!("The LED feedback is set to {on}.")
             }
-            _ => CONFIG_FORM.to_string(),
+            _ => return self.say(chat, CONFIG_FORM),
         };
-        self.answer(chat, &told);
+        info!("chat {chat}: {told}");
+        self.say(chat, &told);
     }
 
     /// Counts a wrong password.
-    fn suspect(&mut self, chat: i64, now: Instant) {
-        let known = self
-            .suspects
-            .iter()
-            .position(|suspect| suspect.chat == chat);
-        let before = known
-            .map(|at| self.suspects.remove(at))
-            .filter(|s| s.locked_until.is_none());
-        let wrong = 1 + before.map_or(0, |suspect| suspect.wrong);
+    fn suspect(&mut self, chat: i64) {
         if self.suspects.len() >= SUSPECTS_MAX {
-            // Those that are not locked out go first.
-            let least = |at: &usize| (self.suspects[*at].locked_until, self.suspects[*at].wrong);
-            let least = (0..self.suspects.len())
-                .min_by_key(least)
-                .unwrap_or_default();
-            self.suspects.remove(least);
+            self.suspects.pop_first();
         }
-        let is_locked = wrong >= WRONG_PASSWORDS_MAX;
-        let locked_until = is_locked.then(|| now + LOCKED_OUT);
-        self.suspects.push(Suspect {
-            chat,
-            wrong,
-            locked_until,
-        });
-        let mut told = "Wrong password. Nothing was changed.".to_string();
-        if is_locked {
-            told += " Your config messages are ignored for an hour.";
-            warn!("wrong password from chat {chat}: its config is ignored for an hour");
-        } else {
-            warn!("wrong password from chat {chat}");
+        let suspect = self.suspects.entry(chat).or_default();
+        suspect.wrong += 1;
+        let mut told = "Wrong password. Nothing was changed.";
+        if suspect.wrong >= WRONG_PASSWORDS_MAX {
+            suspect.wrong = 0;
+            suspect.locked_until = Some(Instant::now() + LOCKED_OUT);
+            told = "Wrong password. Your config messages are ignored for an hour.";
         }
-        self.answer(chat, &told);
+        warn!("chat {chat}: {told}");
+        self.say(chat, told);
     }
 
-    /// Says the same once.
-    fn answer(&mut self, chat: i64, text: &str) {
-        let answer = self.answer_to(chat);
-        if !answer.texts.iter().any(|said| said == text) {
-            answer.texts.push(text.to_string());
+    /// Each text once.
+    fn say(&mut self, chat: i64, text: &str) {
+        let texts = &mut self.answers.entry(chat).or_default().texts;
+        if !texts.iter().any(|said| said == text) {
+            texts.push(text.to_string());
         }
-    }
-
-    fn answer_to(&mut self, chat: i64) -> &mut Answer {
-        let known = self.answers.iter().position(|answer| answer.chat == chat);
-        let at = known.unwrap_or_else(|| {
-            self.answers.push(Answer {
-                chat,
-                texts: Vec::new(),
-                delete: Vec::new(),
-            });
-            self.answers.len() - 1
-        });
-        &mut self.answers[at]
     }
 }
 
-// -------------------------------------------------------------------------------------------------
-// Log, heartbeat, systemd
-// -------------------------------------------------------------------------------------------------
+// ---------- Log, heartbeat, systemd ----------
 
-/// For the heartbeat, which has a thread of its own: all that threads share.
+/// For the heartbeat, which has a thread of its own.
 static FORWARDED: AtomicU64 = AtomicU64::new(0);
 static FAILURES: AtomicU64 = AtomicU64::new(0);
 static USERS: AtomicU64 = AtomicU64::new(0);
 
-/// simple_logger writes to the console; beside it, the same goes to a file.
+/// What simple_logger writes to the console goes to a file, too.
 struct Log {
-    console: simple_logger::SimpleLogger,
+    console: SimpleLogger,
     path: PathBuf,
-    /// `None`: it cannot be opened.
-    file: Mutex<Option<File>>,
 }
 
-fn start_log(path: &Path) -> Result<(), String> {
-    // Off for the libraries: their records hold URLs, and so the token.
-    let console = simple_logger::SimpleLogger::new()
-        .with_level(log::LevelFilter::Off)
-        .with_module_level("coap_websocket", log::LevelFilter::Info);
-    log::set_max_level(console.max_level());
-    let file = open_log(path);
-    let fault = file.as_ref().err().map(ToString::to_string);
-    let log = Log {
-        console,
-        path: path.to_path_buf(),
-        file: Mutex::new(file.ok()),
-    };
+/// Nothing of the libraries: their records hold URLs, and so the token.
+fn console(level: LevelFilter) -> SimpleLogger {
+    log::set_max_level(level);
+    let silent = SimpleLogger::new().with_level(LevelFilter::Off);
+    silent.with_module_level("coap_websocket", level)
+}
+
+fn start_log(path: PathBuf) -> Result<(), String> {
+    let (console, name) = (console(LevelFilter::Info), path.display().to_string());
+    let log = Log { console, path };
+    let result = log.append("");
     log::set_boxed_logger(Box::new(log)).map_err(|error| error.to_string())?;
-    if let Some(fault) = fault {
-        warn!(
-            "cannot open {}, so the log goes to the console alone: {fault}",
-            path.display()
-        );
+    if let Err(error) = result {
+        warn!("cannot write {name}, so the log goes to the console alone: {error}");
     }
     Ok(())
 }
 
-fn open_log(path: &Path) -> io::Result<File> {
-    OpenOptions::new().append(true).create(true).open(path)
+impl Log {
+    fn append(&self, line: &str) -> io::Result<()> {
+        let mut options = OpenOptions::new();
+        options.append(true).create(true);
+        let mut file = options.open(&self.path)?;
+        if file.metadata()?.len() + line.len() as u64 > LOG_MAX {
+            let moved = fs::rename(&self.path, beside(&self.path, ".1"));
+            moved.or_else(|_| file.set_len(0))?;
+            file = options.open(&self.path)?;
+        }
+        file.write_all(line.as_bytes())
+    }
 }
 
 impl log::Log for Log {
@@ -2055,32 +1610,15 @@ impl log::Log for Log {
     }
 
     fn log(&self, record: &log::Record) {
-        if !self.enabled(record.metadata()) {
-            return;
+        if self.enabled(record.metadata()) {
+            let text = escape(&record.args().to_string());
+            let mut escaped = log::Record::builder();
+            escaped.metadata(record.metadata().clone());
+            let console = &self.console;
+            console.log(&escaped.args(format_args!("{text}")).build());
+            let (time, level) = (utc(unix_now()), record.level());
+            let _ = self.append(&format!("{time} [{level}] {text}\n"));
         }
-        let text = escape(&record.args().to_string());
-        let mut escaped = log::Record::builder();
-        escaped.metadata(record.metadata().clone());
-        self.console
-            .log(&escaped.args(format_args!("{text}")).build());
-
-        let line = format!("{} [{}] {text}\n", utc(unix_now()), record.level());
-        let mut open = self
-            .file
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner());
-        let Some(file) = open.as_mut() else { return };
-        if file
-            .metadata()
-            .is_ok_and(|file| file.len() + line.len() as u64 > LOG_MAX)
-        {
-            let moved = fs::rename(&self.path, beside(&self.path, ".1"));
-            let _ = moved.or_else(|_| file.set_len(0));
-            if let Ok(new) = open_log(&self.path) {
-                *file = new;
-            }
-        }
-        let _ = file.write_all(line.as_bytes());
     }
 
     fn flush(&self) {}
@@ -2088,53 +1626,43 @@ impl log::Log for Log {
 
 /// So that what comes from outside cannot forge a line.
 fn escape(text: &str) -> String {
-    let mut escaped = String::with_capacity(text.len());
-    for c in text.chars() {
-        if c.is_control() || matches!(c, '\u{2028}' | '\u{2029}') {
-            escaped.extend(c.escape_default());
-        } else {
-            escaped.push(c);
-        }
-    }
-    escaped
+    let escaped = text.chars().map(|c| match c {
+        '\u{2028}' | '\u{2029}' | '\0'..' ' | '\x7f'..'\u{a0}' => c.escape_default().to_string(),
+        c => c.to_string(),
+    });
+    escaped.collect()
 }
 
 fn unix_now() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
-    now.map_or(0, |age| age.as_secs())
+    now.map_or(0, |now| now.as_secs())
 }
 
-/// `2026-01-31 12:00:00` of Unix seconds. Days to a date: H. Hinnant, "chrono-Compatible Low-Level
-/// Date Algorithms", `civil_from_days`.
+/// `2026-01-31 12:00:00` of Unix seconds, by H. Hinnant's `civil_from_days`.
 fn utc(seconds: u64) -> String {
     let (days, time) = (seconds / 86400 + 719_468, seconds % 86400);
-    let (era, day_of_era) = (days / 146_097, days % 146_097);
-    let year_of_era =
-        (day_of_era - day_of_era / 1460 + day_of_era / 36524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let march_based = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * march_based + 2) / 5 + 1;
-    let month = if march_based < 10 {
-        march_based + 3
-    } else {
-        march_based - 9
-    };
-    let year = era * 400 + year_of_era + u64::from(month <= 2);
+    let (era, day) = (days / 146_097, days % 146_097);
+    let year = (day - day / 1460 + day / 36524 - day / 146_096) / 365;
+    let day = day - (365 * year + year / 4 - year / 100);
+    let month = (5 * day + 2) / 153; // from March on, as the year
+    let day = day - (153 * month + 2) / 5 + 1;
+    let month = if month < 10 { month + 3 } else { month - 9 };
+    let year = era * 400 + year + u64::from(month <= 2);
     let (hours, minutes, seconds) = (time / 3600, time / 60 % 60, time % 60);
     format!("{year:04}-{month:02}-{day:02} {hours:02}:{minutes:02}:{seconds:02}")
 }
 
-fn log_outcome(request: &Request, code: &str, detail: &str) {
-    let level = if code.starts_with('5') {
-        log::Level::Warn
-    } else {
-        log::Level::Info
-    };
-    let (peer, duration) = (request.peer, request.at.elapsed().as_millis());
+fn log_outcome(request: &Request, response: &Response) {
+    let (code, detail) = (response.code(), &response.detail);
+    let (peer, time) = (request.peer, request.at.elapsed().as_millis());
     let separator = if detail.is_empty() { "" } else { ": " };
+    let level = match code.starts_with('5') {
+        true => log::Level::Warn,
+        false => log::Level::Info,
+    };
     log::log!(
         level,
-        "{peer} {request} -> {code} in {duration} ms{separator}{detail}"
+        "{peer} {request} -> {code} in {time} ms{separator}{detail}"
     );
 }
 
@@ -2142,14 +1670,12 @@ fn heartbeat() {
     let start = Instant::now();
     loop {
         thread::sleep(HEARTBEAT);
-        let minutes = start.elapsed().as_secs() / 60;
+        let (minutes, forwarded) = (start.elapsed().as_secs() / 60, FORWARDED.load(Relaxed));
+        let (failures, users) = (FAILURES.load(Relaxed), USERS.load(Relaxed));
+        let (hours, minutes) = (minutes / 60, minutes % 60);
         info!(
-            "Server is still running: up {} h {} min, {} messages forwarded, {} failures, {} registered users",
-            minutes / 60,
-            minutes % 60,
-            FORWARDED.load(Relaxed),
-            FAILURES.load(Relaxed),
-            USERS.load(Relaxed),
+            "Server is still running: up {hours} h {minutes} min, {forwarded} messages forwarded, \
+            {failures} failures, {users} registered users"
         );
     }
 }
@@ -2163,190 +1689,123 @@ fn notify(message: &str) {
         Some(name) => UnixAddr::from_abstract_name(name),
         None => UnixAddr::from_pathname(&path),
     };
-    let _ = address
-        .and_then(|address| UnixDatagram::unbound()?.send_to_addr(message.as_bytes(), &address));
+    let socket = UnixDatagram::unbound();
+    if let (Ok(address), Ok(socket)) = (address, socket) {
+        let _ = socket.send_to_addr(message.as_bytes(), &address);
+    }
 }
 
-// -------------------------------------------------------------------------------------------------
-// `check` and `send`
-// -------------------------------------------------------------------------------------------------
+// ---------- `check` and `send` ----------
 
 /// Changes nothing: what people wrote is shown, not confirmed.
-fn check(config: &Config) -> Result<(), String> {
-    for warning in &config.warnings {
-        say(&format!("warning: {warning}"));
-    }
+fn check() -> Result<(), String> {
+    console(LevelFilter::Warn)
+        .init()
+        .map_err(|error| error.to_string())?;
+    let config = Config::load()?;
     let token = config.required_token()?;
-    let telegram = Telegram::new(config);
+    let telegram = Telegram::new(&config);
     let deadline = Instant::now() + REQUEST_TIME;
-    let explained = |failure: Failure| escape(&failure.reason);
-    let me = telegram
-        .call(token, "getMe", &json!({}), deadline)
-        .map_err(explained)?;
-    let name = |key: &str| me[key].as_str().unwrap_or("?");
-    say(&escape(&format!(
-        "bot: {} (@{})",
-        name("first_name"),
-        name("username")
-    )));
-
-    let path = &config.places.state;
-    let state = match fs::read(path).map(|text| serde_json::from_slice::<State>(&text)) {
-        Ok(Ok(state)) => state,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => State::default(),
-        Ok(Err(error)) => return Err(format!("cannot read {}: {error}", path.display())),
-        Err(error) => return Err(format!("cannot read {}: {error}", path.display())),
-    };
-    say("registered users:");
-    for user in &state.users {
-        say(&format!("  {} {}", user.chat, user.name));
+    let fault = |failure: Failure| escape(&failure.reason);
+    let bot = telegram.call(token, "getMe", &json!({}), deadline);
+    let bot = bot.map_err(fault)?;
+    let text = |key: &str| bot[key].as_str().unwrap_or("?");
+    let (name, username) = (text("first_name"), text("username"));
+    say(&escape(&format!("bot: {name} (@{username})")))?;
+    say("registered users:")?;
+    for user in State::read(&config.state_path)?.unwrap_or_default().users {
+        say(&format!("  {} {}", user.chat, user.name))?;
     }
-    let updates = telegram
-        .get_updates(token, None, deadline)
-        .map_err(explained)?;
-    let mut chats: Vec<String> = Vec::new();
-    for mut update in updates {
-        if let Ok(chat) = serde_json::from_value::<Chat>(update["message"]["chat"].take()) {
-            let line = escape(&format!("  {} {} ({})", chat.id, chat.name(), chat.kind));
-            if !chats.contains(&line) {
-                chats.push(line);
-            }
+    say("chats with messages not fetched yet (for others see the log):")?;
+    let mut told = Vec::new();
+    let updates = telegram.get_updates(token, None, deadline).map_err(fault)?;
+    for update in updates.as_array().into_iter().flatten() {
+        if let Ok(chat) = Chat::deserialize(&update["message"]["chat"])
+            && !told.contains(&chat.id)
+        {
+            say(&escape(&format!("  {chat}")))?;
+            told.push(chat.id);
         }
-    }
-    say("chats with a message that no gateway has fetched yet (others: see the log):");
-    for line in chats {
-        say(&line);
     }
     Ok(())
 }
 
-struct SendOptions<'a> {
-    chat: &'a str,
-    message: &'a str,
-    uri: Option<&'a str>,
-}
-
-impl SendOptions<'_> {
-    fn parse<'a>(words: &[&'a str]) -> Option<SendOptions<'a>> {
-        let [mut chat, mut message, mut uri] = [None; 3];
-        for pair in words.chunks(2) {
-            match *pair {
-                ["-i", value] => chat = Some(value),
-                ["-m", value] => message = Some(value),
-                ["-u", value] if value.starts_with("coap://") => uri = Some(value),
-                _ => return None,
-            }
-        }
-        Some(SendOptions {
-            chat: chat?,
-            message: message?,
-            uri,
-        })
-    }
-}
-
-/// One `POST /message` as a mote would send it; to the gateway of this configuration if no URI is
-/// given.
-fn send(config: &Config, options: &SendOptions) -> Result<(), String> {
-    let token = config
-        .mote_token
-        .as_ref()
-        .unwrap_or(config.required_token()?);
-    let peer = match options.uri {
+/// One `POST /message` as a mote sends it; without a URI, to the gateway configured here.
+fn send(chat: &str, text: &str, uri: Option<&str>) -> Result<(), String> {
+    let config = Config::load()?;
+    let token = config.required_token()?;
+    let token = &config.mote_token.as_ref().unwrap_or(token).0;
+    let peer = match uri {
+        Some(uri) => address_of(uri).ok_or(format!("cannot resolve {}", escape(uri)))?,
         None => config.listen,
-        Some(uri) => address_of(uri).ok_or(format!("cannot resolve `{}`", uri.escape_debug()))?,
     };
-    let SendOptions { chat, message, .. } = options;
-    let payload = format!(
-        "url={}&token={}&chat_ids={chat}&text={message}",
-        config.url, token.0
+    let url = &config.url;
+    let form = format!("url={url}&token={token}&chat_ids={chat}&text={text}");
+    let answer = exchange(peer, &coap::post("message", &form));
+    let answer = answer.map_err(|error| format!("cannot reach a gateway at {peer}: {error}"))?;
+    let answer = answer.ok_or(format!("no answer from {peer}"))?;
+    let (code, text) = (
+        answer.header.get_code(),
+        escape(&String::from_utf8_lossy(&answer.payload)),
     );
-    let response = exchange(peer, payload.as_bytes())
-        .map_err(|error| format!("cannot reach a gateway at {peer}: {error}"))?
-        .ok_or(format!("no answer from {peer}"))?;
-    let line = format!(
-        "{} {}",
-        response.code,
-        escape(&String::from_utf8_lossy(&response.payload))
-    );
-    if !response.code.starts_with('2') {
-        return Err(format!("{} (the gateway's log tells why)", line.trim_end()));
+    if !code.starts_with('2') {
+        return Err(format!("{code} {text} (the gateway's log tells why)"));
     }
-    say(&line);
-    Ok(())
+    say(&format!("{code} {text}"))
 }
 
 /// Of a URI `coap://host[:port]`.
 fn address_of(uri: &str) -> Option<SocketAddr> {
     let host = uri.strip_prefix("coap://")?.trim_end_matches('/');
-    let has_port = host.contains(':') && !host.ends_with(']');
-    let host = if has_port {
-        host.to_string()
-    } else {
-        format!("{host}:{}", coap::PORT)
-    };
-    host.to_socket_addrs().ok()?.next()
+    let with_port = format!("{host}:{}", coap::PORT);
+    let found = host
+        .to_socket_addrs()
+        .or_else(|_| with_port.to_socket_addrs());
+    found.ok()?.next()
 }
 
 /// A client's side of one exchange, RFC 7252 §4.2. `None`: nobody answers.
-fn exchange(peer: SocketAddr, payload: &[u8]) -> io::Result<Option<coap::ClientResponse>> {
-    let socket = UdpSocket::bind(if peer.is_ipv4() {
-        "0.0.0.0:0"
-    } else {
-        "[::]:0"
-    })?;
+fn exchange(peer: SocketAddr, request: &[u8]) -> io::Result<Option<Packet>> {
+    let local = if peer.is_ipv4() { "0.0.0.0" } else { "::" };
+    let socket = UdpSocket::bind((local, 0))?;
     socket.connect(peer)?;
-    let request = coap::encode_request("message", payload);
     let mut timeout = coap::ACK_TIMEOUT;
     for _ in 0..=coap::MAX_RETRANSMIT {
-        socket.send(&request)?;
-        if let Some(response) = next_response(&socket, &request, timeout)? {
-            if response.code != coap::EMPTY_CODE {
-                return Ok(Some(response));
+        socket.send(request)?;
+        match receive_packet(&socket, timeout)? {
+            None => timeout *= 2,
+            // The gateway answers within 9 s, and repeats what gets lost.
+            Some(empty) if empty.header.code == MessageClass::Empty => {
+                return receive_packet(&socket, 2 * REQUEST_TIME);
             }
-            // Acknowledged: the gateway answers within 9 s, and on a lossy link again later.
-            return next_response(&socket, &request, 2 * REQUEST_TIME);
+            response => return Ok(response),
         }
-        timeout *= 2;
     }
     Ok(None)
 }
 
-/// The next datagram that belongs to the request; a response is acknowledged. `None`: none in time.
-fn next_response(
-    socket: &UdpSocket,
-    request: &[u8],
-    timeout: Duration,
-) -> io::Result<Option<coap::ClientResponse>> {
-    let end = Instant::now() + timeout;
+/// `None`: nothing comes in time.
+fn receive_packet(socket: &UdpSocket, timeout: Duration) -> io::Result<Option<Packet>> {
+    socket.set_read_timeout(Some(timeout))?;
     let mut buffer = vec![0; coap::DATAGRAM_MAX];
-    loop {
-        let left = end.saturating_duration_since(Instant::now());
-        socket.set_read_timeout(Some(left.max(Duration::from_millis(1))))?;
-        match socket.recv(&mut buffer) {
-            Ok(length) => {
-                if let Some(response) = coap::decode_response(&buffer[..length], request) {
-                    socket.send(&response.acknowledgement)?;
-                    return Ok(Some(response));
-                }
-            }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(error),
-        }
-        if Instant::now() >= end {
-            return Ok(None);
-        }
+    let length = match socket.recv(&mut buffer) {
+        Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(None),
+        length => length?,
+    };
+    let packet = Packet::from_bytes(&buffer[..length]);
+    let packet = packet.map_err(|error| io::Error::other(error.to_string()))?;
+    if packet.header.get_type() == MessageType::Confirmable {
+        let id = packet.header.message_id;
+        socket.send(&coap::empty(MessageType::Acknowledgement, id))?;
     }
+    Ok(Some(packet))
 }
 
-// -------------------------------------------------------------------------------------------------
-// The CoAP message layer
-// -------------------------------------------------------------------------------------------------
+// ---------- The CoAP message layer ----------
 
-/// RFC 7252 and Block1 of RFC 7959: bytes and a time in, bytes out. It sees neither a socket nor a
-/// clock.
+/// RFC 7252 and Block1 of RFC 7959: bytes and a time in, bytes out; no socket, no clock.
 mod coap {
-    use std::collections::VecDeque;
+    use std::collections::{BTreeMap, VecDeque};
     use std::fmt;
     use std::hash::{BuildHasher as _, Hasher as _, RandomState};
     use std::net::SocketAddr;
@@ -2358,17 +1817,13 @@ mod coap {
     pub const PORT: u16 = 5683;
     /// RFC 7252 §4.8, transmission parameters, and §4.8.2, what follows from them.
     pub const ACK_TIMEOUT: Duration = Duration::from_secs(2);
+    const ACK_RANDOM_MS: u64 = 1000;
     pub const MAX_RETRANSMIT: u32 = 4;
-    const ACK_RANDOM_PERCENT: u64 = 50;
-    const MAX_LATENCY: Duration = Duration::from_secs(100);
-    const MAX_TRANSMIT_SPAN: Duration = Duration::from_millis(
-        ACK_TIMEOUT.as_millis() as u64 * ((1 << MAX_RETRANSMIT) - 1) * (100 + ACK_RANDOM_PERCENT)
-            / 100,
-    );
-    pub const NON_LIFETIME: Duration = MAX_TRANSMIT_SPAN.saturating_add(MAX_LATENCY);
-    pub const EXCHANGE_LIFETIME: Duration = NON_LIFETIME
-        .saturating_add(MAX_LATENCY)
-        .saturating_add(ACK_TIMEOUT);
+    const MAX_TRANSMIT_SPAN_S: u64 = 3 * ((1 << MAX_RETRANSMIT) - 1);
+    const MAX_LATENCY_S: u64 = 100;
+    const NON_LIFETIME_S: u64 = MAX_TRANSMIT_SPAN_S + MAX_LATENCY_S;
+    pub const NON_LIFETIME: Duration = Duration::from_secs(NON_LIFETIME_S);
+    pub const EXCHANGE_LIFETIME: Duration = Duration::from_secs(NON_LIFETIME_S + MAX_LATENCY_S + 2);
 
     /// UDP carries no more.
     pub const DATAGRAM_MAX: usize = 1 << 16;
@@ -2376,252 +1831,201 @@ mod coap {
     pub const BODY_MAX: usize = 17 << 10;
     /// Remembered messages: 1,000 motes that all send four in `EXCHANGE_LIFETIME`.
     pub const SEEN_MAX: usize = 4096;
-    /// Responses that wait for their ACK; the oldest is given up.
+    /// Responses that wait for their ACK; beyond that, one is given up.
     const OPEN_MAX: usize = 1024;
-    /// Block1 assemblies, of `BODY_MAX` each; the oldest is given up.
+    /// Block1 assemblies, of `BODY_MAX` each; beyond that, one is given up.
     pub const ASSEMBLIES_MAX: usize = 32;
     pub const ASSEMBLY_LIFETIME: Duration = Duration::from_secs(60);
 
     /// RFC 7252 §12.1.1, §12.2 and §12.3.
     pub const GET: u8 = 1;
     pub const POST: u8 = 2;
-    pub const EMPTY_CODE: &str = "0.00";
-    const URI_HOST: u16 = 3;
-    const URI_PORT: u16 = 7;
     const URI_PATH: u16 = 11;
     pub const CONTENT_FORMAT: u16 = 12;
-    const URI_QUERY: u16 = 15;
     pub const ACCEPT: u16 = 17;
     pub const BLOCK2: u16 = 23;
     const BLOCK1: u16 = 27;
-    const PROXY_URI: u16 = 35;
-    const PROXY_SCHEME: u16 = 39;
     const SIZE1: u16 = 60;
+    /// RFC 7959 §2.2: more blocks follow.
+    const MORE: u32 = 8;
     pub const TEXT_PLAIN: u32 = 0;
     pub const LINK_FORMAT: u32 = 40;
 
-    /// Random enough for a message ID and a timeout; each call gives another number.
+    /// Random enough for message IDs and timeouts.
     fn random() -> u64 {
         RandomState::new().build_hasher().finish()
     }
 
-    /// RFC 7959 §2.2.
-    #[derive(Clone, Copy, Debug, PartialEq)]
+    /// RFC 7959 §2.2; a message without the option is its only block.
+    #[derive(Clone, Copy, Default)]
     pub struct Block {
         pub number: usize,
-        more: bool,
-        exponent: u8,
-    }
-
-    impl Block {
-        fn size(self) -> usize {
-            16 << self.exponent
-        }
-
-        fn value(self) -> Vec<u8> {
-            uint((self.number as u32) << 4 | u32::from(self.more) << 3 | u32::from(self.exponent))
-        }
+        has_more: bool,
+        size: usize,
     }
 
     /// RFC 7252 §3.2: no leading zeros.
     fn uint(value: u32) -> Vec<u8> {
-        let bytes = value.to_be_bytes();
-        bytes.into_iter().skip_while(|byte| *byte == 0).collect()
+        let zeros = value.leading_zeros() as usize / 8;
+        value.to_be_bytes()[zeros..].to_vec()
     }
 
     /// A request that nobody has acted on.
     pub struct Request {
         pub peer: SocketAddr,
         pub at: Instant,
-        pub code: u8,
-        pub payload: Vec<u8>,
-        /// Of the peer and the whole datagram: a restarted mote uses message IDs again, for other
-        /// requests.
+        pub packet: Packet,
+        /// Of the peer and the whole datagram: restarted motes use message IDs again.
         digest: u64,
-        packet: Packet,
     }
 
-    /// For the log: method and path. Only the start of a path, up to a colon: somebody may have put
-    /// the token there.
+    /// For the log. Of the path only the start, up to a colon: the token may have been put there.
     impl fmt::Display for Request {
         fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            let path: String = self
-                .path()
-                .chars()
-                .take(24)
-                .take_while(|c| *c != ':')
-                .collect();
-            match self.code {
-                GET => write!(f, "GET /{path}"),
-                POST => write!(f, "POST /{path}"),
-                code => write!(f, "{}.{:02} /{path}", code >> 5, code & 31),
-            }
+            let path = self.path();
+            let path = path.split(':').next().unwrap_or_default();
+            let methods = ["", "GET", "POST", "PUT", "DELETE"];
+            let method = methods.get(usize::from(self.code())).unwrap_or(&"?");
+            write!(f, "{method} /{path:.24}")
         }
     }
 
     impl Request {
-        pub fn message_id(&self) -> u16 {
-            self.packet.header.message_id
+        pub fn code(&self) -> u8 {
+            self.packet.header.code.into()
         }
 
         fn is_confirmable(&self) -> bool {
             self.packet.header.get_type() == MessageType::Confirmable
         }
 
+        fn values(&self, option: u16) -> impl Iterator<Item = &Vec<u8>> {
+            self.packet.get_option(option.into()).into_iter().flatten()
+        }
+
         /// As in a URI: segments joined with `/`, one inside a segment encoded. RFC 7252 §6.5.
         pub fn path(&self) -> String {
-            let segments = self
-                .packet
-                .get_option(URI_PATH.into())
-                .into_iter()
-                .flatten();
-            let segments =
-                segments.map(|segment| String::from_utf8_lossy(segment).replace('/', "%2F"));
-            segments.collect::<Vec<_>>().join("/")
-        }
-
-        /// The first value; none if it is too long for its option, as RFC 7252 §5.4.3 asks of
-        /// elective ones.
-        pub fn uint(&self, option: u16) -> Option<u32> {
-            let value = self.packet.get_first_option(option.into())?;
-            let limit = if [BLOCK1, BLOCK2].contains(&option) {
-                3
-            } else {
-                2
-            };
-            let number = || {
-                value
-                    .iter()
-                    .fold(0, |all, byte| all << 8 | u32::from(*byte))
-            };
-            (value.len() <= limit).then(number)
-        }
-
-        pub fn block(&self, option: u16) -> Result<Option<Block>, Response> {
-            let Some(value) = self.uint(option) else {
-                return Ok(None);
-            };
-            let (number, more, exponent) =
-                ((value >> 4) as usize, value & 8 != 0, (value & 7) as u8);
-            if exponent == 7 {
-                return Err(Response::error(
-                    ResponseType::BadRequest,
-                    "Reserved block size",
-                ));
+            let mut path = Vec::new();
+            for segment in self.values(URI_PATH) {
+                path.push(String::from_utf8_lossy(segment).replace('/', "%2F"));
             }
-            Ok(Some(Block {
-                number,
-                more,
-                exponent,
-            }))
+            path.join("/")
         }
 
-        /// RFC 7252 §5.4: critical options must be known, of a valid length, and not repeated where
-        /// they may not be.
+        /// The first value; none if it is too long, RFC 7252 §5.4.3 (of elective options).
+        pub fn uint(&self, option: u16) -> Option<u32> {
+            let value = self.values(option).next()?;
+            let longest = match option {
+                BLOCK1 | BLOCK2 => 3,
+                _ => 2,
+            };
+            let mut number = 0;
+            for byte in value.iter().take(longest) {
+                number = number << 8 | u32::from(*byte);
+            }
+            (value.len() <= longest).then_some(number)
+        }
+
+        pub fn block(&self, option: u16) -> Result<Block, Response> {
+            let Some(value) = self.uint(option) else {
+                return Ok(Block::default());
+            };
+            if value & 7 == 7 {
+                let reason = "Reserved block size";
+                return Err(Response::error(ResponseType::BadRequest, reason));
+            }
+            Ok(Block {
+                number: value as usize >> 4,
+                has_more: value & MORE != 0,
+                size: 16 << (value & 7),
+            })
+        }
+
+        /// RFC 7252 §5.4: critical options must be known, of a valid length, and most of them single.
         pub fn check_options(&self) -> Result<(), Response> {
-            let is_critical = |number: u16| number % 2 == 1;
-            for (&number, values) in self
-                .packet
-                .options()
-                .filter(|(number, _)| is_critical(**number))
-            {
-                let (shortest, longest, repeatable) = match number {
-                    URI_HOST | PROXY_SCHEME => (1, 255, false),
-                    URI_PORT | ACCEPT => (0, 2, false),
-                    URI_PATH | URI_QUERY => (0, 255, true),
-                    BLOCK1 | BLOCK2 => (0, 3, false),
-                    PROXY_URI => (1, 1034, false),
+            for (&number, values) in self.packet.options() {
+                let (lengths, is_repeatable) = match number {
+                    3 => (1..=255, false),            // Uri-Host
+                    7 | ACCEPT => (0..=2, false),     // 7: Uri-Port
+                    URI_PATH | 15 => (0..=255, true), // 15: Uri-Query
+                    BLOCK1 | BLOCK2 => (0..=3, false),
+                    35 | 39 => {
+                        // Proxy-Uri, Proxy-Scheme
+                        let code = ResponseType::ProxyingNotSupported;
+                        return Err(Response::error(code, "This is no proxy"));
+                    }
+                    elective if elective % 2 == 0 => continue,
                     _ => return Err(bad_option(number, "not supported")),
                 };
-                let fits = values
-                    .iter()
-                    .all(|value| (shortest..=longest).contains(&value.len()));
-                if !fits || (values.len() > 1 && !repeatable) {
+                let is_valid = values.iter().all(|value| lengths.contains(&value.len()));
+                if !is_valid || values.len() > 1 && !is_repeatable {
                     return Err(bad_option(number, "malformed"));
                 }
-            }
-            let has = |option: u16| self.packet.get_option(option.into()).is_some();
-            if has(PROXY_URI) || has(PROXY_SCHEME) {
-                return Err(Response::error(
-                    ResponseType::ProxyingNotSupported,
-                    "This is no proxy",
-                ));
             }
             Ok(())
         }
     }
 
     fn bad_option(number: u16, fault: &str) -> Response {
-        Response::error(
-            ResponseType::BadOption,
-            &format!("Option {number} is {fault}"),
-        )
+        let reason = format!("Option {number} is {fault}");
+        Response::error(ResponseType::BadOption, &reason)
     }
 
-    /// Numbers and values.
-    type Options = Vec<(u16, Vec<u8>)>;
-
     /// A response; message ID, type and token come from the exchange.
-    #[derive(Debug)]
     pub struct Response {
-        pub code: ResponseType,
-        pub payload: Vec<u8>,
-        options: Options,
+        packet: Packet,
         /// Of the state that it tells; comes back with its ACK.
         pub version: Option<u64>,
+        /// For the log.
+        pub detail: String,
     }
 
     impl Response {
-        pub fn content(code: ResponseType, payload: &str, format: u32) -> Response {
-            let options = vec![(CONTENT_FORMAT, uint(format))];
+        /// With a diagnostic payload, RFC 7252 §5.5.2. It leaves only inside an ACK, see `encode`.
+        pub fn error(code: ResponseType, reason: &str) -> Response {
+            let mut packet = Packet::new();
+            packet.header.code = MessageClass::Response(code);
+            packet.payload = reason.as_bytes().to_vec();
             Response {
-                code,
-                payload: payload.as_bytes().to_vec(),
-                options,
+                packet,
                 version: None,
+                detail: reason.to_string(),
             }
+        }
+
+        pub fn failed() -> Response {
+            Response::error(ResponseType::InternalServerError, "")
+        }
+
+        /// Without anything for the log.
+        pub fn content(code: ResponseType, format: u32, payload: &str) -> Response {
+            let mut response = Response::error(code, payload);
+            response.option(CONTENT_FORMAT, format);
+            response.detail.clear();
+            response
         }
 
         pub fn text(code: ResponseType, payload: &str) -> Response {
-            Response::content(code, payload, TEXT_PLAIN)
+            Response::content(code, TEXT_PLAIN, payload)
         }
 
-        pub fn empty(code: ResponseType) -> Response {
-            Response::error(code, "")
-        }
-
-        /// A diagnostic payload, RFC 7252 §5.5.2. It leaves only inside an ACK, see `encode`.
-        pub fn error(code: ResponseType, reason: &str) -> Response {
-            Response {
-                options: Vec::new(),
-                ..Response::text(code, reason)
-            }
+        fn option(&mut self, number: u16, value: u32) {
+            self.packet.add_option(number.into(), uint(value));
         }
 
         /// As in `2.05`.
         pub fn code(&self) -> String {
-            MessageClass::Response(self.code).to_string()
-        }
-
-        /// What an error says for people.
-        pub fn diagnostic(&self) -> String {
-            if !self.code.is_error() {
-                return String::new();
-            }
-            String::from_utf8_lossy(&self.payload).into_owned()
+            self.packet.header.get_code()
         }
     }
 
     /// What a datagram turned out to be.
     pub enum Event {
-        Nothing,
-        /// A reset, or the reply to a duplicate.
+        /// A reset, the reply to a duplicate, or nothing at all.
         Send(Vec<u8>),
         Request(Request),
         /// A response that told a version of the state has arrived.
         Acknowledged(u64),
-        /// A response was answered with RST.
-        Refused,
     }
 
     /// A message that was acted on. RFC 7252 §4.5.
@@ -2634,8 +2038,6 @@ mod coap {
 
     /// A separate CON response without its ACK. RFC 7252 §4.2.
     struct Open {
-        peer: SocketAddr,
-        message_id: u16,
         bytes: Vec<u8>,
         retransmitted: u32,
         timeout: Duration,
@@ -2643,139 +2045,131 @@ mod coap {
         version: Option<u64>,
     }
 
-    /// A request of which some blocks have come. RFC 7959 §2.5.
+    /// What has come of a request in blocks. RFC 7959 §2.5.
     struct Assembly {
-        peer: SocketAddr,
-        path: String,
         body: Vec<u8>,
         touched: Instant,
     }
 
     /// Everything about message types, message IDs and time.
+    #[derive(Default)]
     pub struct Exchanges {
         last_message_id: u16,
         hasher: RandomState,
         /// In the order in which they came.
         seen: VecDeque<Seen>,
-        open: VecDeque<Open>,
-        assemblies: VecDeque<Assembly>,
+        /// By peer and message ID.
+        open: BTreeMap<(SocketAddr, u16), Open>,
+        /// By peer and path.
+        assemblies: BTreeMap<(SocketAddr, String), Assembly>,
     }
 
     impl Exchanges {
         pub fn new() -> Exchanges {
+            let last_message_id = random() as u16;
             Exchanges {
-                last_message_id: random() as u16,
-                hasher: RandomState::new(),
-                seen: VecDeque::new(),
-                open: VecDeque::new(),
-                assemblies: VecDeque::new(),
+                last_message_id,
+                ..Exchanges::default()
             }
         }
 
-        /// Judges a datagram, but remembers nothing: `reply` or `accept` does, when it is acted on.
+        /// Remembers nothing: `acknowledge` does, when a request is acted on.
         pub fn receive(&mut self, now: Instant, peer: SocketAddr, datagram: &[u8]) -> Event {
             if peer.ip().is_unspecified() {
-                return Event::Nothing; // firmware: it cannot be answered, and comes again
+                return Event::Send(Vec::new()); // firmware: it cannot be answered, and comes again
             }
-            let mut packet = match parse(datagram) {
+            let packet = match parse(datagram) {
                 Ok(packet) => packet,
-                Err(Malformed::Reset(reset)) => return Event::Send(reset),
-                Err(Malformed::Ignore) => return Event::Nothing,
+                Err(reset) => return Event::Send(reset),
             };
-            let (kind, message_id) = (packet.header.get_type(), packet.header.message_id);
+            let (kind, id) = (packet.header.get_type(), packet.header.message_id);
             if matches!(kind, MessageType::Acknowledgement | MessageType::Reset) {
-                return self.close(peer, kind, message_id);
+                let version = self.open.remove(&(peer, id)).and_then(|open| open.version);
+                let version = version.filter(|_| kind == MessageType::Acknowledgement);
+                return version.map_or(Event::Send(Vec::new()), Event::Acknowledged);
             }
             let digest = self.hasher.hash_one((peer, datagram));
-            let twin = self
-                .seen
-                .iter()
-                .find(|seen| seen.digest == digest && now < seen.expires);
-            if let Some(twin) = twin {
+            let is_twin = |seen: &&Seen| seen.digest == digest && now < seen.expires;
+            if let Some(twin) = self.seen.iter().find(is_twin) {
                 return Event::Send(twin.reply.clone());
             }
-            let (code, payload) = (datagram[1], std::mem::take(&mut packet.payload));
             Event::Request(Request {
                 peer,
                 at: now,
-                code,
-                payload,
-                digest,
                 packet,
+                digest,
             })
         }
 
-        /// An ACK or RST ends the retransmission of a response.
-        fn close(&mut self, peer: SocketAddr, kind: MessageType, message_id: u16) -> Event {
-            let is_own = |open: &Open| open.peer == peer && open.message_id == message_id;
-            let Some(at) = self.open.iter().position(is_own) else {
-                return Event::Nothing;
-            };
-            let version = self.open.remove(at).and_then(|open| open.version);
-            match (kind, version) {
-                (MessageType::Reset, _) => Event::Refused,
-                (_, Some(version)) => Event::Acknowledged(version),
-                (_, None) => Event::Nothing,
+        /// Answers at once: inside the ACK, or a NON with a NON. RFC 7252 §5.2. Without a response,
+        /// with an empty ACK (or nothing); then `respond` follows.
+        pub fn acknowledge(&mut self, request: &Request, response: Option<&Response>) -> Vec<u8> {
+            while self
+                .seen
+                .front()
+                .is_some_and(|seen| seen.expires <= request.at)
+                || self.seen.len() >= SEEN_MAX
+            {
+                self.seen.pop_front();
             }
-        }
-
-        /// Answers at once: inside the ACK for CON, with a NON for NON.
-        pub fn reply(&mut self, request: &Request, response: Response) -> Vec<u8> {
+            let (mut reply, mut lifetime) = (Vec::new(), NON_LIFETIME);
             if request.is_confirmable() {
-                let message_id = request.message_id();
-                let bytes = encode(MessageType::Acknowledgement, message_id, request, response);
-                self.remember(request, bytes.clone());
-                return bytes;
+                let (kind, id) = (
+                    MessageType::Acknowledgement,
+                    request.packet.header.message_id,
+                );
+                lifetime = EXCHANGE_LIFETIME;
+                reply = match response {
+                    Some(response) => encode(kind, id, request, response),
+                    None => empty(kind, id),
+                };
             }
-            self.remember(request, Vec::new());
-            if response.code == ResponseType::BadOption {
-                return Vec::new(); // RFC 7252 §5.4.1: such a NON is rejected, here in silence
+            self.seen.push_back(Seen {
+                digest: request.digest,
+                expires: request.at + lifetime,
+                reply: reply.clone(),
+            });
+            match response {
+                // RFC 7252 §5.4.1: a NON with a bad option is rejected, here in silence.
+                Some(response) if !request.is_confirmable() && response.code() != "4.02" => encode(
+                    MessageType::NonConfirmable,
+                    self.next_message_id(),
+                    request,
+                    response,
+                ),
+                _ => reply,
             }
-            let message_id = self.next_message_id();
-            encode(MessageType::NonConfirmable, message_id, request, response)
-        }
-
-        /// The empty ACK (for NON, nothing), and the promise of `respond`.
-        pub fn accept(&mut self, request: &Request) -> Vec<u8> {
-            let acknowledgement = match request.is_confirmable() {
-                true => empty(MessageType::Acknowledgement, request.message_id()),
-                false => Vec::new(),
-            };
-            self.remember(request, acknowledgement.clone());
-            acknowledgement
         }
 
         /// The separate response to an accepted request. RFC 7252 §5.2.2.
-        pub fn respond(&mut self, now: Instant, request: &Request, response: Response) -> Vec<u8> {
-            let (message_id, version) = (self.next_message_id(), response.version);
+        pub fn respond(&mut self, now: Instant, request: &Request, response: &Response) -> Vec<u8> {
+            let id = self.next_message_id();
             if !request.is_confirmable() {
-                return encode(MessageType::NonConfirmable, message_id, request, response);
+                return encode(MessageType::NonConfirmable, id, request, response);
             }
-            let bytes = encode(MessageType::Confirmable, message_id, request, response);
+            let bytes = encode(MessageType::Confirmable, id, request, response);
             if self.open.len() >= OPEN_MAX {
-                self.open.pop_front();
+                self.open.pop_first();
             }
-            let spread = ACK_TIMEOUT.as_millis() as u64 * ACK_RANDOM_PERCENT / 100;
-            let timeout = ACK_TIMEOUT + Duration::from_millis(random() % (spread + 1));
-            self.open.push_back(Open {
-                peer: request.peer,
-                message_id,
+            let timeout = ACK_TIMEOUT + Duration::from_millis(random() % (1 + ACK_RANDOM_MS));
+            let open = Open {
                 bytes: bytes.clone(),
                 retransmitted: 0,
                 timeout,
                 due: now + timeout,
-                version,
-            });
+                version: response.version,
+            };
+            self.open.insert((request.peer, id), open);
             bytes
         }
 
         /// What is to be sent again now.
         pub fn retransmissions(&mut self, now: Instant) -> Vec<(SocketAddr, Vec<u8>)> {
-            let is_over = |open: &Open| open.due <= now && open.retransmitted >= MAX_RETRANSMIT;
-            self.open.retain(|open| !is_over(open));
+            self.open
+                .retain(|_, open| now < open.due || open.retransmitted < MAX_RETRANSMIT);
             let mut again = Vec::new();
-            for open in self.open.iter_mut().filter(|open| open.due <= now) {
-                again.push((open.peer, open.bytes.clone()));
+            for ((peer, _), open) in self.open.iter_mut().filter(|(_, open)| open.due <= now) {
+                again.push((*peer, open.bytes.clone()));
                 open.retransmitted += 1;
                 open.timeout *= 2;
                 open.due = now + open.timeout;
@@ -2785,233 +2179,115 @@ mod coap {
 
         /// When the next retransmission is due.
         pub fn next_due(&self) -> Option<Instant> {
-            self.open.iter().map(|open| open.due).min()
+            self.open.values().map(|open| open.due).min()
         }
 
         /// Whether the request is whole; then it has its whole body. `Err` refuses the block.
         pub fn assemble(&mut self, request: &mut Request) -> Result<bool, Response> {
-            let Some(block) = request.block(BLOCK1)? else {
-                return if request.payload.len() > BODY_MAX {
-                    Err(too_large())
-                } else {
-                    Ok(true)
-                };
-            };
-            let mut body = self.take_assembly(request, block)?;
-            let length = request.payload.len();
-            if length > block.size() || (block.more && length < block.size()) {
-                return Err(Response::error(
-                    ResponseType::BadRequest,
-                    "A block is not of its size",
-                ));
+            let block = request.block(BLOCK1)?;
+            let (key, touched) = ((request.peer, request.path()), request.at);
+            self.assemblies
+                .retain(|_, known| touched < known.touched + ASSEMBLY_LIFETIME);
+            let known = self.assemblies.remove(&key).filter(|_| block.number > 0);
+            let mut body = known.map_or(Vec::new(), |known| known.body);
+            let length = request.packet.payload.len();
+            if body.len() != block.number * block.size {
+                let code = ResponseType::RequestEntityIncomplete;
+                return Err(Response::error(code, "A block is missing"));
             }
-            if body.len() + length > BODY_MAX {
-                return Err(too_large());
+            if block.size > 0 && length > block.size || block.has_more && length < block.size {
+                let reason = "A block is not of its size";
+                return Err(Response::error(ResponseType::BadRequest, reason));
             }
-            body.append(&mut request.payload);
-            if !block.more {
-                request.payload = body;
+            body.append(&mut request.packet.payload);
+            if body.len() > BODY_MAX {
+                let code = ResponseType::RequestEntityTooLarge;
+                let mut response = Response::error(code, "At most 17 KiB");
+                response.option(SIZE1, BODY_MAX as u32);
+                return Err(response);
+            }
+            if !block.has_more {
+                request.packet.payload = body;
                 return Ok(true);
             }
             if self.assemblies.len() >= ASSEMBLIES_MAX {
-                self.assemblies.pop_front();
+                self.assemblies.pop_first();
             }
-            let (peer, path, touched) = (request.peer, request.path(), request.at);
-            self.assemblies.push_back(Assembly {
-                peer,
-                path,
-                body,
-                touched,
-            });
+            self.assemblies.insert(key, Assembly { body, touched });
             Ok(false)
-        }
-
-        /// What has come before this block.
-        fn take_assembly(&mut self, request: &Request, block: Block) -> Result<Vec<u8>, Response> {
-            let age = |assembly: &Assembly| request.at.saturating_duration_since(assembly.touched);
-            self.assemblies
-                .retain(|assembly| age(assembly) < ASSEMBLY_LIFETIME);
-            let (peer, path) = (request.peer, request.path());
-            let is_own = |assembly: &Assembly| assembly.peer == peer && assembly.path == path;
-            let known = self.assemblies.iter().position(is_own);
-            let known = known.and_then(|at| self.assemblies.remove(at));
-            match known {
-                _ if block.number == 0 => Ok(Vec::new()),
-                Some(known) if known.body.len() == block.number * block.size() => Ok(known.body),
-                _ => Err(Response::error(
-                    ResponseType::RequestEntityIncomplete,
-                    "A block is missing",
-                )),
-            }
         }
 
         fn next_message_id(&mut self) -> u16 {
             self.last_message_id = self.last_message_id.wrapping_add(1);
             self.last_message_id
         }
-
-        fn remember(&mut self, request: &Request, reply: Vec<u8>) {
-            while self
-                .seen
-                .front()
-                .is_some_and(|seen| seen.expires <= request.at)
-            {
-                self.seen.pop_front();
-            }
-            if self.seen.len() >= SEEN_MAX {
-                self.seen.pop_front();
-            }
-            let lifetime = if request.is_confirmable() {
-                EXCHANGE_LIFETIME
-            } else {
-                NON_LIFETIME
-            };
-            let (digest, expires) = (request.digest, request.at + lifetime);
-            self.seen.push_back(Seen {
-                digest,
-                expires,
-                reply,
-            });
-        }
     }
 
-    fn too_large() -> Response {
-        let reason = format!("At most {BODY_MAX} bytes");
-        let mut response = Response::error(ResponseType::RequestEntityTooLarge, &reason);
-        response.options.push((SIZE1, uint(BODY_MAX as u32)));
-        response
-    }
-
-    enum Malformed {
-        /// With the RST that a CON gets.
-        Reset(Vec<u8>),
-        Ignore,
-    }
-
-    /// RFC 7252 §3, §4.2 and §4.3. The codec is laxer than the RFC, so what it reads must be what it
-    /// would write: that leaves no marker without payload, for one.
-    fn parse(datagram: &[u8]) -> Result<Packet, Malformed> {
+    /// RFC 7252 §3, §4.2 and §4.3. `Err` is the RST that a malformed CON gets, empty for others. The
+    /// codec is laxer than the RFC, so what it reads must be what it would write: that leaves no
+    /// marker without payload, for one.
+    fn parse(datagram: &[u8]) -> Result<Packet, Vec<u8>> {
         let [first, code, high, low, ..] = *datagram else {
-            return Err(Malformed::Ignore);
+            return Err(Vec::new());
         };
-        let (version, kind, class) = (first >> 6, first >> 4 & 3, code >> 5);
-        if version != 1 {
-            return Err(Malformed::Ignore);
-        }
-        let is_expected = match (kind, class) {
-            (2 | 3, 0) => code == 0 && datagram.len() == 4, // an empty ACK or RST
-            (0 | 1, 0) => code != 0,                        // a request
-            (2, 2 | 4 | 5) => true,                         // a response to nobody's request
-            _ => false,
+        let (version, kind) = (first >> 6, first >> 4 & 3);
+        let is_expected = match kind {
+            0 | 1 => (1..32).contains(&code),      // a request
+            _ => code == 0 && datagram.len() == 4, // an empty ACK or RST
         };
-        if is_expected
+        if version == 1
+            && is_expected
             && let Ok(packet) = Packet::from_bytes(datagram)
-            && packet
-                .to_bytes_unlimited()
-                .is_ok_and(|bytes| bytes == datagram)
+            && to_bytes(&packet) == datagram
         {
             return Ok(packet);
         }
-        let is_confirmable = kind == 0;
-        Err(match is_confirmable {
-            true => Malformed::Reset(empty(MessageType::Reset, u16::from_be_bytes([high, low]))),
-            false => Malformed::Ignore,
-        })
-    }
-
-    fn empty(kind: MessageType, message_id: u16) -> Vec<u8> {
-        let kind = if kind == MessageType::Reset {
-            0x70
-        } else {
-            0x60
-        };
-        let [high, low] = message_id.to_be_bytes();
-        vec![kind, 0, high, low]
-    }
-
-    /// Firmware: it takes every payload outside an ACK for configuration, so an error there has none.
-    fn encode(kind: MessageType, id: u16, request: &Request, mut response: Response) -> Vec<u8> {
-        if response.code.is_error() && kind != MessageType::Acknowledgement {
-            response.payload.clear();
+        match (version, kind) {
+            (1, 0) => Err(empty(MessageType::Reset, u16::from_be_bytes([high, low]))),
+            _ => Err(Vec::new()),
         }
-        // RFC 7959 §2.3: a response to a block says which one.
-        if let Ok(Some(block)) = request.block(BLOCK1) {
-            let more = response.code == ResponseType::Continue;
-            response
-                .options
-                .push((BLOCK1, Block { more, ..block }.value()));
-        }
-        let code = MessageClass::Response(response.code);
-        let token = request.packet.get_token();
-        message(kind, code, id, token, response.options, response.payload)
     }
 
-    fn message(
-        kind: MessageType,
-        code: MessageClass,
-        message_id: u16,
-        token: &[u8],
-        options: Options,
-        payload: Vec<u8>,
-    ) -> Vec<u8> {
+    pub fn empty(kind: MessageType, message_id: u16) -> Vec<u8> {
         let mut packet = Packet::new();
-        packet.header.set_version(1);
+        packet.header.code = MessageClass::Empty;
         packet.header.set_type(kind);
-        packet.header.code = code;
         packet.header.message_id = message_id;
-        packet.set_token(token.to_vec());
-        for (number, value) in options {
-            packet.add_option(number.into(), value);
+        to_bytes(&packet)
+    }
+
+    /// Firmware: it takes payloads outside an ACK for configuration, so an error there has none.
+    fn encode(kind: MessageType, id: u16, request: &Request, response: &Response) -> Vec<u8> {
+        let mut packet = response.packet.clone();
+        // RFC 7959 §2.3: a response to a block says which one.
+        if let Some(block) = request.uint(BLOCK1) {
+            let more = if response.code() == "2.31" { MORE } else { 0 };
+            packet.add_option(BLOCK1.into(), uint(block & !MORE | more));
         }
-        packet.payload = payload;
+        if kind != MessageType::Acknowledgement && !response.code().starts_with('2') {
+            packet.payload.clear();
+        }
+        packet.header.set_type(kind);
+        packet.header.message_id = id;
+        packet.set_token(request.packet.get_token().to_vec());
+        to_bytes(&packet)
+    }
+
+    fn to_bytes(packet: &Packet) -> Vec<u8> {
         packet.to_bytes_unlimited().unwrap_or_default() // fails only over a size limit
     }
 
     /// A client's CON `POST`.
-    pub fn encode_request(path: &str, payload: &[u8]) -> Vec<u8> {
-        let seed = random();
-        let options = vec![(URI_PATH, path.as_bytes().to_vec())];
-        let token = &seed.to_be_bytes()[..4];
-        message(
-            MessageType::Confirmable,
-            POST.into(),
-            seed as u16,
-            token,
-            options,
-            payload.to_vec(),
-        )
-    }
-
-    /// What a client receives for its request.
-    pub struct ClientResponse {
-        /// `EMPTY_CODE`: the empty ACK.
-        pub code: String,
-        pub payload: Vec<u8>,
-        /// The ACK to send; empty if none is.
-        pub acknowledgement: Vec<u8>,
-    }
-
-    /// `None`: the datagram is not for this request.
-    pub fn decode_response(datagram: &[u8], request: &[u8]) -> Option<ClientResponse> {
-        let own = Packet::from_bytes(request).ok()?;
-        let packet = Packet::from_bytes(datagram).ok()?;
-        let (kind, message_id) = (packet.header.get_type(), packet.header.message_id);
-        let is_own = match packet.header.code {
-            MessageClass::Empty => {
-                kind == MessageType::Acknowledgement && message_id == own.header.message_id
-            }
-            _ => packet.get_token() == own.get_token(),
-        };
-        let acknowledgement = match kind {
-            MessageType::Confirmable => empty(MessageType::Acknowledgement, message_id),
-            _ => Vec::new(),
-        };
-        let code = packet.header.get_code();
-        is_own.then_some(ClientResponse {
-            code,
-            payload: packet.payload,
-            acknowledgement,
-        })
+    pub fn post(path: &str, payload: &str) -> Vec<u8> {
+        let [high, low, token @ ..] = random().to_be_bytes();
+        let id = u16::from_be_bytes([high, low]);
+        let mut packet = Packet::new();
+        packet.header.code = POST.into();
+        packet.header.message_id = id;
+        packet.set_token(token[..4].to_vec());
+        packet.add_option(URI_PATH.into(), path.as_bytes().to_vec());
+        packet.payload = payload.as_bytes().to_vec();
+        to_bytes(&packet)
     }
 }
 

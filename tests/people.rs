@@ -9,10 +9,33 @@ use std::time::Duration;
 use serde_json::json;
 use support::*;
 
-const SENT: &str = "Messages sent successfully";
 const NOTHING: &str = "No Updates";
 const ADA: i64 = 1_234_567_890;
 const BOB: i64 = 2_345_678_901;
+const ADA_TOKEN: &str = "Ada:1234567890";
+
+/// A stand-in and a gateway that has made its first fetch, so that it does nothing by itself for 15 s.
+fn start() -> (BotApi, Gateway) {
+    let api = BotApi::start();
+    let gateway = start_with(&api, Setup::new(&api));
+    (api, gateway)
+}
+
+fn start_with(api: &BotApi, setup: Setup) -> Gateway {
+    api.push_update(json!({})); // see `fresh_poll`
+    let gateway = Gateway::with(setup);
+    api.wait_for("the first fetch", |seen| seen.count("getUpdates") > 0);
+    assert!(Mote::new(gateway.address()).ping(PATIENCE));
+    gateway
+}
+
+/// A poll for which Telegram is asked. After an empty page it would not be for 3 s, so there is always an update that
+/// means nothing.
+#[track_caller]
+fn fresh_poll(mote: &Mote, api: &BotApi) -> String {
+    api.push_update(json!({}));
+    poll(mote, api)
+}
 
 /// Waits for the answer to what a chat wrote: the texts after the first `known` ones.
 #[track_caller]
@@ -28,7 +51,7 @@ fn answers(api: &BotApi, chat: i64, known: usize) -> Vec<String> {
 fn ada_writes(api: &BotApi, mote: &Mote, text: &str) -> (String, String) {
     let known = api.texts_to(ADA).len();
     api.person_writes(ADA, "Ada", text);
-    let tokens = poll(mote, api);
+    let tokens = fresh_poll(mote, api);
     (tokens, answers(api, ADA, known).pop().unwrap())
 }
 
@@ -36,7 +59,7 @@ fn ada_writes(api: &BotApi, mote: &Mote, text: &str) -> (String, String) {
 fn with_ada() -> (BotApi, Gateway, Mote) {
     let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
-    assert_eq!(ada_writes(&api, &mote, "hi").0, "Ada:1234567890");
+    assert_eq!(ada_writes(&api, &mote, "hi").0, ADA_TOKEN);
     (api, gateway, mote)
 }
 
@@ -46,24 +69,24 @@ fn with_ada() -> (BotApi, Gateway, Mote) {
 fn a_new_user_is_greeted() {
     let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
+    let sticker = json!({"sticker": {"file_id": "x"}});
     api.person_writes(ADA, "Ada", "hello?");
-    api.push_message(
-        BOB,
-        "Bob",
-        json!({"photo": [{"file_id": "x"}], "caption": "look"}),
-    );
-    assert_eq!(poll(&mote, &api), "Ada:1234567890;Bob:2345678901");
-    for chat in [ADA, BOB] {
+    api.push_message(BOB, "Bob", sticker.clone());
+    assert_eq!(poll(&mote, &api), format!("{ADA_TOKEN};Bob:2345678901"));
+    for (chat, name) in [(ADA, "Ada"), (BOB, "Bob")] {
         let greeting = answers(&api, chat, 0).remove(0);
         for part in ["config", "interval", "feedback", "remove me"] {
             assert!(greeting.contains(part), "{part:?} in {greeting:?}");
         }
+        let log = gateway.log();
+        let told = |line: &str| line.contains(name) && line.contains(&chat.to_string());
+        assert!(log.lines().any(told), "{log}");
     }
-    assert!(
-        gateway.log().contains("Ada") && gateway.log().contains("1234567890"),
-        "{}",
-        gateway.log()
-    );
+    // What holds no text is not answered otherwise.
+    let known = api.count("sendMessage");
+    api.push_message(BOB, "Bob", sticker);
+    assert_eq!(ada_writes(&api, &mote, "help").0, NOTHING);
+    assert_eq!(api.count("sendMessage"), known + 1);
 }
 
 #[test]
@@ -83,39 +106,54 @@ fn help() {
 fn ten_users() {
     let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
+    let writes = |number: i64, text: &str| {
+        api.person_writes(1_000_000_000 + number, &format!("User{number}"), text)
+    };
+    let user = |number: i64| format!("User{number}:{}", 1_000_000_000 + number);
     for number in 0..12 {
-        api.person_writes(1_000_000_000 + number, &format!("User{number}"), "hi");
+        writes(number, "hi");
     }
-    let expected: Vec<String> = (0..10)
-        .map(|n| format!("User{n}:{}", 1_000_000_000 + n))
-        .collect();
-    assert_eq!(poll(&mote, &api), expected.join(";"));
+    let mut users: Vec<String> = (0..10).map(user).collect();
+    assert_eq!(poll(&mote, &api), users.join(";"));
     for late in [1_000_000_010, 1_000_000_011] {
         let answer = answers(&api, late, 0).remove(0);
         assert!(answer.contains("full"), "{answer:?}");
     }
     // One leaves: there is room for one.
-    api.person_writes(1_000_000_003, "User3", "remove me");
-    api.person_writes(1_000_000_010, "User10", "and now?");
-    api.person_writes(1_000_000_011, "User11", "and now?");
-    assert_eq!(poll(&mote, &api), "r1000000003;User10:1000000010");
+    writes(3, "remove me");
+    writes(10, "and now?");
+    writes(11, "and now?");
+    users.remove(3);
+    users.push(user(10));
+    let state = format!("r1000000003;{}", users.join(";"));
+    assert_eq!(poll(&mote, &api), state);
     // Who is not on the list can still ask what there is, and is not registered by it.
-    api.person_writes(1_000_000_011, "User11", "/help");
-    assert_eq!(poll(&mote, &api), NOTHING);
+    writes(11, "/help");
+    assert_eq!(fresh_poll(&mote, &api), NOTHING);
 }
 
-/// Only private chats, with ids that the firmware has room for.
+/// Only private chats, with ids that the firmware has room for. The others are logged: so one finds a group's id.
 #[test]
 fn who_cannot_register() {
     let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
-    let group = |kind: &str, id: i64| json!({"chat": {"id": id, "type": kind, "title": "Group"}, "text": "hi"});
-    api.push_message(ADA, "Ada", group("group", -4_444_444));
-    api.push_message(ADA, "Ada", group("supergroup", -1_001_234_567_890));
-    api.push_message(ADA, "Ada", group("channel", -1_001_234_567_891));
+    let groups = [
+        (-4_444_444_i64, "group"),
+        (-1_001_234_567_890, "supergroup"),
+        (-1_001_234_567_891, "channel"),
+    ];
+    for (id, kind) in groups {
+        let chat = json!({"id": id, "type": kind, "title": "Group"});
+        api.push_message(ADA, "Ada", json!({"chat": chat, "text": "hi"}));
+    }
     api.person_writes(123_456_789_012, "Long", "hi");
     api.person_writes(12_345_678_901, "Eleven", "hi");
     assert_eq!(poll(&mote, &api), "Eleven:12345678901");
+    let log = gateway.log();
+    for (id, kind) in groups.into_iter().chain([(123_456_789_012, "private")]) {
+        let told = |line: &str| line.contains(&id.to_string()) && line.contains(kind);
+        assert!(log.lines().any(told), "{kind} {id} in {log}");
+    }
 }
 
 // --- names on the wire ---
@@ -123,11 +161,11 @@ fn who_cannot_register() {
 /// What the firmware can take for a user (contract §5, names).
 fn assert_wire_name(name: &str) {
     assert!(!name.is_empty() && name.len() <= 14, "length of {name:?}");
-    assert!(
-        !name.contains(|c: char| c.is_control() || ";:,&=".contains(c)),
-        "characters of {name:?}"
-    );
+    let forbidden = |c: char| c.is_control() || ";:,&=".contains(c);
+    assert!(!name.contains(forbidden), "characters of {name:?}");
     assert!(name != "all", "all chats");
+    let digits = name.bytes().all(|byte| byte.is_ascii_digit());
+    assert!(!digits, "{name:?} reads as an id");
     let bytes = name.as_bytes();
     let digit = bytes.get(1).is_some_and(u8::is_ascii_digit);
     let setting = matches!(bytes[0], b'i' | b'r') && digit
@@ -136,69 +174,42 @@ fn assert_wire_name(name: &str) {
     assert!(!setting, "{name:?} reads as a setting");
 }
 
+/// Ten users each, separated by `|`.
+const NAMES: [(&str, &str); 4] = [
+    ("settings", "f0|f1|f1x|i5|i5;r1|r2d2|r2d2|all|all|f2"),
+    (
+        "characters",
+        "| |;;;|A;B:C,D&E=F|x\u{7}y\nz\u{85}|🙂🙂🙂🙂🙂|🏳️‍🌈🏳️‍🌈|Ada|Ada|Ada",
+    ),
+    (
+        "length",
+        "Bartholomew Aa|Bartholomew Aab|Bartholomew Aac|Bartholomew A|Maximilian der Große\
+         |ÄÖÜÄÖÜÄÖÜ|;;;;;;;;;;;;;;;;all|:r2|\u{202e}abc|Анастасия",
+    ),
+    (
+        "digits",
+        "1000000001|1000000000|0|007|12345678901234|123456789012345|;4;2;|٣|42|42",
+    ),
+];
+
 #[test]
 fn names() {
-    let tables: [(&str, &[&str]); 3] = [
-        (
-            "settings",
-            &[
-                "f0", "f1", "f1x", "i5", "i5;r1", "r2d2", "r2d2", "all", "all", "f2",
-            ],
-        ),
-        (
-            "characters",
-            &[
-                "",
-                " ",
-                ";;;",
-                "A;B:C,D&E=F",
-                "x\u{7}y\nz\u{85}",
-                "🙂🙂🙂🙂🙂",
-                "🏳️‍🌈🏳️‍🌈",
-                "Ada",
-                "Ada",
-                "Ada",
-            ],
-        ),
-        (
-            "length",
-            &[
-                "Bartholomew Aa",
-                "Bartholomew Aab",
-                "Bartholomew Aac",
-                "Bartholomew A",
-                "Maximilian der Große",
-                "ÄÖÜÄÖÜÄÖÜ",
-                ";;;;;;;;;;;;;;;;all",
-                ":r2",
-                "\u{202e}abc",
-                "Анастасия",
-            ],
-        ),
-    ];
-    in_parallel(&tables, |names| {
+    in_parallel(&NAMES, |names| {
         let (api, gateway) = start();
         let mote = Mote::new(gateway.address());
-        for (number, name) in names.iter().enumerate() {
+        for (number, name) in names.split('|').enumerate() {
             api.person_writes(1_000_000_000 + number as i64, name, "hi");
         }
+        let reply = fresh_poll(&mote, &api);
+        let mut firmware = Firmware::default();
+        firmware.take(&reply);
+        assert_eq!(firmware.knows(), firmware.users().join(";"), "no settings");
+        assert_eq!(firmware.users().len(), 10, "{reply}");
         let mut seen = HashSet::new();
-        let mut replies = Vec::new();
-        while replies.last().is_none_or(|reply| reply != NOTHING) {
-            replies.push(poll(&mote, &api));
-        }
-        replies.pop();
-        let tokens: Vec<&str> = replies.iter().flat_map(|reply| reply.split(';')).collect();
-        assert_eq!(tokens.len(), names.len(), "{tokens:?}");
-        for (number, token) in tokens.iter().enumerate() {
-            let (name, id) = token
-                .split_once(':')
-                .unwrap_or_else(|| panic!("no user: {token:?}"));
+        for (number, token) in reply.split(';').enumerate() {
+            let (name, id) = token.split_once(':').unwrap();
             assert_wire_name(name);
-            assert!(
-                seen.insert(name.to_string()),
-                "{name:?} twice in {tokens:?}"
-            );
+            assert!(seen.insert(name), "{name:?} twice in {reply}");
             assert_eq!(id, (1_000_000_000 + number).to_string());
         }
     });
@@ -207,26 +218,15 @@ fn names() {
 #[test]
 fn good_names_stay_as_they_are() {
     let (api, gateway) = start();
-    let mote = Mote::new(gateway.address());
-    for (number, name) in [
-        "Ada",
-        "Jean-Luc",
-        "Zoë",
-        "r",
-        "i",
-        "f",
-        "Rita",
-        "f2a",
-        "Anna Maria",
-        "12345678901234",
-    ]
-    .iter()
-    .enumerate()
-    {
+    let names = "Ada|Jean-Luc|Zoë|r|i|f|Rita|f2a|Anna Maria|1234567890123a";
+    let mut expected = Vec::new();
+    for (number, name) in names.split('|').enumerate() {
         let id = 1_000_000_000 + number as i64;
         api.person_writes(id, name, "hi");
-        assert_eq!(poll(&mote, &api), format!("{name}:{id}"));
+        expected.push(format!("{name}:{id}"));
     }
+    let reply = fresh_poll(&Mote::new(gateway.address()), &api);
+    assert_eq!(reply, expected.join(";"));
 }
 
 /// A user who is registered already and takes the name of another one.
@@ -234,65 +234,50 @@ fn good_names_stay_as_they_are() {
 fn a_name_that_is_taken() {
     let (api, _gateway, mote) = with_ada();
     api.person_writes(BOB, "Bob", "hi");
-    assert_eq!(poll(&mote, &api), "Bob:2345678901");
-    api.person_writes(BOB, "Ada", "I am called Ada now");
-    let tokens = poll(&mote, &api);
-    let (name, id) = tokens.split_once(':').expect("a new name");
-    assert!(
-        name != "Ada" && name != "Bob" && id == "2345678901",
-        "{tokens}"
+    assert_eq!(
+        fresh_poll(&mote, &api),
+        format!("{ADA_TOKEN};Bob:2345678901")
     );
+    api.person_writes(BOB, "Ada", "I am called Ada now");
+    let tokens = fresh_poll(&mote, &api);
+    let (ada, bob) = tokens.split_once(';').unwrap();
+    let (name, id) = bob.split_once(':').unwrap();
+    assert_eq!((ada, id), (ADA_TOKEN, "2345678901"));
+    assert!(name != "Ada" && name != "Bob", "{name}");
     assert_wire_name(name);
     api.person_writes(BOB, "Ada", "still");
     api.person_writes(ADA, "Ada", "still");
-    assert_eq!(poll(&mote, &api), NOTHING, "names are stable");
+    assert_eq!(fresh_poll(&mote, &api), NOTHING, "names are stable");
 }
 
 // --- leaving ---
 
 #[test]
 fn remove_me() {
-    let (api, gateway, mote) = with_ada();
-    let send = |text: &str| {
-        mote.post_separate("message", message(&api, "1234567890", text))
-            .expect("2.05", SENT)
+    let (api, _gateway, mote) = with_ada();
+    let send = |chat: i64, text: &str| {
+        mote.post_separate("message", message(&api, &chat.to_string(), text))
+            .expect_code("2.05");
+        api.texts_to(chat).iter().any(|sent| sent == text)
     };
-    for text in ["remove me", "Remove Me", "  REMOVE ME \n"] {
-        send("still here");
+    for (number, text) in ["remove me", "Remove Me", "  REMOVE ME \n"]
+        .iter()
+        .enumerate()
+    {
+        assert!(send(ADA, &format!("still here {number}")));
         let (tokens, answer) = ada_writes(&api, &mote, text);
         assert_eq!(tokens, "r1234567890", "{text:?}");
         assert!(answer.to_lowercase().contains("remove"), "{answer:?}");
-        let known = api.seen().sent.len();
-        send("not any more");
-        assert_eq!(api.seen().sent.len(), known, "holds at once");
-        assert_eq!(
-            ada_writes(&api, &mote, "hello again").0,
-            "Ada:1234567890",
-            "until they write again"
-        );
+        assert!(!send(ADA, "not any more"), "holds at once");
+        let tokens = ada_writes(&api, &mote, "hello again").0;
+        assert_eq!(tokens, ADA_TOKEN, "until they write again");
     }
     // Also for a chat that only the firmware knows.
-    api.person_writes(5_555_555_555, "Eve", "remove me");
-    assert_eq!(poll(&mote, &api), "r5555555555");
-    answers(&api, 5_555_555_555, 0);
-    let known = api.seen().sent.len();
-    mote.post_separate("message", message(&api, "5555555555", "x"))
-        .expect("2.05", SENT);
-    assert_eq!(api.seen().sent.len(), known);
-    drop(gateway);
-}
-
-/// The ten latest removals are kept for motes that come later.
-#[test]
-fn many_removals() {
-    let api = BotApi::start();
-    let gateway = Gateway::with(Setup::ipv4(&api));
-    for number in 0..13 {
-        api.person_writes(1_000_000_000 + number, "Stranger", "remove me");
-    }
-    let tokens = poll(&Mote::at("127.0.0.2", gateway.address()), &api);
-    let expected: Vec<String> = (3..13).map(|n| format!("r{}", 1_000_000_000 + n)).collect();
-    assert_eq!(tokens, expected.join(";"));
+    let eve = 5_555_555_555;
+    api.person_writes(eve, "Eve", "remove me");
+    assert_eq!(fresh_poll(&mote, &api), format!("r{eve};{ADA_TOKEN}"));
+    answers(&api, eve, 0);
+    assert!(!send(eve, "not any more"));
 }
 
 // --- settings ---
@@ -300,38 +285,33 @@ fn many_removals() {
 #[test]
 fn settings() {
     let (api, gateway, mote) = with_ada();
-    for (setting, token) in [
-        ("interval 5", "i5"),
-        ("interval 1", "i1"),
-        ("interval 120", "i120"),
-        ("feedback 1", "f1"),
-        ("feedback 0", "f0"),
-        ("INTERVAL 6", "i6"),
-        ("Feedback 1", "f1"),
-        ("interval 7 \n", "i7"),
+    for (text, settings) in [
+        ("config {P} interval 5", "i5"),
+        ("config {P} interval 1", "i1"),
+        ("config {P} interval 120", "i120"),
+        ("config {P} feedback 1", "i120;f1"),
+        ("config {P} feedback 0", "i120;f0"),
+        ("config {P} INTERVAL 6", "i6;f0"),
+        ("config {P} Feedback 1", "i6;f1"),
+        (" CONFIG  {P}\tinterval 7 \n", "i7;f1"),
+        ("/config {P} interval 8", "i8;f1"),
+        ("/Config {P} interval 9", "i9;f1"),
     ] {
-        let (tokens, answer) = ada_writes(&api, &mote, &format!("config {PASSWORD} {setting}"));
-        assert_eq!(tokens, token, "{setting:?}");
-        assert!(
-            answer.contains(&token[1..]),
-            "{setting:?} is confirmed: {answer:?}"
-        );
+        let (tokens, answer) = ada_writes(&api, &mote, &text.replace("{P}", PASSWORD));
+        assert_eq!(tokens, format!("{settings};{ADA_TOKEN}"), "{text:?}");
+        let value = text.trim().rsplit(' ').next().unwrap();
+        assert!(answer.contains(value), "{text:?} is confirmed: {answer:?}");
         assert!(!answer.contains(PASSWORD));
     }
-    let (tokens, _) = ada_writes(&api, &mote, &format!(" CONFIG {PASSWORD} interval 8"));
-    assert_eq!(tokens, "i8");
-    let applied = gateway.log();
-    assert!(
-        applied.contains("120"),
-        "every applied change is logged: {applied}"
-    );
+    let log = gateway.log();
+    assert!(log.contains("120"), "every applied change is logged: {log}");
 }
 
 /// Nothing changes, and Ada is told what is allowed.
 #[test]
 fn wrong_settings() {
     let (api, _gateway, mote) = with_ada();
-    let rest = [
+    for rest in [
         "interval 0",
         "interval 121",
         "interval -1",
@@ -346,22 +326,18 @@ fn wrong_settings() {
         "feedback",
         "volume 11",
         "",
-    ];
-    for rest in rest {
+    ] {
         let (tokens, answer) = ada_writes(&api, &mote, &format!("config {PASSWORD} {rest}"));
         assert_eq!(tokens, NOTHING, "{rest:?}");
-        assert!(
-            answer.contains("interval") || answer.contains("120") || answer.contains("feedback"),
-            "{rest:?}: {answer:?}"
-        );
-        assert!(!answer.contains(PASSWORD));
+        let told = answer.contains("interval") || answer.contains("feedback");
+        assert!(told && !answer.contains(PASSWORD), "{rest:?}: {answer:?}");
     }
     let (tokens, answer) = ada_writes(&api, &mote, "config");
     assert_eq!(tokens, NOTHING);
     assert!(answer.contains("config"), "{answer:?}");
     // A word that only begins like it is no command.
     api.person_writes(ADA, "Ada", "configuration is fun");
-    assert_eq!(poll(&mote, &api), NOTHING);
+    assert_eq!(fresh_poll(&mote, &api), NOTHING);
 }
 
 /// The password counts with its case; after five wrong ones in a row a chat is not heard for an hour.
@@ -376,7 +352,8 @@ fn wrong_passwords() {
             assert!(answer.to_lowercase().contains("password"), "{answer:?}");
             assert!(!answer.contains(&wrong));
         }
-        ada_writes(&api, &mote, &format!("config {PASSWORD} feedback 1"));
+        let right = format!("config {PASSWORD} feedback 1");
+        assert!(ada_writes(&api, &mote, &right).1.contains('1'));
     }
     for nearly in [
         "x",
@@ -390,11 +367,12 @@ fn wrong_passwords() {
     }
     let known = api.texts_to(ADA).len();
     api.person_writes(ADA, "Ada", &format!("config {PASSWORD} interval 5"));
-    assert_eq!(poll(&mote, &api), NOTHING, "not heard");
+    assert_eq!(fresh_poll(&mote, &api), NOTHING, "not heard");
     // Others are, and she is with what needs no password.
     api.person_writes(BOB, "Bob", &format!("config {PASSWORD} interval 6"));
-    assert_eq!(poll(&mote, &api), "Bob:2345678901;i6");
-    thread::sleep(QUIET);
+    let state = format!("i6;f1;{ADA_TOKEN};Bob:2345678901");
+    assert_eq!(fresh_poll(&mote, &api), state);
+    answers(&api, BOB, 0);
     assert_eq!(api.texts_to(ADA).len(), known, "ignored");
     assert!(ada_writes(&api, &mote, "help").1.contains("remove me"));
     assert!(!gateway.log().contains(&wrong), "{}", gateway.log());
@@ -405,7 +383,10 @@ fn without_a_password() {
     let api = BotApi::start();
     let mut setup = Setup::new(&api);
     setup.dotenv = None;
-    let gateway = Gateway::with(setup);
+    let gateway = start_with(&api, setup);
+    let log = gateway.log();
+    let warned = |line: &str| line.contains("[WARN]") && line.contains("PASSWORD");
+    assert!(log.lines().any(warned), "{log}");
     let mote = Mote::new(gateway.address());
     ada_writes(&api, &mote, "hi");
     for text in [
@@ -418,65 +399,71 @@ fn without_a_password() {
     }
 }
 
-/// A message that holds the password does not stay in the chat; best effort.
+/// A message whose first word is config does not stay in the chat; only these, or one could try passwords by it.
 #[test]
 fn passwords_are_deleted() {
     let (api, _gateway, mote) = with_ada();
     let mut expected = Vec::new();
-    for rest in ["interval 5", "interval 500", "nonsense"] {
-        let id = api.person_writes(ADA, "Ada", &format!("config {PASSWORD} {rest}"));
-        expected.push((ADA.to_string(), id));
-        poll(&mote, &api);
+    for (text, deleted) in [
+        ("config {P} interval 5", true),
+        ("/config {P} interval 5", true),
+        ("Config {P} interval 500", true),
+        ("/CONFIG {P} nonsense", true),
+        ("config wrong interval 5", true),
+        ("config", true),
+        ("{P}", false),
+        ("the password is {P}", false),
+        ("configure {P} interval 5", false),
+        ("help", false),
+    ] {
+        let id = api.person_writes(ADA, "Ada", &text.replace("{P}", PASSWORD));
+        fresh_poll(&mote, &api);
+        expected.extend(deleted.then(|| (ADA.to_string(), id)));
     }
-    api.wait_for("three deletions", |seen| seen.deleted.len() == 3);
-    assert_eq!(api.seen().deleted, expected);
-    api.person_writes(ADA, "Ada", "just talking");
-    api.person_writes(ADA, "Ada", "help");
-    poll(&mote, &api);
-    api.fail(
-        every("deleteMessage"),
-        Fault::error(400, "Bad Request: message can't be deleted for everyone"),
-    );
-    assert_eq!(
-        ada_writes(&api, &mote, &format!("config {PASSWORD} interval 9")).0,
-        "i9"
-    );
-    thread::sleep(QUIET);
+    api.wait_for("the deletions", |seen| seen.deleted.len() == expected.len());
+    // Best effort.
+    let fault = Fault::error(400, "Bad Request: message can't be deleted for everyone");
+    api.fail(every("deleteMessage"), fault);
+    let text = format!("config {PASSWORD} interval 9");
+    assert_eq!(ada_writes(&api, &mote, &text).0, format!("i9;{ADA_TOKEN}"));
     assert_eq!(api.seen().deleted, expected);
 }
 
-/// The answers to people can fail in every way: what they wanted is done, and the mote is answered.
+// --- answers ---
+
+/// One answer for each chat and fetch: its different texts joined, however much one person writes.
 #[test]
-fn answers_that_fail() {
-    type Break = fn(&BotApi);
-    let cases: [(&str, Break); 4] = [
-        ("blocked", |api| api.block_chat(ADA)),
-        ("hang", |api| api.fail(every("sendMessage"), Fault::Hang)),
-        ("500", |api| {
-            api.fail(
-                every("sendMessage"),
-                Fault::error(500, "Internal Server Error"),
-            )
-        }),
-        ("closed", |api| {
-            api.fail(every("sendMessage"), Fault::CloseUnanswered)
-        }),
-    ];
-    in_parallel(&cases, |break_it| {
-        let (api, gateway) = start();
-        let mote = Mote::new(gateway.address());
-        break_it(&api);
-        api.person_writes(ADA, "Ada", "hi");
-        api.person_writes(BOB, "Bob", &format!("config {PASSWORD} interval 5"));
-        assert_eq!(poll(&mote, &api), "Ada:1234567890;Bob:2345678901;i5");
-        api.wait_for("the attempt", |seen| seen.count("sendMessage") >= 1);
-        assert!(mote.ping(Duration::from_millis(100)));
-    });
+fn answers_are_joined() {
+    let (api, gateway) = start();
+    let mote = Mote::new(gateway.address());
+    api.person_writes(ADA, "Ada", "hi");
+    api.person_writes(ADA, "Ada", &format!("config {PASSWORD} interval 5"));
+    api.person_writes(ADA, "Ada", "config wrong interval 6");
+    api.person_writes(ADA, "Ada", "help");
+    fresh_poll(&mote, &api);
+    answers(&api, ADA, 0);
+    for _ in 0..300 {
+        api.person_writes(BOB, "Bob", "help");
+    }
+    fresh_poll(&mote, &api);
+    answers(&api, BOB, 0);
+    assert!(mote.ping(PATIENCE)); // it has sent all that it wants to send
+    let texts = api.texts_to(ADA);
+    assert_eq!(texts.len(), 1, "{texts:#?}");
+    assert!(texts[0].contains("remove me") && texts[0].to_lowercase().contains("password"));
+    let texts = api.texts_to(BOB);
+    assert!(texts.len() <= 4, "{} answers to 300 texts", texts.len());
+    let helped: usize = texts
+        .iter()
+        .map(|text| text.matches("remove me").count())
+        .sum();
+    assert_eq!(helped, texts.len(), "the same is said once: {texts:#?}");
 }
 
 // --- the very first start ---
 
-/// Commands from before the very first start are not carried out; their senders are registered. Later ones are.
+/// Commands from before the very first start are not carried out until an empty page has come; their senders are
+/// registered. With a state, they are.
 #[test]
 fn old_commands() {
     let api = BotApi::start();
@@ -485,49 +472,52 @@ fn old_commands() {
     api.person_writes(BOB, "Bob", "remove me");
     let mut gateway = Gateway::start(&api);
     let mote = Mote::new(gateway.address());
-    assert_eq!(poll(&mote, &api), "Ada:1234567890;Bob:2345678901");
-    // Written while the gateway was off, with a state: carried out.
-    gateway.settle();
+    let both = format!("{ADA_TOKEN};Bob:2345678901");
+    assert_eq!(poll(&mote, &api), both);
+    assert_eq!(poll(&mote, &api), NOTHING);
+    thread::sleep(Duration::from_secs(3)); // the empty page counts for 3 s
+    api.person_writes(ADA, "Ada", &format!("config {PASSWORD} interval 6"));
+    assert_eq!(poll(&mote, &api), format!("i6;{both}"));
+    // Written while the gateway was off.
     gateway.kill9();
-    api.person_writes(BOB, "Bob", &format!("config {PASSWORD} interval 6"));
+    api.person_writes(BOB, "Bob", &format!("config {PASSWORD} interval 7"));
     api.person_writes(ADA, "Ada", "remove me");
     gateway.restart();
-    assert_eq!(poll(&mote, &api), "i6;r1234567890");
+    assert_eq!(poll(&mote, &api), "r1234567890;i7;Bob:2345678901");
 }
 
 // --- the log ---
 
-/// Whatever people and motes write: each line of the log is one of the gateway's own records.
+/// Whatever people and motes write: each line of the log is one of the gateway's own records, also on the console.
 #[test]
 fn nobody_forges_the_log() {
     let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
-    let forged = "x\n2026-01-31 12:00:00 [INFO] forged\r\nforged\u{1b}[31mforged\u{2028}forged\0";
+    let forged =
+        "x\n2026-01-31 12:00:00 [INFO] forged\r\nINFO forged\u{1b}[31mforged\u{2028}forged\0";
     api.person_writes(ADA, forged, forged);
     api.person_writes(BOB, forged, &format!("config {forged} {forged}"));
-    poll(&mote, &api);
+    fresh_poll(&mote, &api);
     api.unknown_chat(7);
     api.fail(every("sendMessage").to(8), Fault::error(400, forged));
     mote.post_separate("message", message(&api, "5,7,8", forged))
-        .expect("2.05", SENT);
+        .expect_code("2.05");
     mote.post_piggybacked("message", message(&api, forged, "x"))
         .expect_code("4.00");
-    mote.post_piggybacked(
-        "message",
-        format!("url={forged}&token={forged}&chat_ids=5&text=x"),
-    );
-    let path = mote.request(Kind::Con, POST, "").option(URI_PATH, forged);
-    mote.piggybacked(&path).expect_code("4.04");
+    mote.post_piggybacked("message", form(forged, forged, "5", "x"));
+    mote.piggybacked(&mote.post("", "x").option(URI_PATH, forged))
+        .expect_code("4.04");
     for line in gateway.log().lines() {
-        let bytes = line.as_bytes();
-        let shape: String = line
-            .chars()
-            .take(21)
+        let shape = line.chars().take(21);
+        let shape: String = shape
             .map(|c| if c.is_ascii_digit() { '0' } else { c })
             .collect();
         assert_eq!(shape, "0000-00-00 00:00:00 [", "{line:?}");
-        assert!(!line[20..].starts_with("[INFO] forged"), "{line:?}");
-        assert!(!bytes.iter().any(u8::is_ascii_control), "{line:?}");
-        assert!(!line.contains('\u{2028}'), "{line:?}");
+    }
+    for line in (gateway.log() + &gateway.output()).lines() {
+        let head: String = line.chars().take(34).collect();
+        assert!(!head.contains("forged"), "{line:?}");
+        let plain = |c: char| !c.is_control() && c != '\u{2028}';
+        assert!(line.chars().all(plain), "{line:?}");
     }
 }
