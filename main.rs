@@ -778,7 +778,7 @@ impl Gateway {
                 && let Some(id) = chat.as_i64().filter(is_private)
             {
                 let user = self.state.remove(id);
-                info!("{user} is removed, for Telegram refuses messages to it");
+                info!("{user} is removed: Telegram refuses messages to it");
             }
         }
         if is_answered && self.hang.take().is_some() {
@@ -1401,7 +1401,7 @@ impl Motes {
 #[derive(Deserialize)]
 struct Written {
     message_id: i64,
-    /// Unix seconds.
+    /// Unix time.
     date: u64,
     chat: Chat,
     #[serde(default)]
