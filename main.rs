@@ -1010,7 +1010,8 @@ impl Telegram {
         };
         let mut retry_in = first.retry_in;
         for _ in 1..ATTEMPTS {
-            let Some(pause) = retry_in.filter(|pause| Instant::now() + *pause < by) else {
+            let left = by.saturating_duration_since(Instant::now());
+            let Some(pause) = retry_in.filter(|pause| *pause < left) else {
                 break;
             };
             thread::sleep(pause);
@@ -2105,12 +2106,8 @@ mod coap {
         /// Answers at once: inside the ACK, or a NON with a NON. RFC 7252 §5.2. Without a response,
         /// with an empty ACK (or nothing); then `respond` follows.
         pub fn acknowledge(&mut self, request: &Request, response: Option<&Response>) -> Vec<u8> {
-            while self
-                .seen
-                .front()
-                .is_some_and(|seen| seen.expires <= request.at)
-                || self.seen.len() >= SEEN_MAX
-            {
+            let is_over = |seen: &Seen| seen.expires <= request.at;
+            while self.seen.front().is_some_and(is_over) || self.seen.len() >= SEEN_MAX {
                 self.seen.pop_front();
             }
             let (mut reply, mut lifetime) = (Vec::new(), NON_LIFETIME);
