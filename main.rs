@@ -1236,8 +1236,9 @@ impl State {
             return Some(REGISTERED);
         };
         if self.users[at].name != name {
-            info!("{} ({chat}) is now called {name}", self.users[at].name);
-            self.users[at].name = name;
+            let known = self.users.remove(at); // put last: see `tokens`
+            info!("{} ({chat}) is now called {name}", known.name);
+            self.users.push(User { name, chat });
         }
         None
     }
@@ -1254,8 +1255,9 @@ impl State {
         user.map_or(chat.to_string(), |user| format!("{} ({chat})", user.name))
     }
 
-    /// All that a mote should know: removals first, which make room in its list. Settings and ten
-    /// users are at most 277 bytes; the latest removals that still fit go with them.
+    /// All that a mote should know: removals first, which make room in its list; the users in the
+    /// order of their changes, so that it hears that a name is free before it hears who took it.
+    /// Settings and ten users are at most 277 bytes; the latest removals that still fit go with them.
     fn tokens(&self) -> String {
         let mut tokens = Vec::new();
         tokens.extend(self.interval.map(|minutes| format!("i{minutes}")));

@@ -6,7 +6,7 @@
 // judge itself.
 #[allow(dead_code)]
 #[path = "../support/firmware.rs"]
-mod firmware;
+pub mod firmware;
 #[allow(dead_code)]
 #[path = "../support/mote.rs"]
 pub mod mote;

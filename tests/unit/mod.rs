@@ -1,5 +1,6 @@
 //! What cannot be seen from outside within a test's time: hours, bounds, and tables.
 
+use super::fuzz::firmware::Firmware;
 use super::fuzz::mote::{self, BLOCK1, Kind, Message as Datagram};
 use super::fuzz::{PASSWORD, TOKEN, config_of, gateway, peer, take};
 use super::*;
@@ -267,6 +268,24 @@ fn the_latest_removals_are_remembered() {
     assert_eq!(state.removed.len(), 100);
     state.register(50, "Ada");
     assert!(!state.removed.contains(&50), "removed and registered");
+}
+
+/// The firmware puts a user where it finds the name or the id: a name that somebody took must come
+/// after the news that it is free.
+#[test]
+fn a_name_that_changes_hands() {
+    let (mut state, mut mote) = (State::default(), Firmware::default());
+    for (chat, name) in [(1, "Ada"), (2, "Bob"), (3, "Cy")] {
+        state.register(chat, name);
+    }
+    mote.take(&state.tokens());
+    state.remove(1);
+    state.register(4, "Di");
+    mote.take(&state.tokens());
+    state.register(4, "Eve");
+    state.register(2, "Di");
+    mote.take(&state.tokens());
+    assert_eq!(mote.users(), ["Cy:3", "Di:2", "Eve:4"]);
 }
 
 #[test]
