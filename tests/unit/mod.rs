@@ -194,8 +194,13 @@ fn the_longest_silent_mote_is_forgotten() {
 
 #[test]
 fn restarted_motes() {
-    let steps = [(1, true), (3, true), (64, true), (65, false), (0, false)];
-    for (step, goes_on) in steps.into_iter().chain([(u16::MAX, false)]) {
+    for (step, goes_on) in [
+        (1, true),
+        (64, true),
+        (65, false),
+        (0, false),
+        (u16::MAX, false),
+    ] {
         for last in [7, u16::MAX - 1] {
             let (mut motes, now) = (Motes::default(), Instant::now());
             motes.note_request(peer(1), last);
@@ -217,31 +222,23 @@ fn restarted_motes() {
 
 // ---------- State ----------
 
-fn crowd(users: i64) -> State {
-    let mut state = State::default();
-    for number in 1..=users {
-        state.register(CHAT_ID_MAX - number, &format!("{number:_>14}"));
-    }
-    state
-}
-
 #[test]
 fn settings_and_ten_users_fit() {
-    let mut state = crowd(10);
+    let mut state = State::default();
+    for number in 1..=10 {
+        state.register(CHAT_ID_MAX - number, &format!("{number:_>14}"));
+    }
     (state.interval, state.feedback) = (Some(120), Some(1));
     let all = state.tokens();
     assert_eq!(all.len(), 277);
     for (ids, told) in [
-        (&[11, 12, 13][..], "r13;r12;r11;"),
-        (&[CHAT_ID_MAX, 11, 12], "r12;r11;r99999999999;"),
+        (&[11, 12, 13][..], "r11;r12;r13;"),
+        (&[CHAT_ID_MAX, 11, 12], "r99999999999;r11;r12;"),
         (&[11, CHAT_ID_MAX - 20, CHAT_ID_MAX], "r99999999999;"),
     ] {
         let mut state = state.clone();
         ids.iter().for_each(|id| drop(state.remove(*id)));
-        let mut expected: Vec<&str> = told.split_inclusive(';').collect();
-        expected.reverse();
-        assert_eq!(state.tokens(), expected.concat() + &all, "{ids:?}");
-        assert!(state.tokens().len() <= 302);
+        assert_eq!(state.tokens(), told.to_string() + &all, "{ids:?}");
     }
 }
 
@@ -297,12 +294,8 @@ fn names_on_the_wire() {
         ("A;d:a,&=\u{1b}", &[], "Ada"),
         ("Ada Lovelace, Countess", &[], "Ada Lovelace C"),
         ("Ada Lovelace  Countess", &[], "Ada Lovelace"),
-        (
-            "\u{e4}\u{e4}\u{e4}\u{e4}\u{e4}\u{e4}\u{e4}\u{e4}",
-            &[],
-            "\u{e4}\u{e4}\u{e4}\u{e4}\u{e4}\u{e4}\u{e4}",
-        ),
-        ("abcdefghijklm\u{e4}", &[], "abcdefghijklm"),
+        ("ääääääää", &[], "äääääää"),
+        ("abcdefghijklmä", &[], "abcdefghijklm"),
         ("f0rd", &[], "_f0rd"),
         ("f2", &[], "f2"),
         ("F0", &[], "F0"),
@@ -416,7 +409,7 @@ fn chat_ids() {
         ("ab", None),
         ("@", None),
         ("@a-b", None),
-        ("@\u{e4}", None),
+        ("@ä", None),
         ("1;2", None),
     ] {
         let chats = chats(list).ok().map(|chats| Value::from(chats).to_string());
@@ -445,7 +438,7 @@ fn secrets() {
     let is_token = |text: &str| Secret(text.to_string()).is_bot_token();
     assert!(is_token(TOKEN) && is_token("1:a_-Z9"));
     for text in [
-        "", ":", "1:", ":a", "a:a", "1a:a", "1:a/b", "1:a b", "1:a:b", "1:\u{e4}",
+        "", ":", "1:", ":a", "a:a", "1a:a", "1:a/b", "1:a b", "1:a:b", "1:ä",
     ] {
         assert!(!is_token(text), "{text}");
     }
