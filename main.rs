@@ -614,7 +614,7 @@ impl Gateway {
 
 /// What an acceptable request asks for.
 enum Work {
-    /// Nothing of Telegram: this answers it.
+    /// An answer that needs no Telegram.
     Reply(Response),
     Message(Message),
     /// With the bot's token.
@@ -649,8 +649,7 @@ impl Gateway {
         let payload = format!("&{}", trim(&payload)); // so that each key has its `&`
         let [url, token, chat_ids, text] = KEYS.map(|key| field(&payload, key));
         let is_message = path == "message";
-        let is_missing = [url, token].contains(&"");
-        if is_missing || is_message && [chat_ids, text].contains(&"") {
+        if [url, token].contains(&"") || is_message && [chat_ids, text].contains(&"") {
             return Err(bad_request(MISSING_FIELDS));
         }
         if url != self.config.url {
