@@ -1009,7 +1009,8 @@ impl Telegram {
         };
         let mut retry_in = first.retry_in;
         for _ in 1..ATTEMPTS {
-            let Some(pause) = retry_in.filter(|pause| Instant::now() + *pause < by) else {
+            let left = by.saturating_duration_since(Instant::now());
+            let Some(pause) = retry_in.filter(|pause| *pause < left) else {
                 break;
             };
             thread::sleep(pause);
@@ -1234,8 +1235,9 @@ impl State {
             return Some(REGISTERED);
         };
         if self.users[at].name != name {
-            info!("{} ({chat}) is now called {name}", self.users[at].name);
-            self.users[at].name = name;
+            let known = self.users.remove(at); // put last: see `tokens`
+            info!("{} ({chat}) is now called {name}", known.name);
+            self.users.push(User { name, chat });
         }
         None
     }
@@ -1252,8 +1254,9 @@ impl State {
         user.map_or(chat.to_string(), |user| format!("{} ({chat})", user.name))
     }
 
-    /// All that a mote should know: removals first, which make room in its list. Settings and ten
-    /// users are at most 277 bytes; the latest removals that still fit go with them.
+    /// All that a mote should know: removals first, which make room in its list; the users in the
+    /// order of their changes, so that it hears that a name is free before it hears who took it.
+    /// Settings and ten users are at most 277 bytes; the latest removals that still fit go with them.
     fn tokens(&self) -> String {
         let mut tokens = Vec::new();
         tokens.extend(self.interval.map(|minutes| format!("i{minutes}")));
@@ -2104,12 +2107,8 @@ mod coap {
         /// Answers at once: inside the ACK, or a NON with a NON. RFC 7252 §5.2. Without a response,
         /// with an empty ACK (or nothing); then `respond` follows.
         pub fn acknowledge(&mut self, request: &Request, response: Option<&Response>) -> Vec<u8> {
-            while self
-                .seen
-                .front()
-                .is_some_and(|seen| seen.expires <= request.at)
-                || self.seen.len() >= SEEN_MAX
-            {
+            let is_over = |seen: &Seen| seen.expires <= request.at;
+            while self.seen.front().is_some_and(is_over) || self.seen.len() >= SEEN_MAX {
                 self.seen.pop_front();
             }
             let (mut reply, mut lifetime) = (Vec::new(), NON_LIFETIME);
