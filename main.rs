@@ -599,7 +599,7 @@ impl Gateway {
         Ok(())
     }
 
-    /// In a hang, only one try a minute has the usual time, and so notices the end of the hang.
+    /// In a hang, one try a minute has the usual time, and so notices the end of it.
     fn time_for(&mut self, usual: Duration) -> Duration {
         let now = Instant::now();
         if self.hang.is_some_and(|next_try| now < next_try) {
@@ -778,7 +778,7 @@ impl Gateway {
                 && let Some(id) = chat.as_i64().filter(is_private)
             {
                 let user = self.state.remove(id);
-                info!("{user} is removed, for Telegram refuses messages to it");
+                info!("{user} is removed: Telegram refuses messages to it");
             }
         }
         if is_answered && self.hang.take().is_some() {
@@ -1235,7 +1235,7 @@ impl State {
             return Some(REGISTERED);
         };
         if self.users[at].name != name {
-            let known = self.users.remove(at); // put last: see `tokens`
+            let known = self.users.remove(at);
             info!("{} ({chat}) is now called {name}", known.name);
             self.users.push(User { name, chat });
         }
@@ -1254,9 +1254,9 @@ impl State {
         user.map_or(chat.to_string(), |user| format!("{} ({chat})", user.name))
     }
 
-    /// All that a mote should know: removals first, which make room in its list; the users in the
-    /// order of their changes, so that it hears that a name is free before it hears who took it.
-    /// Settings and ten users are at most 277 bytes; the latest removals that still fit go with them.
+    /// All that a mote should know: removals first, which make room; users in the order of their
+    /// changes, so that a name is free before it is taken. That is at most 277 bytes, and the latest
+    /// removals that still fit.
     fn tokens(&self) -> String {
         let mut tokens = Vec::new();
         tokens.extend(self.interval.map(|minutes| format!("i{minutes}")));
@@ -1354,8 +1354,8 @@ impl Motes {
         self.version
     }
 
-    /// A mote whose message ID does not go on from the last one (of this port: other clients have a
-    /// new one for each request) has restarted, and knows nothing.
+    /// A mote whose message ID does not go on has restarted, and knows nothing. Other clients have a
+    /// new port for each request.
     fn note_request(&mut self, peer: SocketAddr, message_id: u16) {
         let address = peer.ip().to_canonical();
         let known = self.known.iter().position(|mote| mote.address == address);
@@ -1404,7 +1404,7 @@ impl Motes {
 #[derive(Deserialize)]
 struct Written {
     message_id: i64,
-    /// Unix seconds.
+    /// Unix time.
     date: u64,
     chat: Chat,
     #[serde(default)]
