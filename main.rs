@@ -1467,7 +1467,7 @@ impl People {
             return info!("{chat} cannot register");
         }
         let chat = chat.id;
-        // Written before the gateway was there, to something else.
+        // Written before the gateway was there.
         let start = state.ignore_commands_before;
         let is_old = start.is_some_and(|start| written.date < start);
         let words: Vec<&str> = written.text.split_whitespace().collect();
@@ -1501,8 +1501,7 @@ impl People {
         }
     }
 
-    /// Only a complete command is a guess at the password, and nothing is said about the rest of it
-    /// unless that is right.
+    /// Only a complete command is a guess at the password; the rest is not looked at unless it is right.
     fn configure(&mut self, chat: i64, words: &[&str], state: &mut State, own: &Option<Secret>) {
         let Some(password) = own else {
             return self.say(chat, "No password is set, so nothing can be changed.");
@@ -1537,7 +1536,7 @@ impl People {
 
     /// Counts a wrong password.
     fn suspect(&mut self, chat: i64) {
-        if self.suspects.len() >= SUSPECTS_MAX {
+        if self.suspects.len() >= SUSPECTS_MAX && !self.suspects.contains_key(&chat) {
             self.suspects.pop_first();
         }
         let suspect = self.suspects.entry(chat).or_default();
