@@ -629,7 +629,7 @@ struct Message {
 }
 
 impl Gateway {
-    /// Whether the request can be carried out; else the answer to it.
+    /// What to do, or the answer that refuses it.
     fn judge(&mut self, request: &mut Request) -> Result<Work, Response> {
         request.check_options()?;
         let path = request.path();
@@ -762,7 +762,7 @@ fn chat_id(text: &str) -> Option<Value> {
 // ---------- Message and update ----------
 
 impl Gateway {
-    /// Sends the text to every chat that has not asked to be left alone.
+    /// Sends the text to every chat but the removed ones.
     fn deliver(&mut self, message: &Message) -> Response {
         let mut chats = message.chats.clone();
         chats.retain(|chat| !self.state.removed.iter().any(|removed| chat == removed));
@@ -980,7 +980,7 @@ impl Telegram {
         self.call(token, "getUpdates", &parameters, by)
     }
 
-    /// One `sendMessage` for each chat, all at the same time; results in the same order.
+    /// One `sendMessage` for each chat, all at the same time; results in order.
     fn send_to_all(&self, message: &Message, chats: &[Value], deadline: Instant) -> Vec<Called> {
         let send = |chat: &Value| {
             let parameters = json!({"chat_id": chat, "text": message.text});
@@ -1484,7 +1484,7 @@ impl People {
         }
         match lower[..] {
             ["config" | "/config", ..] => {
-                // Whether right or wrong: a wrong password may be nearly right.
+                // Also a wrong password: it may be nearly right.
                 let answer = self.answers.entry(chat).or_default();
                 answer.deleted.push(written.message_id);
                 if !is_old {
@@ -2128,7 +2128,7 @@ mod coap {
                 reply: reply.clone(),
             });
             match response {
-                // RFC 7252 §5.4.1: a NON with a bad option is rejected, here in silence.
+                // RFC 7252 §5.4.1: a NON with a bad option gets silence.
                 Some(response) if !request.is_confirmable() && response.code() != "4.02" => encode(
                     MessageType::NonConfirmable,
                     self.next_message_id(),
