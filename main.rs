@@ -599,7 +599,7 @@ impl Gateway {
         Ok(())
     }
 
-    /// In a hang, only one try a minute has the usual time, and so notices the end of the hang.
+    /// In a hang, one try a minute has the usual time, and so notices the end of it.
     fn time_for(&mut self, usual: Duration) -> Duration {
         let now = Instant::now();
         if self.hang.is_some_and(|next_try| now < next_try) {
@@ -614,7 +614,7 @@ impl Gateway {
 
 /// What an acceptable request asks for.
 enum Work {
-    /// Nothing of Telegram: this answers it.
+    /// An answer that needs no Telegram.
     Reply(Response),
     Message(Message),
     /// With the bot's token.
@@ -629,7 +629,7 @@ struct Message {
 }
 
 impl Gateway {
-    /// Whether the request can be carried out; else the answer to it.
+    /// What to do, or the answer that refuses it.
     fn judge(&mut self, request: &mut Request) -> Result<Work, Response> {
         request.check_options()?;
         let path = request.path();
@@ -649,8 +649,7 @@ impl Gateway {
         let payload = format!("&{}", trim(&payload)); // so that each key has its `&`
         let [url, token, chat_ids, text] = KEYS.map(|key| field(&payload, key));
         let is_message = path == "message";
-        let is_missing = [url, token].contains(&"");
-        if is_missing || is_message && [chat_ids, text].contains(&"") {
+        if [url, token].contains(&"") || is_message && [chat_ids, text].contains(&"") {
             return Err(bad_request(MISSING_FIELDS));
         }
         if url != self.config.url {
@@ -763,7 +762,7 @@ fn chat_id(text: &str) -> Option<Value> {
 // ---------- Message and update ----------
 
 impl Gateway {
-    /// Sends the text to every chat that has not asked to be left alone.
+    /// Sends the text to every chat but the removed ones.
     fn deliver(&mut self, message: &Message) -> Response {
         let mut chats = message.chats.clone();
         chats.retain(|chat| !self.state.removed.iter().any(|removed| chat == removed));
@@ -779,7 +778,7 @@ impl Gateway {
                 && let Some(id) = chat.as_i64().filter(is_private)
             {
                 let user = self.state.remove(id);
-                info!("{user} is removed, for Telegram refuses messages to it");
+                info!("{user} is removed: Telegram refuses messages to it");
             }
         }
         if is_answered && self.hang.take().is_some() {
@@ -853,7 +852,7 @@ impl Gateway {
     fn fetch_pages(&mut self, token: &Secret) -> Result<(), Failure> {
         loop {
             self.save().map_err(Failure::new)?;
-            let offset = Some(self.state.offset);
+            let offset = self.state.offset;
             let page = self.telegram.get_updates(token, offset, self.deadline)?;
             let Value::Array(page) = page else {
                 return Err(Failure::new(
@@ -867,7 +866,7 @@ impl Gateway {
                     .take(update, &mut self.state, &self.config.password);
             }
             if length == 0 {
-                // Only this proves that there is no more: pages are cut by bytes, too.
+                // The only proof that there is no more: pages are cut.
                 self.state.ignore_commands_before = None;
                 self.found_nothing = Some(Instant::now());
             }
@@ -883,7 +882,7 @@ impl Gateway {
         self.next_fetch = *self.hang.get_or_insert(next_try);
     }
 
-    /// Best effort, for the mote has its answer already.
+    /// Best effort: the mote has its answer.
     fn answer_people(&mut self) {
         let Some(token) = &self.token else { return };
         let mut dropped = 0;
@@ -975,13 +974,13 @@ impl Telegram {
         }
     }
 
-    /// The updates from `offset` on; those before are confirmed. Without `offset`, nothing is.
-    fn get_updates(&self, token: &Secret, offset: Option<i64>, by: Instant) -> Called {
+    /// The updates from `offset` on; those before are confirmed.
+    fn get_updates(&self, token: &Secret, offset: i64, by: Instant) -> Called {
         let parameters = json!({"offset": offset, "limit": PAGE, "allowed_updates": ["message"]});
         self.call(token, "getUpdates", &parameters, by)
     }
 
-    /// One `sendMessage` for each chat, all at the same time; results in the same order.
+    /// One `sendMessage` for each chat, all at the same time; results in order.
     fn send_to_all(&self, message: &Message, chats: &[Value], deadline: Instant) -> Vec<Called> {
         let send = |chat: &Value| {
             let parameters = json!({"chat_id": chat, "text": message.text});
@@ -1010,7 +1009,8 @@ impl Telegram {
         };
         let mut retry_in = first.retry_in;
         for _ in 1..ATTEMPTS {
-            let Some(pause) = retry_in.filter(|pause| Instant::now() + *pause < by) else {
+            let left = by.saturating_duration_since(Instant::now());
+            let Some(pause) = retry_in.filter(|pause| *pause < left) else {
                 break;
             };
             thread::sleep(pause);
@@ -1235,8 +1235,9 @@ impl State {
             return Some(REGISTERED);
         };
         if self.users[at].name != name {
-            info!("{} ({chat}) is now called {name}", self.users[at].name);
-            self.users[at].name = name;
+            let known = self.users.remove(at);
+            info!("{} ({chat}) is now called {name}", known.name);
+            self.users.push(User { name, chat });
         }
         None
     }
@@ -1253,8 +1254,9 @@ impl State {
         user.map_or(chat.to_string(), |user| format!("{} ({chat})", user.name))
     }
 
-    /// All that a mote should know: removals first, which make room in its list. Settings and ten
-    /// users are at most 277 bytes; the latest removals that still fit go with them.
+    /// All that a mote should know: removals first, which make room; users in the order of their
+    /// changes, so that a name is free before it is taken. That is at most 277 bytes, and the latest
+    /// removals that still fit.
     fn tokens(&self) -> String {
         let mut tokens = Vec::new();
         tokens.extend(self.interval.map(|minutes| format!("i{minutes}")));
@@ -1352,8 +1354,8 @@ impl Motes {
         self.version
     }
 
-    /// A mote whose message ID does not go on from the last one (of this port: other clients have a
-    /// new one for each request) has restarted, and knows nothing.
+    /// A mote whose message ID does not go on has restarted, and knows nothing. Other clients have a
+    /// new port for each request.
     fn note_request(&mut self, peer: SocketAddr, message_id: u16) {
         let address = peer.ip().to_canonical();
         let known = self.known.iter().position(|mote| mote.address == address);
@@ -1402,7 +1404,7 @@ impl Motes {
 #[derive(Deserialize)]
 struct Written {
     message_id: i64,
-    /// Unix seconds.
+    /// Unix time.
     date: u64,
     chat: Chat,
     #[serde(default)]
@@ -1465,7 +1467,7 @@ impl People {
             return info!("{chat} cannot register");
         }
         let chat = chat.id;
-        // Written before the gateway was there, to something else.
+        // Written before the gateway was there.
         let start = state.ignore_commands_before;
         let is_old = start.is_some_and(|start| written.date < start);
         let words: Vec<&str> = written.text.split_whitespace().collect();
@@ -1482,7 +1484,7 @@ impl People {
         }
         match lower[..] {
             ["config" | "/config", ..] => {
-                // Whether right or wrong: a wrong password may be nearly right.
+                // Also a wrong password: it may be nearly right.
                 let answer = self.answers.entry(chat).or_default();
                 answer.deleted.push(written.message_id);
                 if !is_old {
@@ -1499,8 +1501,7 @@ impl People {
         }
     }
 
-    /// Only a complete command is a guess at the password, and nothing is said about the rest of it
-    /// unless that is right.
+    /// Only a complete command is a guess at the password; the rest is not looked at unless it is right.
     fn configure(&mut self, chat: i64, words: &[&str], state: &mut State, own: &Option<Secret>) {
         let Some(password) = own else {
             return self.say(chat, "No password is set, so nothing can be changed.");
@@ -1535,7 +1536,7 @@ impl People {
 
     /// Counts a wrong password.
     fn suspect(&mut self, chat: i64) {
-        if self.suspects.len() >= SUSPECTS_MAX {
+        if self.suspects.len() >= SUSPECTS_MAX && !self.suspects.contains_key(&chat) {
             self.suspects.pop_first();
         }
         let suspect = self.suspects.entry(chat).or_default();
@@ -1718,7 +1719,8 @@ fn check() -> Result<(), String> {
     }
     say("chats with messages not fetched yet (for others see the log):")?;
     let mut told = Vec::new();
-    let updates = telegram.get_updates(token, None, deadline).map_err(fault)?;
+    // 1 confirms nothing, and is no offset of the gateway's: Telegram would hold a repeated one.
+    let updates = telegram.get_updates(token, 1, deadline).map_err(fault)?;
     for update in updates.as_array().into_iter().flatten() {
         if let Ok(chat) = Chat::deserialize(&update["message"]["chat"])
             && !told.contains(&chat.id)
@@ -2104,12 +2106,8 @@ mod coap {
         /// Answers at once: inside the ACK, or a NON with a NON. RFC 7252 §5.2. Without a response,
         /// with an empty ACK (or nothing); then `respond` follows.
         pub fn acknowledge(&mut self, request: &Request, response: Option<&Response>) -> Vec<u8> {
-            while self
-                .seen
-                .front()
-                .is_some_and(|seen| seen.expires <= request.at)
-                || self.seen.len() >= SEEN_MAX
-            {
+            let is_over = |seen: &Seen| seen.expires <= request.at;
+            while self.seen.front().is_some_and(is_over) || self.seen.len() >= SEEN_MAX {
                 self.seen.pop_front();
             }
             let (mut reply, mut lifetime) = (Vec::new(), NON_LIFETIME);
@@ -2130,7 +2128,7 @@ mod coap {
                 reply: reply.clone(),
             });
             match response {
-                // RFC 7252 §5.4.1: a NON with a bad option is rejected, here in silence.
+                // RFC 7252 §5.4.1: a NON with a bad option gets silence.
                 Some(response) if !request.is_confirmable() && response.code() != "4.02" => encode(
                     MessageType::NonConfirmable,
                     self.next_message_id(),

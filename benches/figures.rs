@@ -24,6 +24,7 @@ const SILENCE: Duration = Duration::from_secs(75);
 const FETCHES_AN_HOUR: u64 = 240;
 /// Of a segment on loopback: IPv4, TCP and its timestamps.
 const HEADERS: u64 = 52;
+const TEN_CHATS: &str = "1,2,3,4,5,6,7,8,9,10";
 const TEXT: &str = "CPU Temperature: 25.00 °C";
 
 fn main() {
@@ -38,6 +39,7 @@ fn main() {
     idle();
     cost_of_a_message();
     system_calls();
+    memory_of_texts_to_ten();
     the_fields_pattern();
     burst();
 }
@@ -181,6 +183,17 @@ fn cost_of_a_message() {
     row("Connections in all", "", api.seen().connections - 1);
 }
 
+/// Ten threads at a time: glibc's allocator gives each an arena.
+fn memory_of_texts_to_ten() {
+    let (api, gateway) = start();
+    let mote = Mote::new(gateway.address());
+    for _ in 0..MESSAGES {
+        timed_message(&mote, &api, TEN_CHATS);
+    }
+    let name = format!("RSS after {MESSAGES} messages to ten chats");
+    row(name, "6 MB", megabytes(&gateway));
+}
+
 fn system_calls() {
     let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
@@ -291,13 +304,12 @@ fn answer_with_bare_calls(url: &str, ca: &str) {
 // --- the field's pattern: minutes of silence ---
 
 fn the_fields_pattern() {
-    let ten = "1,2,3,4,5,6,7,8,9,10";
     thread::scope(|scope| {
         let bare = scope.spawn(bare_round_trips);
         let motes = [
             ("1", "one chat"),
             ("1,2,3", "three chats"),
-            (ten, "ten chats"),
+            (TEN_CHATS, "ten chats"),
         ]
         .map(|(chats, name)| (name, scope.spawn(move || round_trips(chats))));
         let person = scope.spawn(a_person_writes);

@@ -1,11 +1,11 @@
-//! Damaged datagrams of the firmware, the same ones in every run, to the running gateway: it serves on, no larger than
-//! before, and answers nothing that is malformed or holds a secret.
+//! Damaged datagrams of the firmware to the running gateway: it serves on, no larger than before, and answers nothing
+//! that is malformed or holds a secret.
 
 mod support;
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use support::Kind::{Ack, Con, Rst};
 use support::*;
@@ -14,9 +14,10 @@ use support::*;
 const BATCH: usize = 32;
 /// More than the gateway remembers.
 const MOTES: usize = 100;
-/// Of the resident memory, after the first fifth; four million datagrams end where one million does.
-const GROWTH_KIB: u64 = 1536;
-const LOG_MAX: u64 = 1 << 20;
+/// Of the resident memory, after the first fifth.
+const GROWTH_KIB: u64 = 1024;
+const LOG_MAX: usize = 1 << 20;
+const URL: &str = "https://api.telegram.org/bot";
 
 #[test]
 fn some_damaged_datagrams() {
@@ -34,133 +35,101 @@ fn bombard(total: usize) {
         names: vec!["api.telegram.org".into()],
         ..BotApiOptions::default()
     });
-    let proxy = Proxy::start("api.telegram.org:443", api.address());
-    let config = format!("[telegram]\nbot_token = {TOKEN}\n");
-    let setup = Setup::ipv4(&api)
-        .config(&config)
-        .env("HTTPS_PROXY", proxy.url());
-    let mut gateway = Gateway::prepared(setup, |directory| {
-        let nearly_full = "2026-01-31 12:00:00 [INFO] older\n".repeat(LOG_MAX as usize / 36);
-        fs::write(directory.join("coap_server.log"), nearly_full).unwrap();
-    });
     for chat in 1..=3 {
         api.person_writes(chat, "Ada", "hi");
     }
-    let names = [
+    let proxy = Proxy::start("api.telegram.org:443", api.address());
+    let mut gateway = start_with_nearly_full_log(&api, &proxy);
+    let whole = [
         "message_all_three_chats",
         "message_all_two_chats",
         "message_one_chat_text_with_separators",
         "update",
-    ];
-    let whole = names.map(firmware);
+    ]
+    .map(firmware);
     let motes: Vec<Mote> = (1..=MOTES)
-        .map(|n| Mote::at(&format!("127.0.1.{n}"), gateway.address()))
+        .map(|number| Mote::at(&format!("127.0.1.{number}"), gateway.address()))
         .collect();
     let (pid, threads, start) = (gateway.pid(), gateway.threads(), Instant::now());
-    let mut random = Numbers(5683);
-    let (mut replies, mut sent, mut rss) = (BTreeMap::new(), 0, 0);
-    while sent < total {
+    let mut random = Numbers(seed());
+    let mut replies = BTreeMap::new();
+    let mut rss = 0;
+    for batch in 0..total / BATCH {
         let mote = &motes[random.below(MOTES)];
-        for _ in 0..BATCH {
-            sent += 1;
-            let mut bytes = whole[random.below(whole.len())].clone();
-            if random.below(8) > 0 {
-                let id = random.next() as u16;
-                bytes[2..4].copy_from_slice(&id.to_be_bytes()); // else it comes again
-            }
-            match random.below(64) {
-                // A text that must not come twice, however often it is sent.
-                0 => {
-                    let form = form(
-                        "https://api.telegram.org/bot",
-                        TOKEN,
-                        "77",
-                        &format!("once {sent}"),
-                    );
-                    let request = mote.post("message", form);
-                    (0..1 + random.below(3)).for_each(|_| mote.send(&request));
-                }
-                _ => {
-                    damage(&mut bytes, &whole, &mut random);
-                    mote.send_raw(&bytes);
-                }
-            }
+        for number in 0..BATCH {
+            send_one(mote, &whole, batch * BATCH + number, &mut random);
         }
         listen(mote, &mut random, &mut replies);
-        // Telegram keeps up, else most of what is still valid would find no room.
-        if sent % (64 * BATCH) == 0 {
-            let idle = within(Duration::from_secs(30), || gateway.threads() == threads);
-            assert!(idle, "{} threads", gateway.threads());
-        }
-        if rss == 0 && sent >= total / 5 {
+        if batch == total / BATCH / 5 {
             rss = gateway.rss_kib();
         }
     }
     let (time, lost) = (start.elapsed(), dropped(gateway.address().port()));
     assert_eq!(lost, 0, "datagrams that the gateway never saw");
-
-    // What waited for Telegram ends.
-    let idle = within(Duration::from_secs(30), || gateway.threads() == threads);
-    assert!(idle, "{} threads", gateway.threads());
     let rss_after = gateway.rss_kib();
-    assert!(
-        gateway.is_running() && gateway.pid() == pid,
-        "another process"
-    );
-    motes
-        .iter()
-        .for_each(|mote| listen(mote, &mut random, &mut replies));
+    assert!(gateway.is_running() && gateway.pid() == pid);
+    assert_eq!(gateway.threads(), threads);
+    assert_serves(&api, &gateway);
+    judge_texts(&api, total);
+    judge_replies(&replies);
+    let lines = judge_logs(&gateway);
+    println!("{total} datagrams in {time:.1?}, none lost; {lines} lines of log; {replies:?}");
+    println!("RSS: {rss} KiB after a fifth, {rss_after} KiB at the end");
+    assert!(rss_after <= rss + GROWTH_KIB);
+}
+
+/// The firmware's datagrams name api.telegram.org, which a proxy leads to the stand-in.
+fn start_with_nearly_full_log(api: &BotApi, proxy: &Proxy) -> Gateway {
+    let config = format!("[telegram]\nbot_token = {TOKEN}\n");
+    let setup = Setup::ipv4(api).config(&config);
+    Gateway::prepared(setup.env("HTTPS_PROXY", proxy.url()), |directory| {
+        let nearly_full = "2026-01-31 12:00:00 [INFO] older\n".repeat(LOG_MAX / 36);
+        fs::write(directory.join("coap_server.log"), nearly_full).unwrap();
+    })
+}
+
+/// A damaged datagram; or now and then a whole one, with a text that must not arrive twice, however often it is sent.
+fn send_one(mote: &Mote, whole: &[Vec<u8>], number: usize, random: &mut Numbers) {
+    if random.below(64) == 0 {
+        let form = form(URL, TOKEN, "77", &format!("once {number}"));
+        let request = mote.post("message", form);
+        (0..1 + random.below(3)).for_each(|_| mote.send(&request));
+        return;
+    }
+    let mut bytes = whole[random.below(whole.len())].clone();
+    if random.below(8) > 0 {
+        let id = random.next() as u16;
+        bytes[2..4].copy_from_slice(&id.to_be_bytes()); // else it comes again
+    }
+    damage(&mut bytes, whole, random);
+    mote.send_raw(&bytes);
+}
+
+fn assert_serves(api: &BotApi, gateway: &Gateway) {
     let mote = Mote::at("127.0.2.1", gateway.address());
     assert!(mote.ping(PATIENCE));
-    mote.post_separate(
-        "message",
-        form("https://api.telegram.org/bot", TOKEN, "88", "the last"),
-    )
-    .expect("2.05", "Messages sent successfully");
+    mote.post_separate("message", form(URL, TOKEN, "88", "the last"))
+        .expect("2.05", "Messages sent successfully");
     assert_eq!(api.texts_to(88), ["the last"]);
-    assert!(poll_as(&mote).contains("Ada:1;"), "the users are forgotten");
+    let told = mote.post_separate("update", format!("url={URL}&token={TOKEN}"));
+    assert!(told.text().contains("Ada:1;"), "the users are forgotten");
+}
 
-    let once: Vec<String> = api
-        .texts_to(77)
-        .into_iter()
-        .filter(|text| text.starts_with("once "))
-        .collect();
+fn judge_texts(api: &BotApi, total: usize) {
+    let mut once = api.texts_to(77);
+    once.retain(|text| text.starts_with("once "));
     assert!(once.len() > total / 2000, "{} texts came", once.len());
-    assert_eq!(
-        once.iter().collect::<HashSet<_>>().len(),
-        once.len(),
-        "a text came twice"
-    );
+    let different: HashSet<_> = once.iter().collect();
+    assert_eq!(different.len(), once.len(), "a text came twice");
+}
+
+fn judge_replies(replies: &BTreeMap<String, usize>) {
     for kind in [
-        "RST",
-        "ACK empty",
-        "ACK 4.00",
-        "ACK 4.02",
-        "ACK 4.03",
-        "ACK 4.04",
-        "ACK 4.05",
-        "CON 2.05",
-        "NON 4.04",
+        "Rst", "Ack", "Ack 4.00", "Ack 4.02", "Ack 4.03", "Ack 4.04", "Ack 4.05", "Con 2.05",
+        "Non 4.04",
     ] {
-        assert!(
-            replies.contains_key(kind),
-            "nothing was answered {kind}: {replies:?}"
-        );
+        assert!(replies.contains_key(kind), "no {kind} in {replies:?}");
     }
-    let (sizes, lines) = log_of(&gateway);
-    assert!(
-        rss_after <= rss + GROWTH_KIB,
-        "{rss} KiB after a fifth, {rss_after} KiB at the end"
-    );
-    println!(
-        "{sent} datagrams in {:.1} s, none lost; {} texts sent",
-        time.as_secs_f64(),
-        api.seen().sent.len()
-    );
-    println!(
-        "RSS: {rss} KiB after a fifth, {rss_after} KiB at the end; {threads} threads before and after"
-    );
-    println!("log: {sizes:?} bytes, {lines} lines in all; replies: {replies:?}");
 }
 
 /// One to three things go wrong with a datagram, most of them where its header and options are.
@@ -227,20 +196,9 @@ fn listen(mote: &Mote, random: &mut Numbers, replies: &mut BTreeMap<String, usiz
         if (reply.kind, reply.id) == (Rst, ping.id) {
             return;
         }
-        let kind = match (reply.kind, reply.code) {
-            (Rst, _) => "RST".to_string(),
-            (Ack, 0) => "ACK empty".to_string(),
-            (kind, _) => format!(
-                "{} {}",
-                if kind == Ack {
-                    "ACK"
-                } else if kind == Con {
-                    "CON"
-                } else {
-                    "NON"
-                },
-                reply.code()
-            ),
+        let kind = match reply.code {
+            0 => format!("{:?}", reply.kind),
+            _ => format!("{:?} {}", reply.kind, reply.code()),
         };
         *replies.entry(kind).or_default() += 1;
         assert!(
@@ -253,14 +211,6 @@ fn listen(mote: &Mote, random: &mut Numbers, replies: &mut BTreeMap<String, usiz
             _ => {} // and some ACKs are lost
         }
     }
-}
-
-fn poll_as(mote: &Mote) -> String {
-    mote.post_separate(
-        "update",
-        format!("url=https://api.telegram.org/bot&token={TOKEN}"),
-    )
-    .text()
 }
 
 /// Datagrams that the kernel threw away before the gateway read them: the last column of its line.
@@ -276,21 +226,19 @@ fn dropped(port: u16) -> u64 {
         .unwrap()
 }
 
-/// Sizes of the log files, and all lines on the console; each is one of the gateway's own making.
-fn log_of(gateway: &Gateway) -> ([u64; 2], usize) {
-    let size = |name| fs::metadata(gateway.directory().join(name)).map_or(0, |file| file.len());
-    let sizes = ["coap_server.log", "coap_server.log.1"].map(size);
-    assert!(
-        sizes.iter().all(|size| (1..=LOG_MAX).contains(size)),
-        "{sizes:?}"
-    );
+/// The log files stay small, and each line on the console is one of the gateway's own making. Returns how many there are.
+fn judge_logs(gateway: &Gateway) -> usize {
+    for name in ["coap_server.log", "coap_server.log.1"] {
+        let size = gateway.file(name).len();
+        assert!((1..=LOG_MAX).contains(&size), "{name}: {size} bytes");
+    }
     let output = gateway.output();
     for line in output.lines() {
-        let own = line
-            .as_bytes()
-            .get(..20)
-            .is_some_and(|start| start.starts_with(b"2") && start[19] == b' ');
-        assert!(own && line[20..].starts_with('['), "a forged line: {line}");
+        let own = ["INFO  [", "WARN  [", "ERROR ["];
+        assert!(
+            own.iter().any(|own| line.starts_with(own)),
+            "forged: {line}"
+        );
     }
-    (sizes, output.lines().count())
+    output.lines().count()
 }

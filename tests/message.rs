@@ -399,6 +399,14 @@ const FAILURES: &[(&str, Failure)] = &[
         (|api| error(api, 404, "Not Found"), 1, &["Not Found"]),
     ),
     (
+        "429, longer than any clock",
+        (
+            |api| api.fail(every(""), Fault::too_many_requests(u64::MAX)),
+            1,
+            &["retry after 18446744073709551615"],
+        ),
+    ),
+    (
         "429, 60 s",
         (
             |api| api.fail(every(""), Fault::too_many_requests(60)),

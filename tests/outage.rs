@@ -187,7 +187,8 @@ fn other_certificate(span: &Span) {
 
 #[test]
 fn seconds() {
-    let outages: [(&str, fn(&Span)); 4] = [
+    type Outage = fn(&Span);
+    let outages: [(&str, Outage); 4] = [
         ("hang", hang),
         ("refused", refused),
         ("page", page),

@@ -1,21 +1,32 @@
-//! What must hold whatever arrives, from the datagram to the decision. `one` is run by the fuzzer in `tests/fuzz/` with
-//! inputs that it makes up, and by `cargo test` with those that once reached something new (`tests/fuzz/corpus.hex`).
+//! What must hold whatever arrives, from the datagram to the decision. The fuzzer in `tests/fuzz/`
+//! runs `one` with inputs that it makes up, `cargo test` with those that once reached something new
+//! (`tests/fuzz/corpus.hex`).
 
-// The datagrams are read and written by the mote's hand-made codec, for the gateway's own cannot judge itself.
+// The datagrams are read and written by the mote's hand-made codec, for the gateway's own cannot
+// judge itself.
+#[allow(dead_code)]
+#[path = "../support/firmware.rs"]
+pub(super) mod firmware;
 #[allow(dead_code)]
 #[path = "../support/mote.rs"]
-mod mote;
+pub(super) mod mote;
 
-use std::sync::LazyLock;
+use std::collections::{BTreeSet, HashMap};
+use std::process;
 
 use super::*;
-use mote::{BLOCK1, BLOCK2, Kind, Message as Datagram, POST, URI_PATH};
+use firmware::Firmware;
+use mote::{BLOCK1, BLOCK2, Kind, Message as Datagram, MessageIds, URI_PATH};
 
-// The firmware's datagrams hold them; the mote's file asks for both.
-const URL: &str = "https://api.telegram.org/bot";
-const TOKEN: &str = "123456789:AAEaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa";
-const PASSWORD: &str = "geheim";
-const NOW: u64 = 1_769_860_800;
+// As in the firmware's datagrams.
+pub(super) const URL: &str = "https://api.telegram.org/bot";
+pub(super) const TOKEN: &str = "123456789:AAEaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa";
+pub(super) const PASSWORD: &str = "geheim";
+const MOTE_TOKEN: &str = "mesh";
+/// Before it, the gateway was not there.
+const START: u64 = 1_769_860_800;
+/// No answer to a datagram.
+const SILENCE: &[u8] = &[];
 
 /// The first byte chooses the part (a digit, in the corpus).
 pub fn one(input: &[u8]) {
@@ -23,14 +34,14 @@ pub fn one(input: &[u8]) {
         return;
     };
     match part % 8 {
-        0 => datagram(rest),
-        1 => exchanges(rest),
+        0 => one_datagram(rest),
+        1 => script_of_datagrams(rest),
         2 => form(rest),
-        3 => people(rest),
-        4 => answer(rest),
-        5 => saved(rest),
+        3 => script_of_people(rest),
+        4 => answer_of_telegram(rest),
+        5 => saved_state(rest),
         6 => names(rest),
-        _ => client(rest),
+        _ => settings(rest),
     }
 }
 
@@ -40,403 +51,315 @@ fn corpus() {
     let text = include_str!("../fuzz/corpus.hex");
     for (number, line) in (1..).zip(text.lines()) {
         println!("line {number}"); // shown if it fails
-        let digits = line
-            .as_bytes()
-            .chunks(2)
-            .map(|pair| str::from_utf8(pair).unwrap());
-        one(&digits
-            .map(|pair| u8::from_str_radix(pair, 16).unwrap())
-            .collect::<Vec<u8>>());
+        let digits = line.as_bytes().chunks(2);
+        let byte = |pair| u8::from_str_radix(str::from_utf8(pair).unwrap(), 16).unwrap();
+        one(&digits.map(byte).collect::<Vec<u8>>());
     }
     assert!(text.lines().count() > 200, "the corpus is gone");
 }
 
-// Datagrams -----------------------------------------------------------------------------------------------------------
+// ---------- Datagrams ----------
 
-fn config(token: Option<&str>) -> Config {
-    Config {
-        url: URL.to_string(),
-        token: token.and_then(Secret::token),
-        ip_family: IpFamily::Any,
-        password: Some(Secret(PASSWORD.to_string())),
-        address: String::new(),
-        port: 0,
-        level: log::LevelFilter::Off,
-        proxy: None,
-        roots: None,
-        state_path: PathBuf::new(),
-        log_path: PathBuf::new(),
-        warnings: Vec::new(),
-    }
-}
-
-fn gateway(config: Config) -> Gateway {
+pub(super) fn gateway(token: Option<&str>) -> Gateway {
+    let config = config(token);
     Gateway {
-        telegram: Telegram::new(&config),
         socket: UdpSocket::bind("127.0.0.1:0").unwrap(),
-        exchanges: Mutex::new(Exchanges::new(0)),
-        state: Mutex::default(),
-        saved: Mutex::default(),
-        journal: Journal {
-            file: File::open("/dev/null").unwrap(),
-            before: Vec::new(),
-            next: AtomicU64::new(0),
-        },
-        polling: Mutex::new(false),
-        polled: Condvar::new(),
-        answers: mpsc::sync_channel(1).0,
-        forwarded: AtomicU64::new(0),
-        failures: AtomicU64::new(0),
+        exchanges: Exchanges::new(),
+        telegram: Telegram::new(&config),
+        state: State::default(),
+        saved: None,
+        motes: Motes::default(),
+        people: People::default(),
+        token: None,
+        next_fetch: Instant::now(),
+        found_nothing: None,
+        fetch_fails: false,
+        hang: None,
+        deadline: Instant::now(),
         config,
     }
 }
 
-/// A gateway in front of which time and datagrams are made up, and what the outside knows of it.
-struct World {
-    gateway: &'static Gateway,
-    now: Instant,
-    /// Requests that were acted on: peer, datagram, when, and what a duplicate must be answered with.
-    acted: Vec<(SocketAddr, Vec<u8>, Instant, Vec<u8>)>,
-    /// Requests that wait for Telegram.
-    working: Vec<(Request, Datagram)>,
-    /// Separate CON responses without ACK or RST: peer, datagram, what it delivers, copies sent.
-    open: Vec<(SocketAddr, Vec<u8>, Option<u64>, u32)>,
-    /// Bodies of which some blocks came, the latest touched last.
-    bodies: Vec<(SocketAddr, String, Vec<u8>, Instant)>,
+pub(super) fn config(token: Option<&str>) -> Config {
+    let secret = |text: &str| Secret(text.to_string());
+    Config {
+        url: URL.to_string(),
+        token: token.map(secret),
+        mote_token: token.map(|_| secret(MOTE_TOKEN)),
+        mote_token_origin: String::new(),
+        ip_family: IpFamily::Any,
+        password: password(),
+        listen: ([127, 0, 0, 1], 0).into(),
+        roots: RootCerts::WebPki,
+        roots_origin: String::new(),
+        state_path: PathBuf::new(),
+    }
 }
 
-fn peer(number: u8) -> SocketAddr {
-    (std::net::Ipv4Addr::new(10, 0, 0, number), 61616).into()
+pub(super) fn peer(number: u8) -> SocketAddr {
+    ([10, 0, 0, number], 61616).into()
+}
+
+/// A gateway for which time and datagrams are made up, and what the outside knows of it.
+struct World {
+    gateway: Gateway,
+    now: Instant,
+    /// How Telegram will answer.
+    outcome: u8,
+    acted: Vec<Acted>,
+    open: Vec<Open>,
+    /// By peer and path: what has come of a request in blocks, and when the last one came.
+    bodies: HashMap<(SocketAddr, String), (Vec<u8>, Instant)>,
+}
+
+/// A request that was acted on.
+struct Acted {
+    peer: SocketAddr,
+    datagram: Vec<u8>,
+    at: Instant,
+    /// What a duplicate must be answered with.
+    reply: Vec<u8>,
+}
+
+/// A separate CON response without ACK or RST.
+struct Open {
+    peer: SocketAddr,
+    bytes: Vec<u8>,
+    version: Option<u64>,
+    copies: u32,
 }
 
 impl World {
-    /// With a bot token in the configuration, or one bot that was served first, or neither.
-    fn new(token: Option<&str>, bot: Option<&str>) -> World {
-        static GATEWAYS: LazyLock<[Gateway; 2]> =
-            LazyLock::new(|| [Some(TOKEN), None].map(|it| gateway(config(it))));
-        let gateway = &GATEWAYS[usize::from(token.is_none())];
-        *lock(&gateway.exchanges) = Exchanges::new(0);
-        lock(&gateway.state).bot = bot.map(str::to_string);
-        let (acted, working, open, bodies) = Default::default();
+    fn new() -> World {
         World {
-            gateway,
+            gateway: gateway(Some(TOKEN)),
             now: Instant::now(),
-            acted,
-            working,
-            open,
-            bodies,
+            outcome: 0,
+            acted: Vec::new(),
+            open: Vec::new(),
+            bodies: HashMap::new(),
         }
     }
 
-    fn exchanges(&self) -> MutexGuard<'_, Exchanges> {
-        lock(&self.gateway.exchanges)
-    }
-
     fn deliver(&mut self, peer: SocketAddr, bytes: &[u8]) {
-        let event = self.exchanges().receive(self.now, peer, bytes);
-        let message = Datagram::decode(bytes).filter(|it| match (it.kind, it.code >> 5) {
-            (Kind::Con | Kind::Non, 0) => it.code != 0,
-            (Kind::Ack, 2 | 4 | 5) => true,
-            (kind, _) => it.code == 0 && (kind == Kind::Ack || kind == Kind::Rst),
+        let message = Datagram::decode(bytes).filter(|message| match message.kind {
+            Kind::Con | Kind::Non => (1..32).contains(&message.code),
+            Kind::Ack | Kind::Rst => message.code == 0,
         });
-        let reply = match event {
-            coap::Event::Nothing => Vec::new(),
-            coap::Event::Send(reply) => reply,
-            coap::Event::Acknowledged(delivers) => {
-                let open = self.close(peer, message.filter(|it| it.kind == Kind::Ack));
-                return assert_eq!(Some(delivers), open.map(|open| open.2), "an ACK of nothing");
+        let reply = match self.gateway.exchanges.receive(self.now, peer, bytes) {
+            Event::Send(reply) => reply,
+            Event::Acknowledged(version) => {
+                let message = message.filter(|message| message.kind == Kind::Ack);
+                let open = self.close(peer, &message.expect("no ACK, but it counts"));
+                return assert_eq!(Some(version), open.unwrap().version);
             }
-            coap::Event::Refused => {
-                return assert!(
-                    self.close(peer, message.filter(|it| it.kind == Kind::Rst))
-                        .is_some(),
-                    "RST of nothing"
-                );
-            }
-            coap::Event::Request(request) => {
-                assert!(self.known(peer, bytes).is_none(), "a duplicate is acted on");
-                return self.act(
-                    request,
-                    message.expect("a malformed message is a request"),
-                    bytes,
-                );
+            Event::Request(request) => {
+                let message = message.expect("a malformed message is a request");
+                assert_eq!(self.known(peer, bytes), None, "a duplicate is acted on");
+                return self.act(request, message, bytes);
             }
         };
         match message {
             // RFC 7252 §4.2 and §4.3.
-            None => {
-                let confirmable = bytes.len() >= 4 && bytes[0] & 0xf0 == 0x40;
-                let reset = if confirmable {
-                    vec![0x70, 0, bytes[2], bytes[3]]
-                } else {
-                    Vec::new()
-                };
-                assert_eq!(reply, reset, "malformed");
+            None if bytes.len() >= 4 && bytes[0] & 0xf0 == 0x40 => {
+                assert_eq!(reply, [0x70, 0, bytes[2], bytes[3]], "malformed CON");
             }
-            Some(message) if message.kind == Kind::Ack || message.kind == Kind::Rst => {
-                assert!(reply.is_empty(), "an ACK or RST is answered");
-                // Of a response that was given up, perhaps.
-                assert!(
-                    self.close(peer, Some(message))
-                        .is_none_or(|open| open.3 == coap::MAX_RETRANSMIT)
-                );
+            None => assert_eq!(reply, SILENCE, "malformed"),
+            Some(message) if matches!(message.kind, Kind::Ack | Kind::Rst) => {
+                assert_eq!(reply, SILENCE, "an ACK or RST is answered");
+                let open = self.close(peer, &message);
+                let delivered = open.filter(|open| message.kind == Kind::Ack && open.copies < 4);
+                assert!(delivered.is_none_or(|open| open.version.is_none()));
             }
-            Some(message) => match self.known(peer, bytes) {
-                Some(before) => assert_eq!(&reply, before, "another answer for a duplicate"),
-                // RFC 7252 §5.4.1: a NON with an unknown critical option.
-                None => assert!(
-                    message.kind == Kind::Non
-                        && reply.is_empty()
-                        && message.options.iter().any(|it| it.0 % 2 == 1),
-                    "not acted on"
-                ),
-            },
+            Some(_) => assert_eq!(Some(&reply), self.known(peer, bytes), "not acted on"),
         }
     }
 
     /// What a duplicate must be answered with.
     fn known(&self, peer: SocketAddr, bytes: &[u8]) -> Option<&Vec<u8>> {
         let lifetime = Duration::from_secs(if bytes[0] & 0x30 == 0 { 247 } else { 145 });
-        let waits = || {
-            self.working
-                .iter()
-                .any(|(request, message)| request.peer == peer && message.encode() == bytes)
+        let is_same = |acted: &&Acted| {
+            acted.peer == peer && acted.datagram == bytes && self.now - acted.at < lifetime
         };
-        let same = |(other, datagram, at, _): &&(SocketAddr, Vec<u8>, Instant, Vec<u8>)| {
-            *other == peer && datagram == bytes && (self.now - *at < lifetime || waits())
-        };
-        self.acted.iter().rev().find(same).map(|(.., reply)| reply)
+        self.acted.iter().find(is_same).map(|acted| &acted.reply)
     }
 
     fn act(&mut self, mut request: Request, message: Datagram, bytes: &[u8]) {
-        let critical = [3, 7, URI_PATH, 15, 17, BLOCK2, BLOCK1];
-        let unknown = message
-            .options
-            .iter()
-            .find(|(number, _)| number % 2 == 1 && !critical.contains(number));
-        assert!(
-            !format!("{request}").contains(TOKEN),
-            "the token gets into the log"
-        );
         let peer = request.peer;
-        match prepare(self.gateway, &mut request) {
-            Err(response) => {
-                let reply = self.exchanges().reply(&request, response);
-                let code = self.immediate(peer, &message, bytes, &reply);
-                if code == "2.31" {
+        assert!(!request.to_string().contains(TOKEN), "a token for the log");
+        let work = self.gateway.judge(&mut request);
+        let reply = match work {
+            Err(response) | Ok(Work::Reply(response)) => {
+                let exchanges = &mut self.gateway.exchanges;
+                let reply = exchanges.acknowledge(&request, Some(&response));
+                self.check_immediate(&message, &reply);
+                if response.code() == "2.31" {
                     let body = self.body(peer, &message);
-                    assert!(
-                        body.len() <= 8192 && message.option_uint(BLOCK1).unwrap() & 8 != 0,
-                        "a wrong block is kept"
-                    );
-                    self.bodies.push((peer, path(&message), body, self.now));
+                    let key = (peer, path(&message));
+                    self.bodies.insert(key, (body, self.now));
                 }
+                reply
             }
-            Ok(Some(work)) => {
-                assert_eq!(unknown, None, "a critical option is ignored");
+            Ok(work) => {
+                let known = [3, 7, URI_PATH, 15, mote::ACCEPT, BLOCK2, BLOCK1];
+                let is_known = |number: u16| number.is_multiple_of(2) || known.contains(&number);
+                assert!(message.options.iter().all(|option| is_known(option.0)));
                 let body = self.body(peer, &message);
-                assert!(
-                    body == request.payload && body.len() <= 8192,
-                    "a body that was not sent so"
-                );
-                check_work(&self.gateway.config, &work, &body);
-                let ack = self.exchanges().accept(&request);
-                let expected = if message.kind == Kind::Con {
-                    vec![0x60, 0, bytes[2], bytes[3]]
-                } else {
-                    Vec::new()
-                };
-                assert_eq!(ack, expected, "not an empty ACK");
-                self.acted.push((peer, bytes.to_vec(), self.now, ack));
-                self.working.push((request, message));
-                assert!(self.working.len() <= 32, "too many requests in progress");
+                assert!(body == request.packet.payload, "a body that was not sent");
+                check_work(&self.gateway, &work);
+                let reply = self.gateway.exchanges.acknowledge(&request, None);
+                let is_con = message.kind == Kind::Con;
+                let empty = [0x60, 0, bytes[2], bytes[3]];
+                let expected = if is_con { &empty[..] } else { SILENCE };
+                assert_eq!(reply, expected, "not an empty ACK");
+                self.respond(&request, &message);
+                reply
             }
-            Ok(None) => assert_eq!(self.working.len(), 32, "refused although there is room"),
-        }
+        };
+        let is_con = message.kind == Kind::Con;
+        self.acted.push(Acted {
+            peer,
+            datagram: bytes.to_vec(),
+            at: self.now,
+            reply: if is_con { reply } else { Vec::new() },
+        });
     }
 
-    /// The payload of a request, with the blocks before it.
+    /// The body of a request that was taken, with the blocks before it.
     fn body(&mut self, peer: SocketAddr, message: &Datagram) -> Vec<u8> {
-        let Some(block) = message.option_uint(BLOCK1) else {
-            return message.payload.clone();
-        };
-        let (number, size) = ((block >> 4) as usize, 16 << (block & 7));
-        assert!(
-            size <= 1024 && message.payload.len() <= size,
-            "a block that is too large"
-        );
-        assert!(
-            block & 8 == 0 || message.payload.len() == size,
-            "a block that is too small"
-        );
-        let at = self
-            .bodies
-            .iter()
-            .rposition(|(other, resource, ..)| *other == peer && *resource == path(message));
-        let known = at.map(|at| (self.bodies.len() - at, self.bodies.remove(at)));
-        if number == 0 {
-            return message.payload.clone();
-        }
-        let (age, (_, _, body, touched)) = known.expect("a block without its first one is taken");
-        assert!(
-            age <= 64 && self.now - touched < Duration::from_secs(60),
-            "an abandoned body is kept"
-        );
-        assert_eq!(body.len(), number * size, "a gap is overlooked");
-        [body, message.payload.clone()].concat()
-    }
-
-    /// Checks an answer that is given at once; returns its code.
-    fn immediate(
-        &mut self,
-        peer: SocketAddr,
-        request: &Datagram,
-        bytes: &[u8],
-        reply: &[u8],
-    ) -> String {
-        let answer = self.readable(request, reply);
-        assert!(
-            "2.05 2.31 4.00 4.02 4.03 4.04 4.05 4.06 4.08 4.13 4.15 5.05".contains(&answer.code()),
-            "{answer}"
-        );
-        let before = match request.kind {
-            Kind::Con => {
-                assert_eq!(
-                    (answer.kind, answer.id),
-                    (Kind::Ack, request.id),
-                    "not in the ACK"
-                );
-                reply.to_vec()
+        let mut body = Vec::new();
+        if let Some(block) = message.option_uint(BLOCK1) {
+            let (number, size) = (block as usize >> 4, 16 << (block & 7));
+            let length = message.payload.len();
+            assert!(size <= 1024 && length <= size, "a long block");
+            assert!(block & 8 == 0 || length == size, "a short block");
+            let known = self.bodies.remove(&(peer, path(message)));
+            if number > 0 {
+                let (before, at) = known.expect("the first block is missing");
+                assert!(self.now - at < Duration::from_secs(60), "abandoned");
+                assert_eq!(before.len(), number * size, "a gap");
+                body = before;
             }
-            _ => Vec::new(),
-        };
-        self.acted.push((peer, bytes.to_vec(), self.now, before));
-        answer.code()
+        }
+        body.extend(&message.payload);
+        assert!(body.len() <= 17 << 10, "too long");
+        body
     }
 
-    /// What holds for every response.
-    fn readable(&self, request: &Datagram, reply: &[u8]) -> Datagram {
-        let answer = Datagram::decode(reply).expect("a malformed answer");
-        assert_eq!(answer.token, request.token, "{answer}");
-        assert!(matches!(answer.code >> 5, 2 | 4 | 5), "{answer}");
-        if answer.kind != Kind::Ack {
-            assert!(
-                answer.code >> 5 == 2 || answer.payload.is_empty(),
-                "the mote takes it for configuration: {answer}"
-            );
-            assert_eq!(answer.kind, request.kind);
+    /// Checks a response that is sent at once.
+    fn check_immediate(&self, request: &Datagram, reply: &[u8]) {
+        if reply == SILENCE {
+            // RFC 7252 §5.4.1: a bad option in a NON.
+            assert_eq!(request.kind, Kind::Non, "not answered");
+            let numbers = request.options.iter().map(|(number, _)| number);
+            return assert!({ numbers }.any(|number| number % 2 == 1), "not answered");
         }
-        let size = request
-            .option_uint(BLOCK2)
-            .map_or(1 << 16, |block| 16 << (block & 7));
-        assert!(
-            answer.code >> 5 != 2 || answer.payload.len() <= size,
-            "larger than asked for: {answer}"
-        );
-        assert!(
-            !reply
-                .windows(TOKEN.len())
-                .any(|window| window == TOKEN.as_bytes()),
-            "the token is sent"
-        );
-        answer
+        let answer = check_response(request, reply);
+        let codes = "2.05 2.31 4.00 4.02 4.03 4.04 4.05 4.06 4.08 4.13 4.15 5.05";
+        assert!(codes.contains(&answer.code()), "{answer}");
+        if request.kind == Kind::Con {
+            assert_eq!((answer.kind, answer.id), (Kind::Ack, request.id));
+        }
+        if ["2.31", "4.08", "4.13"].contains(&answer.code().as_str()) {
+            let more = if answer.code() == "2.31" { 8 } else { 0 };
+            let block = request.option_uint(BLOCK1).unwrap_or_default() & !8 | more;
+            let block = request.option_value(BLOCK1).map(|_| block);
+            assert_eq!(answer.option_uint(BLOCK1), block, "{answer}");
+        }
     }
 
-    /// The oldest request that waits for Telegram is answered.
-    fn finish(&mut self, outcome: u8) {
-        if self.working.is_empty() {
-            return;
-        }
-        let (request, message) = self.working.remove(0);
-        let tokens = "i5;f1;Ada:1234567890;r2345678901;".repeat(8);
-        let response = match outcome % 4 {
+    /// Telegram has answered.
+    fn respond(&mut self, request: &Request, message: &Datagram) {
+        let mut response = match self.outcome % 4 {
             0 => Response::text(ResponseType::Content, MESSAGES_SENT),
-            1 => Response {
-                delivers: Some(7),
-                ..Response::text(ResponseType::Content, &tokens)
-            },
+            1 => Response::text(ResponseType::Content, "r2345678901;i5;f1;Ada:1234567890"),
             2 => Response::text(ResponseType::Valid, NO_UPDATES),
             _ => Response::error(ResponseType::InternalServerError, TOKEN),
         };
-        let response = response.in_block2(&request);
-        let delivers = response.delivers;
-        let bytes = self
-            .exchanges()
-            .respond(self.now, &request, response, outcome.into());
-        let answer = self.readable(&message, &bytes);
+        let is_state = self.outcome % 4 == 1;
+        response.version = is_state.then_some(self.acted.len() as u64);
+        let exchanges = &mut self.gateway.exchanges;
+        let bytes = exchanges.respond(self.now, request, &response);
+        let answer = check_response(message, &bytes);
         assert_ne!(answer.kind, Kind::Ack, "not separate");
-        let fresh = self
-            .open
-            .iter()
-            .all(|(_, open, ..)| open[2..4] != bytes[2..4]);
-        assert!(fresh, "two responses with message ID {:04x}", answer.id);
         if answer.kind == Kind::Con {
-            self.open.push((request.peer, bytes, delivers, 0));
+            let is_fresh = self.open.iter().all(|open| open.bytes[2..4] != bytes[2..4]);
+            assert!(is_fresh, "another response has message ID {}", answer.id);
+            self.open.push(Open {
+                peer: request.peer,
+                bytes,
+                version: response.version,
+                copies: 0,
+            });
         }
     }
 
     /// The response that an ACK or RST is for.
-    fn close(
-        &mut self,
-        peer: SocketAddr,
-        message: Option<Datagram>,
-    ) -> Option<(SocketAddr, Vec<u8>, Option<u64>, u32)> {
-        let id = message?.id.to_be_bytes();
-        let at = self
-            .open
-            .iter()
-            .position(|(other, bytes, ..)| *other == peer && bytes[2..4] == id)?;
+    fn close(&mut self, peer: SocketAddr, message: &Datagram) -> Option<Open> {
+        let id = message.id.to_be_bytes();
+        let is_own = |open: &Open| open.peer == peer && open.bytes[2..4] == id;
+        let at = self.open.iter().position(is_own)?;
         Some(self.open.remove(at))
     }
 
     fn wait(&mut self, seconds: u8) {
         for _ in 0..seconds {
             self.now += Duration::from_secs(1);
-            let (resend, _) = self.exchanges().due(self.now);
-            for (peer, bytes) in resend {
-                let same =
-                    |open: &&mut (SocketAddr, Vec<u8>, _, _)| open.0 == peer && open.1 == bytes;
-                let open = self
-                    .open
-                    .iter_mut()
-                    .find(same)
-                    .expect("something else is sent again");
-                open.3 += 1;
-                assert!(open.3 <= 4, "sent more often than MAX_RETRANSMIT allows");
+            for (peer, bytes) in self.gateway.exchanges.retransmissions(self.now) {
+                let is_own = |open: &&mut Open| open.peer == peer && open.bytes == bytes;
+                let open = self.open.iter_mut().find(is_own);
+                let open = open.expect("something else is sent again");
+                open.copies += 1;
+                assert!(open.copies <= 4, "sent too often");
             }
+            let due = self.gateway.exchanges.next_due();
+            assert!(due.is_none_or(|due| due > self.now), "overlooked");
         }
     }
 }
 
 fn path(message: &Datagram) -> String {
-    let segments = message
-        .options
-        .iter()
-        .filter(|(number, _)| *number == URI_PATH);
-    segments
-        .map(|(_, value)| format!("/{}", String::from_utf8_lossy(value)))
-        .collect()
+    let segments = message.options.iter();
+    let segments = segments.filter(|(number, _)| *number == URI_PATH);
+    let segments = segments.map(|(_, value)| String::from_utf8_lossy(value).into_owned());
+    segments.collect::<Vec<String>>().join("/")
+}
+
+/// What holds for every response.
+fn check_response(request: &Datagram, bytes: &[u8]) -> Datagram {
+    let answer = Datagram::decode(bytes).expect("a malformed answer");
+    assert_eq!(answer.token, request.token, "{answer}");
+    assert!(matches!(answer.code >> 5, 2 | 4 | 5), "{answer}");
+    if answer.kind != Kind::Ack {
+        let is_silent = answer.code >> 5 == 2 || answer.payload.is_empty();
+        assert!(is_silent, "taken for configuration: {answer}");
+        assert_eq!(answer.kind, request.kind, "{answer}");
+    }
+    assert!(!answer.text().contains(TOKEN), "the token is sent");
+    answer
 }
 
 /// One datagram, and what it is when it comes again.
-fn datagram(bytes: &[u8]) {
-    let mut world = World::new(Some(TOKEN), None);
+fn one_datagram(bytes: &[u8]) {
+    let mut world = World::new();
+    world.outcome = bytes.len() as u8;
     world.deliver(peer(1), bytes);
     world.deliver(peer(1), bytes);
     world.deliver(peer(2), bytes);
-    world.finish(bytes.len() as u8);
-    world.deliver(peer(1), bytes);
+    let (exchanges, nowhere) = (&mut world.gateway.exchanges, ([0; 4], 5683).into());
+    match exchanges.receive(world.now, nowhere, bytes) {
+        Event::Send(reply) => assert_eq!(reply, SILENCE),
+        _ => panic!("from nowhere"),
+    }
 }
 
-/// A script of datagrams, answers from Telegram, and time.
-fn exchanges(mut script: &[u8]) {
-    let mut world = World::new(Some(TOKEN), None);
+/// Datagrams, how Telegram answers, and time.
+fn script_of_datagrams(mut script: &[u8]) {
+    let mut world = World::new();
     let mut last = Vec::new();
     while let [operation, tail @ ..] = script {
-        let (from, argument) = (
-            peer(operation & 15),
-            tail.first().copied().unwrap_or_default(),
-        );
+        let from = peer(operation & 15);
+        let argument = tail.first().copied().unwrap_or_default();
         script = tail;
         match operation >> 4 {
             0..=7 => {
@@ -449,18 +372,12 @@ fn exchanges(mut script: &[u8]) {
             }
             8 => world.deliver(from, &last),
             9 => (0..argument).for_each(|number| world.deliver(peer(number), &last)),
-            10 => world.finish(operation & 15),
-            11 | 12 => {
-                if let Some((peer, bytes, ..)) = world.open.last().cloned() {
-                    world.deliver(
-                        peer,
-                        &[
-                            if operation >> 4 == 11 { 0x60 } else { 0x70 },
-                            0,
-                            bytes[2],
-                            bytes[3],
-                        ],
-                    );
+            10 => world.outcome = operation & 15,
+            kind @ (11 | 12) => {
+                if let Some(open) = world.open.last() {
+                    let first = if kind == 11 { 0x60 } else { 0x70 };
+                    let closing = [first, 0, open.bytes[2], open.bytes[3]];
+                    world.deliver(open.peer, &closing);
                 }
             }
             13 => world.wait(argument),
@@ -471,417 +388,359 @@ fn exchanges(mut script: &[u8]) {
             }
             _ => {}
         }
-        if world.acted.len() > 500 {
-            return; // soon enough that nothing is evicted
+        if world.acted.len() > 200 {
+            return; // before anything is forgotten for want of room
         }
     }
 }
 
-// Forms ---------------------------------------------------------------------------------------------------------------
+// ---------- Forms ----------
 
-fn check_work(config: &Config, work: &Work, payload: &[u8]) {
-    let served = |token: &Secret| match &config.token {
-        Some(own) => own.0 == token.0,
-        None => Secret::token(&token.0).is_some(),
+fn judged(gateway: &mut Gateway, path: &str, payload: &[u8]) -> Result<Work, Response> {
+    let datagram = Datagram::new(Kind::Con, mote::POST, 1).path(path);
+    let datagram = datagram.payload(payload).encode();
+    let exchanges = &mut gateway.exchanges;
+    match exchanges.receive(Instant::now(), peer(1), &datagram) {
+        Event::Request(mut request) => gateway.judge(&mut request),
+        _ => panic!("no request"),
+    }
+}
+
+/// What holds for everything that is carried out.
+fn check_work(gateway: &Gateway, work: &Work) {
+    let (token, message) = match work {
+        Work::Reply(_) => return,
+        Work::Update(token) => (token, None),
+        Work::Message(message) => (&message.token, Some(message)),
     };
-    match work {
-        Work::Repeated(sent) => assert!(*sent && payload.is_empty(), "nothing was repeated"),
-        Work::Update(token) => assert!(served(token)),
-        Work::Message(message) => {
-            let Message { token, chats, text } = message;
-            assert!(
-                served(token) && all_distinct(chats.iter()) && (1..=10).contains(&chats.len()),
-                "{chats:?}"
-            );
-            assert!((1..=4096).contains(&text.chars().count()) && text == trim(text));
-            assert!(
-                String::from_utf8_lossy(payload).contains(text.as_str()),
-                "{text}"
-            );
-            // Said again in the firmware's words, it is the same.
-            let ids: Vec<String> = chats
-                .iter()
-                .map(|id| id.as_str().map_or(id.to_string(), str::to_string))
-                .collect();
-            let payload = mote::form(&config.url, &token.0, &ids.join(","), text);
-            let [url, again, ids, said] = fields(&payload);
-            assert_eq!(
-                (url, again, said),
-                (config.url.as_str(), token.0.as_str(), text.as_str())
-            );
-            assert_eq!(super::chats(ids).ok().as_ref(), Some(chats), "{payload}");
-        }
+    match &gateway.config.token {
+        Some(own) => assert!(own.0 == token.0, "another token"),
+        None => assert!(token.is_bot_token(), "no token"),
+    }
+    if let (None, Some(bot)) = (message, &gateway.state.bot) {
+        assert_eq!(bot, token.bot_id(), "another bot");
+    }
+    if let Some(Message { chats, text, .. }) = message {
+        let distinct: BTreeSet<String> = chats.iter().map(Value::to_string).collect();
+        assert!(distinct.len() == chats.len() && (1..=10).contains(&chats.len()));
+        assert!((1..=4096).contains(&text.chars().count()) && text == trim(text));
     }
 }
 
 fn form(payload: &[u8]) {
-    let post = |path| Datagram::new(Kind::Con, POST, 1).path(path);
-    for (token, pinned) in [(Some(TOKEN), None), (None, None), (None, Some("123456789"))] {
-        let mut world = World::new(token, pinned);
-        world.deliver(peer(1), &post("message").payload(payload).encode());
-        world.deliver(peer(1), &post("update").payload(payload).encode());
-        if let Some((request, _)) = world.working.last()
-            && let (Some(bot), "update") = (pinned, request.path().as_str())
-        {
-            assert!(
-                String::from_utf8_lossy(&request.payload).contains(&format!("{bot}:")),
-                "another bot"
-            );
+    let mut bound = gateway(None);
+    bound.state.bot = Some("123456789".to_string());
+    for mut gateway in [gateway(Some(TOKEN)), gateway(None), bound] {
+        if let Ok(work) = judged(&mut gateway, "update", payload) {
+            check_work(&gateway, &work);
+        }
+        let Ok(work) = judged(&mut gateway, "message", payload) else {
+            continue;
+        };
+        check_work(&gateway, &work);
+        let Work::Message(message) = work else { return };
+        assert!(String::from_utf8_lossy(payload).contains(&message.text));
+        // Said again in the firmware's words, it is the same.
+        let id = |chat: &Value| chat.as_str().map_or(chat.to_string(), str::to_string);
+        let ids: Vec<String> = message.chats.iter().map(id).collect();
+        let again = mote::form(URL, &message.token.0, &ids.join(","), &message.text);
+        match judged(&mut gateway, "message", again.as_bytes()) {
+            Ok(Work::Message(again)) => {
+                assert_eq!((&again.chats, &again.text), (&message.chats, &message.text));
+            }
+            _ => panic!("refused: {again}"),
         }
     }
     // A text may hold anything.
-    let text = String::from_utf8_lossy(payload).into_owned();
-    let whole = [mote::form(URL, TOKEN, "1, ,@a,1", "").as_bytes(), payload].concat();
-    let mut world = World::new(Some(TOKEN), None);
-    world.deliver(peer(1), &post("message").payload(whole).encode());
-    let said = trim(&text);
-    match world.working.first() {
-        Some((request, _)) => {
-            assert_eq!(fields(&String::from_utf8_lossy(&request.payload))[3], said)
-        }
-        None => assert!(
-            said.is_empty() || said.chars().count() > 4096 || payload.len() > 8000,
-            "refused"
-        ),
+    let start = mote::form(URL, MOTE_TOKEN, "1, ,@a,1", "");
+    let whole = [start.as_bytes(), payload].concat();
+    let text = String::from_utf8_lossy(payload);
+    let text = trim(&text);
+    match judged(&mut gateway(Some(TOKEN)), "message", &whole) {
+        Ok(Work::Message(message)) => assert_eq!(message.text, text),
+        _ => assert!(text.is_empty() || text.chars().count() > 4096, "refused"),
     }
 }
 
-// People --------------------------------------------------------------------------------------------------------------
+// ---------- People ----------
 
 /// What holds for every state.
 fn check_state(state: &State) {
-    let names: Vec<&str> = state.users().map(|(_, name)| name).collect();
+    let names: BTreeSet<&String> = state.users.iter().map(|user| &user.name).collect();
+    let ids: BTreeSet<i64> = state.users.iter().map(|user| user.chat).collect();
+    let removed: BTreeSet<i64> = state.removed.iter().copied().collect();
     names.iter().for_each(|name| check_name(name));
-    assert!(names.len() <= 10 && all_distinct(names.iter()), "{names:?}");
-    assert!(state.removals() <= 10 && state.motes.len() <= 64 && state.suspects.len() <= 256);
-    assert!(
-        state
-            .changes
-            .iter()
-            .all(|(sequence, _)| (1..=state.sequence).contains(sequence))
-    );
-    assert!(
-        settings(state)
-            .0
-            .is_none_or(|value| (1..=120).contains(&value))
-    );
-}
-
-/// Interval and feedback.
-fn settings(state: &State) -> (Option<u8>, Option<u8>) {
-    let find = |value: fn(&Change) -> Option<u8>| {
-        state.changes.iter().find_map(|(_, change)| value(change))
-    };
-    let interval = find(|change| {
-        if let Change::Interval(minutes) = change {
-            Some(*minutes)
-        } else {
-            None
-        }
-    });
-    (
-        interval,
-        find(|change| {
-            if let Change::Feedback(on) = change {
-                Some(*on)
-            } else {
-                None
-            }
-        }),
-    )
+    let users = state.users.len();
+    assert!(users <= 10 && names.len() == users && ids.len() == users);
+    assert!(removed.len() == state.removed.len() && removed.len() <= 100);
+    assert!(ids.is_disjoint(&removed) && ids.union(&removed).all(is_private));
+    assert!(matches!(state.interval, None | Some(1..=120)));
+    assert!(matches!(state.feedback, None | Some(0 | 1)));
+    assert!(state.tokens().len() <= firmware::REPLY_MAX, "too long");
 }
 
 fn check_restart(state: &State) {
-    let text = state.to_json();
-    assert_eq!(
-        State::from_json(&text).expect(&text).to_json(),
-        text,
-        "another state after a restart"
-    );
+    let text = serde_json::to_vec_pretty(state).unwrap();
+    let again: State = serde_json::from_slice(&text).expect("not readable");
+    assert!(&again == state, "another state after a restart");
 }
 
 fn check_name(name: &str) {
-    assert!(
-        (1..=14).contains(&name.len()) && name == name.trim(),
-        "{name:?}"
-    );
-    assert!(
-        !name.chars().any(|c| c.is_control() || ";:,&=".contains(c)),
-        "{name:?}"
-    );
-    let digit = |start| {
-        name.strip_prefix(start)
-            .is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()))
+    let fits = (1..=14).contains(&name.len()) && name == name.trim();
+    let is_separator = |c: char| c.is_control() || ";:,&=".contains(c);
+    let is_digit = |c: Option<char>| c.is_some_and(|c| c.is_ascii_digit());
+    let mut chars = name.chars();
+    let is_command = match chars.next() {
+        Some('f') => matches!(chars.next(), Some('0' | '1')),
+        Some('i' | 'r') => is_digit(chars.next()),
+        _ => name == "all" || name.chars().all(|c| is_digit(Some(c))),
     };
-    let misread = name == "all"
-        || name.starts_with("f0")
-        || name.starts_with("f1")
-        || digit('i')
-        || digit('r');
-    assert!(!misread, "{name:?} is misread");
+    assert!(
+        fits && !name.contains(is_separator) && !is_command,
+        "{name:?}"
+    );
 }
 
-/// What a mote keeps of what it is told.
-#[derive(Clone, Debug, Default, PartialEq)]
-struct Heard {
-    interval: Option<u8>,
-    feedback: Option<u8>,
-    users: BTreeMap<i64, String>,
+/// Telegram, the motes, and the gateway between them.
+struct Town {
+    state: State,
+    people: People,
+    motes: Motes,
+    now: Instant,
+    residents: [Resident; 3],
 }
 
-impl Heard {
-    fn take(&mut self, token: &str) {
-        if let Some((name, id)) = token.split_once(':') {
-            check_name(name);
-            assert!(id.len() <= 11, "{token}");
-            self.users.insert(id.parse().unwrap(), name.to_string());
+/// A mote, and what it has acknowledged.
+struct Resident {
+    peer: SocketAddr,
+    ids: MessageIds,
+    firmware: Firmware,
+    /// Tokens, and when.
+    acknowledged: Option<(String, Instant)>,
+    /// Whether what it was told last told it everything, see `is_enough`.
+    is_right: bool,
+}
+
+impl Town {
+    fn new() -> Town {
+        Town {
+            state: State {
+                ignore_commands_before: Some(START),
+                ..State::default()
+            },
+            people: People::default(),
+            motes: Motes::default(),
+            now: Instant::now(),
+            residents: [1, 2, 3].map(|number| Resident {
+                peer: peer(number),
+                ids: MessageIds::new(number.into()),
+                firmware: Firmware::default(),
+                acknowledged: None,
+                is_right: true,
+            }),
+        }
+    }
+
+    /// `fate`: 0, the reply is lost; 1, its ACK is lost; 2, the mote restarts first; else nothing.
+    fn poll(&mut self, number: u8, fate: u8) {
+        let (mote, fate) = (&mut self.residents[usize::from(number) % 3], fate % 4);
+        if fate == 2 {
+            mote.firmware.reboot();
+            mote.ids.restart();
+            (mote.acknowledged, mote.is_right) = (None, true);
+        }
+        self.motes.note_request(mote.peer, mote.ids.next());
+        let tokens = self.state.tokens();
+        let version = self.motes.offer(&tokens);
+        if tokens.is_empty() || self.motes.has_acknowledged(mote.peer, version, self.now) {
+            if !tokens.is_empty() {
+                let (told, at) = mote.acknowledged.as_ref().expect("told nothing");
+                assert_eq!(told, &tokens, "a mote that missed something");
+                assert!(self.now < *at + Duration::from_secs(3600), "for too long");
+            }
+            let is_right = mote.firmware.knows() == all_of(&self.state);
+            return assert!(is_right || !mote.is_right, "a mote that is wrong");
+        }
+        if fate == 0 {
             return;
         }
-        match token.split_at(1) {
-            ("i", minutes) => self.interval = Some(minutes.parse().unwrap()),
-            ("f", on @ ("0" | "1")) => self.feedback = on.parse().ok(),
-            ("r", id) if id.len() <= 11 => drop(self.users.remove(&id.parse().unwrap())),
-            _ => panic!("no token: {token}"),
+        mote.is_right = is_enough(&self.state, &tokens, &mote.firmware);
+        mote.firmware.take(&tokens);
+        if mote.is_right {
+            assert_eq!(mote.firmware.knows(), all_of(&self.state), "told {tokens}");
+        }
+        if fate != 1 {
+            self.motes.acknowledge(mote.peer, version, self.now);
+            mote.acknowledged = Some((tokens, self.now));
         }
     }
 
-    fn poll(&mut self, state: &mut State, mote: IpAddr, limit: usize) -> (Option<u64>, usize) {
-        let (reply, last, left) = state.tokens_for(mote, limit);
-        assert!(
-            reply.len() <= limit && reply.is_empty() == last.is_none(),
-            "{reply}"
-        );
-        reply
-            .split(';')
-            .filter(|token| !token.is_empty())
-            .for_each(|token| self.take(token));
-        (last, left)
-    }
+    /// `who` says who in which chat, and whether it was before the gateway was there.
+    fn write(&mut self, who: u8, name: &str, text: &str) {
+        let chat = match who % 16 {
+            0 => 99_999_999_999,
+            1 => 100_000_000_000,
+            2 => -7,
+            _ => i64::from(who),
+        };
+        let (before, is_old) = (self.state.clone(), who >= 0x80);
+        let suspect = self.people.suspects.get(&chat);
+        let is_locked = suspect.is_some_and(|suspect| suspect.locked_until.is_some());
+        self.state.offset = 0;
+        let update = update(chat, name, text, if is_old { 0 } else { START });
+        self.people.take(&update, &mut self.state, &password());
+        assert_eq!(self.state.offset, 2);
+        assert!(self.people.suspects.len() <= 256);
+        let words: Vec<&str> = text.split_whitespace().collect();
+        let lower: Vec<String> = words.iter().map(|word| word.to_lowercase()).collect();
+        let first = lower.first().map_or("", String::as_str);
+        let is_config = ["config", "/config"].contains(&first);
+        self.check_answer(is_private(&chat).then_some(chat), is_config);
 
-    /// Polls until it knows everything, but for removals that were forgotten before it heard of them.
-    fn catch_up(&mut self, state: &mut State, mote: IpAddr, forgotten: bool) {
-        for _ in 0..4 {
-            match self.poll(state, mote, 302) {
-                (Some(last), _) => state.acknowledge(mote, last),
-                (None, left) => {
-                    assert_eq!(left, 0, "a token that fits nowhere");
-                    break;
-                }
+        let mut expected = (before.interval, before.feedback);
+        let is_heard = is_private(&chat) && !is_old && !is_locked;
+        if is_heard && is_config && words.len() == 4 && words[1] == PASSWORD {
+            let digits = Some(words[3]).filter(|text| text.bytes().all(|b| b.is_ascii_digit()));
+            let value = digits.and_then(|digits| digits.parse::<u8>().ok());
+            match (words[2].to_ascii_lowercase().as_str(), value) {
+                ("interval", Some(1..=120)) => expected.0 = value,
+                ("feedback", Some(0 | 1)) => expected.1 = value,
+                _ => {}
             }
         }
-        let names = state
-            .users()
-            .filter(|(id, _)| (1..=99_999_999_999).contains(id));
-        let users: BTreeMap<i64, String> = names.map(|(id, name)| (id, name.to_string())).collect();
-        if forgotten {
-            self.users.retain(|id, _| users.contains_key(id));
+        let state = &self.state;
+        assert_eq!((state.interval, state.feedback), expected, "{text:?}");
+        let is_user = state.users.iter().any(|user| user.chat == chat);
+        if !is_private(&chat) {
+            assert!(state.users == before.users, "it cannot register");
+        } else if lower == ["remove", "me"] && !is_old {
+            assert!(!is_user && state.removed.last() == Some(&chat));
+        } else {
+            assert!(is_user || before.users.len() == 10, "not registered");
         }
-        let (interval, feedback) = settings(state);
-        let all = Heard {
-            interval: interval.or(self.interval),
-            feedback: feedback.or(self.feedback),
-            users,
-        };
-        assert_eq!(*self, all, "a mote that missed something");
+    }
+
+    /// Nobody is told anything but the one who wrote.
+    fn check_answer(&mut self, chat: Option<i64>, is_config: bool) {
+        let answers = mem::take(&mut self.people.answers);
+        assert!(answers.keys().all(|told| Some(*told) == chat));
+        let is_deleted = answers.values().any(|answer| answer.deleted == [1]);
+        assert_eq!(is_deleted, chat.is_some() && is_config);
+        let mut texts = answers.values().flat_map(|answer| &answer.texts);
+        assert!(!texts.any(|text| text.contains(PASSWORD)), "it is said");
     }
 }
 
-/// A script of lines. `?`: a mote polls. Else somebody writes: one byte for who, the name, a tab, the text.
-fn people(script: &[u8]) {
-    let config = config(Some(TOKEN));
-    let mut state = State {
-        started: NOW - 1000,
-        ..State::default()
-    };
-    let mut motes: [Heard; 3] = Default::default();
-    let (mut now, mut forgotten) = (NOW, false);
-    for (number, line) in (1..).zip(script.split(|byte| *byte == b'\n')) {
+/// Bot API, `Update`: somebody writes to the bot.
+pub(super) fn update(chat: i64, name: &str, text: &str, date: u64) -> Value {
+    let chat = json!({"id": chat, "type": "private", "first_name": name});
+    let message = json!({"message_id": 1, "date": date, "chat": chat, "text": text});
+    json!({"update_id": 1, "message": message})
+}
+
+pub(super) fn password() -> Option<Secret> {
+    Some(Secret(PASSWORD.to_string()))
+}
+
+/// As `Firmware::knows` says it.
+fn all_of(state: &State) -> String {
+    let name = |user: &User| format!("{}:{}", user.name, user.chat);
+    let mut users: Vec<String> = state.users.iter().map(name).collect();
+    users.sort();
+    let mut all = Vec::new();
+    all.extend(state.interval.map(|minutes| format!("i{minutes}")));
+    all.extend(state.feedback.map(|on| format!("f{on}")));
+    all.extend(users);
+    all.join(";")
+}
+
+/// Whether a mote knows everything after these tokens. It does not if there was no room to tell it of
+/// all who are gone; or if a user has the name that it knows for another one, who comes later: it
+/// finds users by name or id, whichever slot comes first.
+fn is_enough(state: &State, tokens: &str, firmware: &Firmware) -> bool {
+    let mut ids = BTreeSet::new();
+    firmware.users().iter().all(|user| {
+        let (name, id) = user.rsplit_once(':').unwrap();
+        let has_id = |user: &User| user.chat.to_string() == id;
+        let is_gone = tokens.split(';').any(|token| token == format!("r{id}"));
+        let place = state.users.iter().position(has_id);
+        let namesake = state.users.iter().position(|user| user.name == name);
+        let is_late = place.is_some() && namesake.is_some_and(|namesake| Some(namesake) < place);
+        ids.insert(id.to_string()) && (is_gone || place.is_some() && !is_late)
+    })
+}
+
+/// Lines. `?`: a mote polls. `!`: a chat refuses. Empty: ten minutes pass. Else somebody writes: one
+/// byte for who, the name, a tab, the text.
+fn script_of_people(script: &[u8]) {
+    let mut town = Town::new();
+    for line in script.split(|byte| *byte == b'\n') {
         match line {
-            [] => now += 600,
+            [] => town.now += Duration::from_secs(600),
             [b'?', options @ ..] => {
-                let option = |at: usize| usize::from(options.get(at).copied().unwrap_or_default());
-                let (mote, heard) = (peer(option(0) as u8 % 3).ip(), &mut motes[option(0) % 3]);
-                let listed: Vec<Value> = heard.users.keys().map(|id| json!(id)).collect();
-                assert!(
-                    !state.notice_restart(mote, &listed),
-                    "a mote that did not restart"
-                );
-                match option(1) % 4 {
-                    0 => drop(heard.poll(&mut state, mote, 16 << (option(2) % 5))), // and the ACK is lost
-                    1 if state.notice_restart(mote, &[]) => *heard = Heard::default(),
-                    1 => {}
-                    _ => {
-                        if let (Some(last), _) =
-                            heard.poll(&mut state, mote, 302.min(16 << (option(2) % 6)))
-                        {
-                            state.acknowledge(mote, last);
-                        }
-                    }
-                }
+                let option = |at: usize| options.get(at).copied().unwrap_or_default();
+                town.poll(option(0), option(1));
             }
+            [b'!', who, ..] => drop(town.state.remove(i64::from(who % 16) + 1)),
             [who, line @ ..] => {
                 let line = String::from_utf8_lossy(line);
                 let (name, text) = line.split_once('\t').unwrap_or(("Ada", &line));
-                somebody_writes(&mut state, &config, number, *who, name, text, now);
+                town.write(*who, name, text);
             }
         }
-        check_state(&state);
-        forgotten |= state.removals() == 10;
+        check_state(&town.state);
     }
-    check_restart(&state);
-    for (number, heard) in (0..).zip(&mut motes) {
-        heard.catch_up(&mut state, peer(number).ip(), forgotten);
-    }
+    check_restart(&town.state);
+    town.now += Duration::from_secs(3600);
+    (0..3).for_each(|number| town.poll(number, 3));
+    (0..3).for_each(|number| town.poll(number, 3));
 }
 
-fn somebody_writes(
-    state: &mut State,
-    config: &Config,
-    number: i64,
-    who: u8,
-    name: &str,
-    text: &str,
-    now: u64,
-) {
-    let chat = [1, 99_999_999_999, 100_000_000_000, -7]
-        .get(usize::from(who % 16))
-        .copied()
-        .unwrap_or(who.into());
-    let private = (1..=99_999_999_999).contains(&chat);
-    let old = who >= 0x80;
-    let date = if old { 0 } else { now };
-    let update = json!({"update_id": number, "message": {"message_id": 77, "date": date, "text": text,
-        "chat": {"id": chat, "type": "private", "first_name": name}}});
-    let (before_settings, users) = (settings(state), state.users().count());
-    let listed = |state: &State| {
-        let change = state
-            .changes
-            .iter()
-            .find(|(_, change)| change.key() == (2, chat));
-        change.map(|(_, change)| matches!(change, Change::User(..)))
-    };
-    let before = listed(state);
-    let locked = state
-        .suspects
-        .iter()
-        .any(|(id, _, until)| *id == chat && *until > now);
-    handle_update(state, &update, config, now);
-
-    assert_eq!(state.offset, number + 1);
-    let answer = state.answers.pop();
-    assert_eq!(
-        answer.as_ref().map(|answer| answer.chat),
-        private.then_some(chat),
-        "an answer to somebody else"
-    );
-    let answer = answer.unwrap_or_default();
-    assert!(
-        !answer.text.unwrap_or_default().contains(PASSWORD),
-        "the password is said"
-    );
-    let words: Vec<String> = text.split_whitespace().map(str::to_string).collect();
-    let lower: Vec<String> = words.iter().map(|word| word.to_ascii_lowercase()).collect();
-    let is_config = lower
-        .first()
-        .is_some_and(|word| word == "config" || word == "/config");
-    assert_eq!(
-        answer.delete.is_some(),
-        private && is_config && words.len() > 1,
-        "a password stays in the chat"
-    );
-
-    let (interval, feedback) = settings(state);
-    let allowed =
-        is_config && private && !old && !locked && words.len() == 4 && words[1] == PASSWORD;
-    let value = words
-        .get(3)
-        .filter(|value| allowed && value.bytes().all(|byte| byte.is_ascii_digit()));
-    let value: Option<u8> = value.and_then(|value| value.parse().ok());
-    match (lower.get(2).map(String::as_str), value) {
-        (Some("interval"), Some(minutes @ 1..=120)) => assert_eq!(interval, Some(minutes)),
-        (Some("feedback"), Some(on @ 0..=1)) => assert_eq!(feedback, Some(on)),
-        _ => assert_eq!(settings(state), before_settings, "changed by {text:?}"),
-    }
-    let entry = listed(state);
-    match (private, lower.as_slice() == ["remove", "me"] && !old) {
-        (false, _) => assert_eq!(entry, before, "a chat that the firmware cannot hold"),
-        (true, true) => assert_eq!(entry, Some(false), "not removed"),
-        (true, false) => assert!(entry == Some(true) || users == 10, "not registered"),
-    }
-}
+// ---------- What is read ----------
 
 /// The body of an answer of the Bot API; the first byte chooses the status.
-fn answer(input: &[u8]) {
+fn answer_of_telegram(input: &[u8]) {
     let Some((status, body)) = input.split_first() else {
         return;
     };
     let status = [200, 200, 200, 400, 401, 403, 429, 502][usize::from(status % 8)];
-    let json: Option<Value> = serde_json::from_slice(body).ok();
-    let result = match Failure::or_result(status, body) {
+    let json: Value = serde_json::from_slice(body).unwrap_or_default();
+    let result = match read_answer(status, body) {
         Ok(result) => result,
         Err(failure) => {
-            assert!(
-                !(status == 200 && json.is_some_and(|json| json["ok"] == true)),
-                "a success is a failure"
-            );
-            assert!(
-                failure
-                    .retry_after
-                    .is_none_or(|pause| failure.code == Some(429) && pause.as_secs() < 60)
-            );
-            return;
+            assert!(status != 200 || json["ok"] != true, "a success");
+            assert!(failure.code.is_none() || json["ok"] == false);
+            return assert!(failure.retry_in.is_none() || failure.code == Some(429));
         }
     };
-    let json = json.expect("a success that is no JSON");
-    assert!(
-        status == 200 && json["ok"] == true && json["result"] == result,
-        "no success: {status} {json}"
-    );
-    let config = config(Some(TOKEN));
-    let mut state = State {
-        offset: -1,
-        ..State::default()
-    };
-    for update in result.as_array().into_iter().flatten() {
-        let offset = update["update_id"]
-            .as_i64()
-            .map_or(state.offset, |id| id.saturating_add(1));
-        handle_update(&mut state, update, &config, NOW);
-        assert_eq!(
-            state.offset, offset,
-            "an update that blocks the ones behind it"
-        );
+    assert!(status == 200 && json["ok"] == true && json["result"] == result);
+    let (mut state, mut people) = (State::default(), People::default());
+    let updates = result.as_array().into_iter().flatten();
+    for update in updates {
+        let id = update["update_id"].as_i64();
+        let offset = id.map_or(state.offset, |id| id.saturating_add(1));
+        people.take(update, &mut state, &password());
+        assert_eq!(state.offset, offset, "it blocks those behind it");
         check_state(&state);
     }
     check_restart(&state);
-    assert!(state.answers.len() <= result.as_array().map_or(0, Vec::len));
-    Heard::default().catch_up(&mut state, peer(1).ip(), false);
 }
 
-/// `state.json`: what is accepted is a state like any other, and the gateway goes on with it.
-fn saved(text: &[u8]) {
-    let Some(mut state) = str::from_utf8(text).ok().and_then(State::from_json) else {
+/// `state.json`: the gateway goes on with whatever it accepts.
+fn saved_state(text: &[u8]) {
+    let Ok(mut state) = serde_json::from_slice::<State>(text) else {
         return;
     };
-    check_state(&state);
     check_restart(&state);
-    state.motes.truncate(63);
-    let mote = "2001:db8::1".parse().unwrap();
-    state.motes.retain(|(address, _)| *address != mote);
-    let mut heard = Heard::default();
-    heard.catch_up(&mut state, mote, true);
-    let config = config(Some(TOKEN));
-    for (who, text) in (4..16).zip(
-        ["hi", "remove me", "config geheim interval 7"]
-            .into_iter()
-            .cycle(),
-    ) {
-        state.started = 0;
-        somebody_writes(&mut state, &config, 5, who, "Ada", text, NOW);
-        check_state(&state);
+    let mut people = People::default();
+    for who in 4..16 {
+        for text in ["hi", "remove me", "config geheim interval 7", "hi"] {
+            people.take(&update(who, "Ada", text, START), &mut state, &password());
+            state.tokens();
+        }
     }
+    assert_eq!(state.interval, Some(7));
     check_restart(&state);
-    heard.catch_up(&mut state, mote, true);
 }
 
 /// Names, one a line, all of them taken.
@@ -889,29 +748,47 @@ fn names(text: &[u8]) {
     let text = String::from_utf8_lossy(text);
     let mut taken: Vec<String> = Vec::new();
     for line in text.split('\n').take(20) {
-        let name = wire_name(line, &taken.iter().map(String::as_str).collect::<Vec<_>>());
+        let others: Vec<&str> = taken.iter().map(String::as_str).collect();
+        let name = wire_name(line, &others);
         check_name(&name);
-        assert!(!taken.contains(&name), "{name} is not unique");
-        assert_eq!(wire_name(&name, &[]), name, "another name after a restart");
+        assert!(!taken.contains(&name), "{name} is taken");
+        assert_eq!(wire_name(&name, &[]), name, "another name the next time");
         taken.push(name);
     }
 }
 
-/// What `send` makes of a datagram.
-fn client(bytes: &[u8]) {
-    let request = coap::encode_request("message", b"a", 0x0102_0304_0506_0708);
-    let same_id = bytes.get(2..4) == Some(&[7, 8]);
-    match coap::decode_response(bytes, &request) {
-        None => {}
-        Some((code, ..)) if code == "0.00" => assert!(same_id),
-        Some((_, _, acknowledgement)) => {
-            assert_eq!(bytes[4..8], request[4..8], "the answer to another request");
-            let ack = if bytes[0] & 0x30 == 0 {
-                vec![0x60, 0, bytes[2], bytes[3]]
-            } else {
-                Vec::new()
-            };
-            assert_eq!(acknowledgement, ack);
-        }
+/// `config.ini`, and the same as `.env`.
+fn settings(content: &[u8]) {
+    if String::from_utf8_lossy(content).contains("SSL_CERT_FILE") {
+        return; // it names a file that is read
     }
+    for is_ini in [true, false] {
+        let (config, fault) = config_of(content, is_ini);
+        if !fault.is_empty() {
+            let line: usize = fault.split(':').nth(1).unwrap().parse().expect(&fault);
+            let lines = content.split(|byte| *byte == b'\n').count();
+            assert!((1..=lines).contains(&line), "{fault}");
+        }
+        let is_word = |secret: &Secret| !secret.0.is_empty() && !secret.0.contains(' ');
+        assert!(config.token.is_none_or(|token| token.is_bot_token()));
+        assert!(config.mote_token.is_none_or(|word| is_word(&word)));
+        assert!(config.password.is_some_and(|word| is_word(&word)));
+        assert!(is_https_url(&config.url));
+    }
+}
+
+/// What a file sets, and what is wrong with it, as in `:3: no section yet`.
+pub(super) fn config_of(content: &[u8], is_ini: bool) -> (Config, String) {
+    static FILES: AtomicU64 = AtomicU64::new(0);
+    let number = FILES.fetch_add(1, Relaxed);
+    let name = format!("coap_websocket-unit-{}-{number}", process::id());
+    let path = env::temp_dir().join(name);
+    fs::write(&path, content).unwrap();
+    let mut config = config(None);
+    let result = read_settings(&path, &mut config, is_ini);
+    fs::remove_file(&path).unwrap();
+    let fault = result.err().unwrap_or_default();
+    let place = path.display().to_string();
+    assert!(fault.is_empty() || fault.starts_with(&place), "{fault}");
+    (config, fault.replace(&place, ""))
 }
