@@ -38,33 +38,6 @@ fn has_line(text: &str, words: &[&str]) -> bool {
         .any(|line| words.iter().all(|word| line.contains(word)))
 }
 
-/// Runs a test of this program again as root in a network and a mount namespace of its own; true if it is that run.
-fn in_namespaces(test: &str) -> bool {
-    let run = |program: &str, arguments: &[&str]| {
-        let mut command = Command::new(program);
-        let output = command.args(arguments).env("IN_NAMESPACES", test).output();
-        let output = output.unwrap_or_else(|error| panic!("{program}: {error}"));
-        println!("{}", String::from_utf8_lossy(&output.stdout));
-        eprintln!("{}", String::from_utf8_lossy(&output.stderr));
-        output.status.success()
-    };
-    if env::var_os("IN_NAMESPACES").is_some() {
-        assert!(run("ip", &["link", "set", "lo", "up"]), "ip of iproute2");
-        return true;
-    }
-    let this = env::current_exe().unwrap().display().to_string();
-    let mut arguments = vec!["--net", "--mount"];
-    if !run("unshare", &["--net", "true"]) {
-        arguments.push("--map-root-user");
-    }
-    arguments.extend(["--", &this, "--exact", test]);
-    assert!(
-        run("unshare", &arguments),
-        "failed in namespaces of its own; where these cannot be made: cargo test -- --skip {test}"
-    );
-    false
-}
-
 fn mount(arguments: &[&str]) {
     let status = Command::new("mount").args(arguments).status();
     assert!(status.unwrap().success(), "mount {arguments:?}");
@@ -958,8 +931,9 @@ fn an_address_that_appears() {
         .args(["address", "add", "2001:db8::1234/128", "dev", "lo"])
         .status();
     assert!(status.unwrap().success());
+    gateway.wait_for_log("serves CoAP"); // a socket that is made sooner keeps a route from before
     let mote = Mote::at("2001:db8::1234", gateway.address());
-    assert!(within(PATIENCE, || mote.ping(Duration::from_millis(100))));
+    assert!(mote.ping(PATIENCE));
     mote.post_separate("message", message(&api, "5", "x"))
         .expect("2.05", SENT);
 }

@@ -9,7 +9,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering::Relaxed};
 use std::time::{Duration, Instant};
-use std::{env, fs, thread};
+use std::{fs, thread};
 
 use support::*;
 
@@ -96,7 +96,7 @@ impl World {
             let motes: Vec<_> = (0..MOTES)
                 .map(|number| scope.spawn(move || self.go_on_asking(number, stop)))
                 .collect();
-            thread::sleep(Duration::from_secs(2));
+            thread::sleep(Duration::from_secs(1));
             begin();
             thread::sleep(span.outage);
             end();
@@ -230,33 +230,15 @@ const REFUSED: u16 = 5;
 /// No response at all.
 const SILENT: u16 = u16::MAX;
 
-/// Runs the named test of this program once more, as root in a network namespace and a mount namespace of its own, where
-/// the only name server is 127.0.0.1. True if this is that run already.
-fn in_namespaces(test: &str) -> bool {
-    const MARK: &str = "IN_NAMESPACES";
-    if env::var_os(MARK).is_some() {
-        return true;
-    }
-    let directory = TempDir::new();
-    fs::write(directory.join("resolv.conf"), "nameserver 127.0.0.1\n").unwrap();
-    let script = r#"ip link set lo up && mount --bind "$1" /etc/resolv.conf &&
-        exec "$2" --exact "$3" --include-ignored --nocapture"#;
-    let run = Command::new("unshare")
-        .args(["--net", "--mount", "sh", "-c", script, "sh"])
-        .arg(directory.join("resolv.conf"))
-        .arg(env::current_exe().unwrap())
-        .arg(test)
-        .env(MARK, "1")
-        .output()
-        .expect("unshare (Debian: util-linux)");
-    print!("{}", String::from_utf8_lossy(&run.stdout));
-    eprint!("{}", String::from_utf8_lossy(&run.stderr));
-    assert!(run.status.success(), "see above; it needs root");
-    false
-}
-
-/// A name server that knows one address for every name. What it answers can be changed; it ends with the process.
+/// A name server that knows one address for every name, in namespaces of this test's own. What it answers can be
+/// changed; it ends with the process.
 fn start_name_server(response_code: u16) -> Arc<AtomicU16> {
+    let directory = TempDir::new();
+    let resolv_conf = directory.join("resolv.conf");
+    fs::write(&resolv_conf, "nameserver 127.0.0.1\n").unwrap();
+    let mut mount = Command::new("mount");
+    mount.arg("--bind").arg(resolv_conf).arg("/etc/resolv.conf");
+    assert!(mount.status().unwrap().success());
     let socket = UdpSocket::bind("127.0.0.1:53").unwrap();
     let code = Arc::new(AtomicU16::new(response_code));
     let shared = Arc::clone(&code);
@@ -303,7 +285,7 @@ fn world_by_name(response_code: u16) -> (World, Arc<AtomicU16>) {
 
 /// The gateway keeps the addresses that it has found.
 #[test]
-#[ignore = "takes minutes, see above; needs root"]
+#[ignore = "takes minutes, see above"]
 fn minutes_without_dns() {
     if !in_namespaces("minutes_without_dns") {
         return;
@@ -328,13 +310,13 @@ fn starts_without_dns(test: &str, response_code: u16) {
 }
 
 #[test]
-#[ignore = "takes minutes, see above; needs root"]
+#[ignore = "takes minutes, see above"]
 fn starts_with_a_silent_name_server() {
     starts_without_dns("starts_with_a_silent_name_server", SILENT);
 }
 
 #[test]
-#[ignore = "takes minutes, see above; needs root"]
+#[ignore = "takes minutes, see above"]
 fn starts_with_a_refusing_name_server() {
     starts_without_dns("starts_with_a_refusing_name_server", REFUSED);
 }

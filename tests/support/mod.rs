@@ -119,6 +119,33 @@ pub fn in_parallel<Case: Sync>(cases: &[(&str, Case)], check: impl Fn(&Case) + S
     assert!(failed.is_empty(), "failed cases: {failed:?}");
 }
 
+/// Runs a test of this program again as root in a network and a mount namespace of its own; true if it is that run.
+pub fn in_namespaces(test: &str) -> bool {
+    let run = |program: &str, arguments: &[&str]| {
+        let mut command = process::Command::new(program);
+        let output = command.args(arguments).env("IN_NAMESPACES", test).output();
+        let output = output.unwrap_or_else(|error| panic!("{program}: {error}"));
+        println!("{}", String::from_utf8_lossy(&output.stdout));
+        eprintln!("{}", String::from_utf8_lossy(&output.stderr));
+        output.status.success()
+    };
+    if env::var_os("IN_NAMESPACES").is_some() {
+        assert!(run("ip", &["link", "set", "lo", "up"]), "ip of iproute2");
+        return true;
+    }
+    let this = env::current_exe().unwrap().display().to_string();
+    let mut arguments = vec!["--net", "--mount"];
+    if !run("unshare", &["--net", "true"]) {
+        arguments.push("--map-root-user");
+    }
+    arguments.extend(["--", &this, "--include-ignored", "--exact", test]);
+    assert!(
+        run("unshare", &arguments),
+        "failed in namespaces of its own; where these cannot be made: cargo test -- --skip {test}"
+    );
+    false
+}
+
 /// A stand-in and a gateway that uses it, as most tests need them.
 pub fn start() -> (BotApi, Gateway) {
     let api = BotApi::start();
