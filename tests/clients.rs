@@ -286,7 +286,7 @@ fn aiocoap_is_told_what_is_wrong() {
         ),
         (
             json!({"payload": too_large, "block": 64}),
-            json!(["4.13", "At most 17408 bytes"]),
+            json!(["4.13", "At most 17 KiB"]),
         ),
         (
             json!({"options": [[CONTENT_FORMAT, json]]}),
