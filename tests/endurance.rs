@@ -256,7 +256,8 @@ impl People {
         GUESTS.for_each(|chat| self.remove(api, chat));
         GUESTS.for_each(|chat| self.register(api, chat));
         self.set(api, RESIDENTS.start, "feedback", 0);
-        self.set(api, RESIDENTS.start, "interval", 120);
+        let minutes = 100 + self.random.below(21);
+        self.set(api, RESIDENTS.start, "interval", minutes);
     }
 
     fn somebody_writes(&mut self, api: &BotApi) {
