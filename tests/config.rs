@@ -19,15 +19,6 @@ const NOTHING: &str = "No Updates";
 const ADA: i64 = 1_234_567_890;
 const ADA_TOKEN: &str = "Ada:1234567890";
 
-/// A gateway that has made its first fetch, so that it does nothing by itself for 15 s.
-fn start_with(api: &BotApi, setup: Setup) -> Gateway {
-    api.push_update(json!({})); // an empty page would count for the polls of 3 s
-    let gateway = Gateway::with(setup);
-    api.wait_for("the first fetch", |seen| seen.count("getUpdates") > 0);
-    assert!(Mote::new(gateway.address()).ping(PATIENCE));
-    gateway
-}
-
 /// A token that looks right and that no stand-in knows.
 fn other_token() -> String {
     TOKEN.replace('a', "b")
@@ -134,7 +125,7 @@ fn mote_token() {
     for word in ["sesame-open", &longest] {
         let mut setup = config(word);
         setup.secrets.push(word.to_string());
-        let gateway = start_with(&api, setup);
+        let gateway = start_fresh_with(&api, setup);
         let mote = Mote::new(gateway.address());
         for token in [word, TOKEN] {
             mote.post_separate("message", form(&api.url(), token, "5", "x"))
@@ -195,7 +186,7 @@ fn ip_family() {
     for (family, code) in [("any", "2.05"), ("ipv6", "2.05"), ("ipv4", "5.00")] {
         let config =
             format!("[telegram]\nbot_token = {TOKEN}\nurl = {url}\nip_family = {family}\n");
-        let gateway = start_with(&api, Setup::new(&api).config(&config));
+        let gateway = start_fresh_with(&api, Setup::new(&api).config(&config));
         let mote = Mote::new(gateway.address());
         mote.post_separate("message", form(&url, TOKEN, "5", family))
             .expect_code(code);
@@ -207,7 +198,7 @@ fn ip_family() {
 #[test]
 fn environment_files() {
     let ada_writes = |setup: Setup, api: &BotApi, password: &str| {
-        let gateway = start_with(api, setup);
+        let gateway = start_fresh_with(api, setup);
         api.person_writes(ADA, "Ada", &format!("config {password} interval 77"));
         let tokens = poll(&Mote::new(gateway.address()), api);
         assert_eq!(tokens, format!("i77;{ADA_TOKEN}"), "{password:?}");
@@ -297,7 +288,7 @@ fn directories() {
     ] {
         fs::write(credentials.join(name), text.unwrap()).unwrap();
     }
-    let gateway = start_with(&api, setup);
+    let gateway = start_fresh_with(&api, setup);
     let mote = Mote::new(gateway.address());
     api.person_writes(ADA, "Ada", &format!("config {PASSWORD} interval 5"));
     assert_eq!(poll(&mote, &api), format!("i5;{ADA_TOKEN}"));
@@ -339,7 +330,7 @@ fn installed() {
     }
     fs::write("/etc/coap_websocket/config.ini", &config).unwrap();
     fs::write("/etc/coap_websocket/.env", dotenv).unwrap();
-    let gateway = start_with(&api, setup.clone());
+    let gateway = start_fresh_with(&api, setup.clone());
     api.person_writes(ADA, "Ada", &format!("config {PASSWORD} interval 5"));
     let told = poll(&Mote::new(gateway.address()), &api);
     assert_eq!(told, format!("i5;{ADA_TOKEN}"));
@@ -504,7 +495,7 @@ fn from_the_unspecified_address() {
         return;
     }
     let api = BotApi::start();
-    let gateway = start_with(&api, Setup::new(&api));
+    let gateway = start_fresh_with(&api, Setup::new(&api));
     let mote = Mote::new(gateway.address());
     let request = mote.post("message", message(&api, "5", "x"));
     let send = |port: u16| {
@@ -571,7 +562,7 @@ fn arguments() {
 #[test]
 fn check() {
     let api = BotApi::start();
-    let gateway = start_with(&api, Setup::new(&api));
+    let gateway = start_fresh_with(&api, Setup::new(&api));
     let mote = Mote::new(gateway.address());
     api.person_writes(ADA, "Ada", "hi");
     assert_eq!(poll(&mote, &api), ADA_TOKEN);
@@ -805,7 +796,7 @@ fn assert_disk_is_spoilt(later: bool, spoil: impl Fn(&Path), mend: impl Fn(&Path
 #[test]
 fn a_slow_disk() {
     let api = BotApi::start();
-    let gateway = start_with(&api, Setup::new(&api));
+    let gateway = start_fresh_with(&api, Setup::new(&api));
     let mote = Mote::new(gateway.address());
     let pipe = gateway.directory().join("state.json.new");
     let made = Command::new("mkfifo").arg(&pipe).status();
@@ -852,7 +843,7 @@ fn notifications_to_systemd() {
     let setup = Setup::new(&api)
         .env("NOTIFY_SOCKET", format!("@{name}"))
         .env("WATCHDOG_USEC", 2_000_000);
-    let gateway = start_with(&api, setup);
+    let gateway = start_fresh_with(&api, setup);
     let limit = Duration::from_secs(5);
     let told = notifications(&socket, limit, |all| {
         all.contains("READY=1") && all.contains("STATUS=") && all.contains("WATCHDOG=1")

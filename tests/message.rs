@@ -13,14 +13,6 @@ const MISSING: &str = "Missing required fields";
 /// Every request is answered within 9 s, whatever Telegram does; the rest is the machine's.
 const LIMIT: Duration = Duration::from_millis(9200);
 
-/// A stand-in and a gateway that has made its first fetch, so that it does nothing by itself for 15 s.
-fn start() -> (BotApi, Gateway) {
-    let (api, gateway) = support::start();
-    api.wait_for("the first fetch", |seen| seen.count("getUpdates") > 0);
-    assert!(Mote::new(gateway.address()).ping(PATIENCE));
-    (api, gateway)
-}
-
 /// The log's lines that tell of something wrong, that of a request answered 5.00 included.
 fn warnings(gateway: &Gateway) -> Vec<String> {
     // What belongs to a request is done when the next datagram is answered.
@@ -130,7 +122,7 @@ const INCOMPLETE: [&str; 16] = [
 
 #[test]
 fn forms() {
-    let (api, gateway) = start();
+    let (api, gateway) = start_idle();
     let full = |form: &str| form.replace("{U}", &api.url()).replace("{T}", TOKEN);
     let mote = Mote::new(gateway.address());
     for (form, chats, text) in FORMS {
@@ -174,7 +166,7 @@ fn forms() {
 /// Invalid UTF-8 is replaced in the text, and makes any other field wrong.
 #[test]
 fn invalid_utf8() {
-    let (api, gateway) = start();
+    let (api, gateway) = start_idle();
     let mote = Mote::new(gateway.address());
     let payload = [message(&api, "5", "25 ").as_bytes(), b"\xb0C"].concat();
     mote.post_separate("message", payload).expect("2.05", SENT);
@@ -187,7 +179,7 @@ fn invalid_utf8() {
 /// Row 24: the mote never chooses where the gateway connects to, nor for which bot.
 #[test]
 fn other_urls_and_tokens() {
-    let (api, gateway) = start();
+    let (api, gateway) = start_idle();
     let other = BotApi::start();
     let mote = Mote::new(gateway.address());
     let known = api.seen().calls.len();
@@ -221,7 +213,7 @@ fn other_urls_and_tokens() {
 /// What Telegram is asked: the chat and the text as it is, without any formatting.
 #[test]
 fn the_call() {
-    let (api, gateway) = start();
+    let (api, gateway) = start_idle();
     Mote::new(gateway.address())
         .post_separate("message", message(&api, "5", "<b>*x*</b>"))
         .expect("2.05", SENT);
@@ -254,7 +246,7 @@ fn assert_trips(api: &BotApi, mote: &Mote, name: &str, chats: &str, trips: u32) 
 /// With open connections a message costs one round trip to however many chats, without them three.
 #[test]
 fn round_trips() {
-    let (api, gateway) = start();
+    let (api, gateway) = start_idle();
     let mote = Mote::new(gateway.address());
     assert_trips(&api, &mote, "the first one", "1", 1);
     assert_trips(&api, &mote, "three chats, cold", THREE, 3);
@@ -275,7 +267,7 @@ fn round_trips_after_silence() {
         ("ten", (TEN, 3)),
     ];
     in_parallel(&cases, |(chats, trips)| {
-        let (api, gateway) = start();
+        let (api, gateway) = start_idle();
         let mote = Mote::new(gateway.address());
         mote.post_separate("message", message(&api, TEN, "before"))
             .expect("2.05", SENT);
@@ -286,7 +278,7 @@ fn round_trips_after_silence() {
 
 #[test]
 fn some_chats_refused() {
-    let (api, gateway) = start();
+    let (api, gateway) = start_idle();
     let mote = Mote::new(gateway.address());
     api.unknown_chat(404_404);
     mote.post_separate("message", message(&api, "5,404404", "x"))
@@ -359,7 +351,7 @@ fn chats_that_refuse() {
 /// A group that has become a supergroup: the log says its new id.
 #[test]
 fn a_group_that_migrated() {
-    let (api, gateway) = start();
+    let (api, gateway) = start_idle();
     let body = json!({"ok": false, "error_code": 400,
         "description": "Bad Request: group chat was upgraded to a supergroup chat",
         "parameters": {"migrate_to_chat_id": -1_001_234_567_890_i64}});
@@ -558,7 +550,7 @@ const FAILURES: &[(&str, Failure)] = &[
 /// Row 26: one message, what Telegram does, and what the log says about it.
 fn failures() {
     in_parallel(FAILURES, |(break_it, calls, words)| {
-        let (api, gateway) = start();
+        let (api, gateway) = start_idle();
         break_it(&api);
         let mote = Mote::new(gateway.address());
         let start = Instant::now();
@@ -702,7 +694,7 @@ const HUGE: &[(&str, usize, &str)] = &[
 /// HTTP as nobody should speak it: the named answer, one line in the log, and the next request is served.
 #[test]
 fn http_oddities() {
-    let (api, gateway) = start();
+    let (api, gateway) = start_idle();
     let other = BotApi::start();
     let elsewhere = format!("{}{TOKEN}/sendMessage", other.url());
     let huge = HUGE.iter().map(|(shape, times, code)| {
@@ -755,7 +747,7 @@ fn retries() {
         }),
     ];
     in_parallel(&cases, |break_it| {
-        let (api, gateway) = start();
+        let (api, gateway) = start_idle();
         break_it(&api);
         let mote = Mote::new(gateway.address());
         for text in ["first", "second"] {
@@ -780,7 +772,7 @@ fn one_chat_of_three_fails() {
         ),
     ];
     in_parallel(&cases, |(fault, word)| {
-        let (api, gateway) = start();
+        let (api, gateway) = start_idle();
         api.fail(every("sendMessage").to(6666), fault.clone());
         let start = Instant::now();
         Mote::new(gateway.address())
@@ -799,7 +791,7 @@ fn one_chat_of_three_fails() {
 /// Telegram goes away and comes back; the gateway needs no help.
 #[test]
 fn an_outage() {
-    let (api, gateway) = start();
+    let (api, gateway) = start_idle();
     let mote = Mote::new(gateway.address());
     let send = |text: &str| {
         mote.post_separate("message", message(&api, "5", text))
@@ -816,7 +808,7 @@ fn an_outage() {
 /// What finished requests leave behind: no thread, no connection beyond those kept for the next one.
 #[test]
 fn nothing_is_left_behind() {
-    let (api, gateway) = start();
+    let (api, gateway) = start_idle();
     let mote = Mote::new(gateway.address());
     let idle = gateway.threads();
     for number in 0..200 {

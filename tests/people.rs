@@ -14,29 +14,6 @@ const ADA: i64 = 1_234_567_890;
 const BOB: i64 = 2_345_678_901;
 const ADA_TOKEN: &str = "Ada:1234567890";
 
-/// A stand-in and a gateway that has made its first fetch, so that it does nothing by itself for 15 s.
-fn start() -> (BotApi, Gateway) {
-    let api = BotApi::start();
-    let gateway = start_with(&api, Setup::new(&api));
-    (api, gateway)
-}
-
-fn start_with(api: &BotApi, setup: Setup) -> Gateway {
-    api.push_update(json!({})); // see `fresh_poll`
-    let gateway = Gateway::with(setup);
-    api.wait_for("the first fetch", |seen| seen.count("getUpdates") > 0);
-    assert!(Mote::new(gateway.address()).ping(PATIENCE));
-    gateway
-}
-
-/// A poll for which Telegram is asked. After an empty page it would not be for 3 s, so there is always an update that
-/// means nothing.
-#[track_caller]
-fn fresh_poll(mote: &Mote, api: &BotApi) -> String {
-    api.push_update(json!({}));
-    poll(mote, api)
-}
-
 /// Waits for the answer to what a chat wrote: the texts after the first `known` ones.
 #[track_caller]
 fn answers(api: &BotApi, chat: i64, known: usize) -> Vec<String> {
@@ -57,7 +34,7 @@ fn ada_writes(api: &BotApi, mote: &Mote, text: &str) -> (String, String) {
 
 /// A stand-in, a gateway and a mote, with Ada registered and the mote told so.
 fn with_ada() -> (BotApi, Gateway, Mote) {
-    let (api, gateway) = start();
+    let (api, gateway) = start_fresh();
     let mote = Mote::new(gateway.address());
     assert_eq!(ada_writes(&api, &mote, "hi").0, ADA_TOKEN);
     (api, gateway, mote)
@@ -67,7 +44,7 @@ fn with_ada() -> (BotApi, Gateway, Mote) {
 
 #[test]
 fn a_new_user_is_greeted() {
-    let (api, gateway) = start();
+    let (api, gateway) = start_fresh();
     let mote = Mote::new(gateway.address());
     let sticker = json!({"sticker": {"file_id": "x"}});
     api.person_writes(ADA, "Ada", "hello?");
@@ -104,7 +81,7 @@ fn help() {
 
 #[test]
 fn ten_users() {
-    let (api, gateway) = start();
+    let (api, gateway) = start_fresh();
     let mote = Mote::new(gateway.address());
     let writes = |number: i64, text: &str| {
         api.person_writes(1_000_000_000 + number, &format!("User{number}"), text)
@@ -135,7 +112,7 @@ fn ten_users() {
 /// Only private chats, with ids that the firmware has room for. The others are logged: so one finds a group's id.
 #[test]
 fn who_cannot_register() {
-    let (api, gateway) = start();
+    let (api, gateway) = start_fresh();
     let mote = Mote::new(gateway.address());
     let groups = [
         (-4_444_444_i64, "group"),
@@ -195,7 +172,7 @@ const NAMES: [(&str, &str); 4] = [
 #[test]
 fn names() {
     in_parallel(&NAMES, |names| {
-        let (api, gateway) = start();
+        let (api, gateway) = start_fresh();
         let mote = Mote::new(gateway.address());
         for (number, name) in names.split('|').enumerate() {
             api.person_writes(1_000_000_000 + number as i64, name, "hi");
@@ -217,7 +194,7 @@ fn names() {
 
 #[test]
 fn good_names_stay_as_they_are() {
-    let (api, gateway) = start();
+    let (api, gateway) = start_fresh();
     let names = "Ada|Jean-Luc|Zoë|r|i|f|Rita|f2a|Anna Maria|1234567890123a";
     let mut expected = Vec::new();
     for (number, name) in names.split('|').enumerate() {
@@ -383,7 +360,7 @@ fn without_a_password() {
     let api = BotApi::start();
     let mut setup = Setup::new(&api);
     setup.dotenv = None;
-    let gateway = start_with(&api, setup);
+    let gateway = start_fresh_with(&api, setup);
     let log = gateway.log();
     let warned = |line: &str| line.contains("[WARN]") && line.contains("PASSWORD");
     assert!(log.lines().any(warned), "{log}");
@@ -434,7 +411,7 @@ fn passwords_are_deleted() {
 /// One answer for each chat and fetch: its different texts joined, however much one person writes.
 #[test]
 fn answers_are_joined() {
-    let (api, gateway) = start();
+    let (api, gateway) = start_fresh();
     let mote = Mote::new(gateway.address());
     api.person_writes(ADA, "Ada", "hi");
     api.person_writes(ADA, "Ada", &format!("config {PASSWORD} interval 5"));
@@ -491,7 +468,7 @@ fn old_commands() {
 /// Whatever people and motes write: each line of the log is one of the gateway's own records, also on the console.
 #[test]
 fn nobody_forges_the_log() {
-    let (api, gateway) = start();
+    let (api, gateway) = start_fresh();
     let mote = Mote::new(gateway.address());
     let forged =
         "x\n2026-01-31 12:00:00 [INFO] forged\r\nINFO forged\u{1b}[31mforged\u{2028}forged\0";

@@ -17,29 +17,6 @@ const BOB: i64 = 2_345_678_901;
 const ADA_TOKEN: &str = "Ada:1234567890";
 const BOTH: &str = "Ada:1234567890;Bob:2345678901";
 
-/// A gateway that has made its first fetch, so that it does nothing by itself for 15 s.
-fn start_with(api: &BotApi, setup: Setup) -> Gateway {
-    api.push_update(json!({})); // see `fresh_poll`
-    let gateway = Gateway::with(setup);
-    api.wait_for("the first fetch", |seen| seen.count("getUpdates") > 0);
-    assert!(Mote::new(gateway.address()).ping(PATIENCE));
-    gateway
-}
-
-fn start() -> (BotApi, Gateway) {
-    let api = BotApi::start();
-    let gateway = start_with(&api, Setup::new(&api));
-    (api, gateway)
-}
-
-/// A poll for which Telegram is asked. After an empty page it would not be for 3 s, so there is always an update that
-/// means nothing.
-#[track_caller]
-fn fresh_poll(mote: &Mote, api: &BotApi) -> String {
-    api.push_update(json!({}));
-    poll(mote, api)
-}
-
 /// Ends the gateway at once and starts it again. The update is for Telegram, which holds a fetch like the one before it.
 fn restart(api: &BotApi, gateway: &mut Gateway) {
     api.push_update(json!({}));
@@ -72,7 +49,7 @@ fn all_that_takes_seconds() {
 
 #[test]
 fn the_example_of_the_contract() {
-    let (api, gateway) = start();
+    let (api, gateway) = start_fresh();
     let mote = Mote::new(gateway.address());
     api.person_writes(BOB, "Bob", &config("interval 5"));
     api.person_writes(ADA, "Ada", "hello");
@@ -83,7 +60,7 @@ fn the_example_of_the_contract() {
 
 /// What Ada or Bob writes, and the whole state that the mote is told then; nothing if it knows that already.
 fn everything_or_nothing() {
-    let (api, gateway) = start();
+    let (api, gateway) = start_fresh();
     let mote = Mote::new(gateway.address());
     let ada = |text: &str| api.person_writes(ADA, "Ada", text);
     let mut told = Vec::new();
@@ -116,7 +93,7 @@ fn everything_or_nothing() {
 
 #[test]
 fn missing_fields() {
-    let (api, gateway) = start();
+    let (api, gateway) = start_fresh();
     let mote = Mote::new(gateway.address());
     let url = api.url();
     let known = api.seen().calls.len();
@@ -140,7 +117,7 @@ fn missing_fields() {
 #[test]
 fn offered_until_acknowledged() {
     let api = BotApi::start();
-    let mut gateway = start_with(&api, Setup::new(&api));
+    let mut gateway = start_fresh_with(&api, Setup::new(&api));
     let mote = Mote::new(gateway.address());
     api.person_writes(ADA, "Ada", &config("interval 5"));
     let state = "i5;Ada:1234567890";
@@ -174,7 +151,7 @@ fn offered_until_acknowledged() {
 /// What changes after the reply was sent is not acknowledged with it.
 #[test]
 fn an_ack_covers_what_was_in_the_reply() {
-    let (api, gateway) = start();
+    let (api, gateway) = start_fresh();
     let mote = Mote::new(gateway.address());
     let ask = |expected: &str| {
         let request = mote.post("update", update(&api));
@@ -239,7 +216,7 @@ fn killed_at_any_moment() {
 #[test]
 fn several_motes() {
     let api = BotApi::start();
-    let gateway = start_with(&api, Setup::ipv4(&api));
+    let gateway = start_fresh_with(&api, Setup::ipv4(&api));
     let mote = |number: u8| Mote::at(&format!("127.0.0.{number}"), gateway.address());
     let (one, two, three) = (mote(2), mote(3), mote(4));
     api.person_writes(ADA, "Ada", "hi");
@@ -260,7 +237,7 @@ fn several_motes() {
 #[test]
 fn many_motes() {
     let api = BotApi::start();
-    let gateway = start_with(&api, Setup::ipv4(&api));
+    let gateway = start_fresh_with(&api, Setup::ipv4(&api));
     let mote = |number: usize| Mote::at(&format!("127.0.1.{number}"), gateway.address());
     api.person_writes(ADA, "Ada", "hi");
     for number in 1..=64 {
@@ -277,7 +254,7 @@ fn many_motes() {
 #[test]
 fn restarted_mote() {
     let api = BotApi::start();
-    let gateway = start_with(&api, Setup::ipv4(&api));
+    let gateway = start_fresh_with(&api, Setup::ipv4(&api));
     let mote = Mote::at("127.0.0.2", gateway.address());
     let other = Mote::at("127.0.0.3", gateway.address());
     api.person_writes(ADA, "Ada", "hi");
@@ -328,7 +305,7 @@ fn restarted_mote() {
 /// Ten users with the longest names, both settings: always all of it; of the removals the latest that still fit.
 #[test]
 fn long_replies() {
-    let (api, gateway) = start();
+    let (api, gateway) = start_fresh();
     let mote = Mote::new(gateway.address());
     for number in 0..30_i64 {
         api.person_writes(20_000_000_000 + number, "Stranger", "remove me");
@@ -361,7 +338,7 @@ fn long_replies() {
 #[test]
 fn many_removals() {
     let api = BotApi::start();
-    let mut gateway = start_with(&api, Setup::new(&api));
+    let mut gateway = start_fresh_with(&api, Setup::new(&api));
     let mote = Mote::new(gateway.address());
     for number in 0..101 {
         api.person_writes(1_000_000_000 + number, "Stranger", "remove me");
@@ -381,7 +358,7 @@ fn many_removals() {
 
 #[test]
 fn how_updates_are_fetched() {
-    let (api, gateway) = start();
+    let (api, gateway) = start_fresh();
     let mote = Mote::new(gateway.address());
     let long = "x".repeat(4000); // a page of 400 KiB
     for number in 0..250 {
@@ -410,7 +387,7 @@ fn how_updates_are_fetched() {
 #[test]
 fn progress_is_saved_first() {
     let api = BotApi::start();
-    let mut gateway = start_with(&api, Setup::new(&api));
+    let mut gateway = start_fresh_with(&api, Setup::new(&api));
     api.fail(every("sendMessage"), Fault::Hang);
     api.person_writes(ADA, "Ada", &config("interval 5"));
     let mote = Mote::new(gateway.address());
@@ -433,7 +410,7 @@ fn progress_is_saved_first() {
 /// Updates that mean nothing to the gateway, or that are not what the documentation says.
 #[test]
 fn odd_updates() {
-    let (api, gateway) = start();
+    let (api, gateway) = start_fresh();
     let chat = json!({"id": ADA, "type": "private", "first_name": "Ada"});
     let from = json!({"id": ADA, "is_bot": false, "first_name": "Ada"});
     let whole =
@@ -474,7 +451,7 @@ fn odd_updates() {
 /// After a quiet week Telegram counts on from any number, also from a lower one.
 #[test]
 fn renumbered_updates() {
-    let (api, gateway) = start();
+    let (api, gateway) = start_fresh();
     let mote = Mote::new(gateway.address());
     api.person_writes(ADA, "Ada", "hi");
     assert_eq!(poll(&mote, &api), ADA_TOKEN);
@@ -492,7 +469,7 @@ fn renumbered_updates() {
 #[test]
 fn twelve_motes_at_once() {
     let api = BotApi::start();
-    let gateway = start_with(&api, Setup::ipv4(&api));
+    let gateway = start_fresh_with(&api, Setup::ipv4(&api));
     let motes: Vec<Mote> = (0..12)
         .map(|number| Mote::at(&format!("127.0.0.{}", number + 2), gateway.address()))
         .collect();
@@ -568,7 +545,7 @@ const FAILURES: &[(&str, (Break, &str))] = &[
 /// The mote learns it by the code alone, and nothing is lost.
 fn telegram_fails() {
     in_parallel(FAILURES, |(break_it, word)| {
-        let (api, gateway) = start();
+        let (api, gateway) = start_fresh();
         let mote = Mote::new(gateway.address());
         break_it(&api);
         api.person_writes(ADA, "Ada", &config("interval 5"));
@@ -591,7 +568,7 @@ fn telegram_fails() {
 
 /// Row 25: each request is answered within 9 s of its ACK. The others wait in the socket, and their repeats do nothing.
 fn a_hanging_telegram() {
-    let (api, gateway) = start();
+    let (api, gateway) = start_fresh();
     api.fail(every(""), Fault::Hang);
     let (first, second) = (Mote::new(gateway.address()), Mote::new(gateway.address()));
     let poll = first.post("update", update(&api));
@@ -663,7 +640,7 @@ fn answers_that_fail() {
         ("late", (Fault::Late(Duration::from_secs(1)), "registered")),
     ];
     in_parallel(&cases, |(fault, word)| {
-        let (api, gateway) = start();
+        let (api, gateway) = start_fresh();
         let mote = Mote::new(gateway.address());
         api.fail(every("sendMessage"), fault.clone());
         api.person_writes(ADA, "Ada", "hi");
@@ -682,7 +659,7 @@ fn answers_that_fail() {
 #[test]
 #[ignore = "takes a minute: cargo test --test update -- --ignored"]
 fn the_end_of_a_hang_is_noticed_within_a_minute() {
-    let (api, gateway) = start();
+    let (api, gateway) = start_fresh();
     api.fail(every(""), Fault::Hang);
     let mote = Mote::new(gateway.address());
     mote.post_separate("update", update(&api))
@@ -709,7 +686,7 @@ fn files(gateway: &Gateway) -> Vec<String> {
 #[test]
 fn the_state_file() {
     let api = BotApi::start();
-    let mut gateway = start_with(&api, Setup::new(&api));
+    let mut gateway = start_fresh_with(&api, Setup::new(&api));
     let mote = Mote::new(gateway.address());
     api.person_writes(ADA, "Ada", &config("interval 5"));
     api.person_writes(BOB, "Bob", "remove me");
@@ -749,7 +726,7 @@ const FORMER: &str = r#"{"bot":123456789,"changes":[[1,"interval"],[2,{"user":12
 /// A damaged state is set aside, with an error in the log, and the gateway serves, also the next time.
 fn damaged_state_files() {
     let good = {
-        let (api, gateway) = start();
+        let (api, gateway) = start_fresh();
         api.person_writes(ADA, "Ada", &config("interval 5"));
         poll(&Mote::new(gateway.address()), &api);
         gateway.state()
@@ -789,7 +766,7 @@ fn damaged_state_files() {
 #[test]
 fn tampered_state_files() {
     let good: Value = {
-        let (api, gateway) = start();
+        let (api, gateway) = start_fresh();
         api.person_writes(ADA, "Ada", &config("interval 5"));
         poll(&Mote::new(gateway.address()), &api);
         serde_json::from_str(&gateway.state()).unwrap()

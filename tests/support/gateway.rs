@@ -266,15 +266,6 @@ impl Gateway {
             Some(child.unwrap_or_else(|error| panic!("start {}: {error}", binary().display())));
     }
 
-    /// Gives the gateway time to write down the last acknowledgement, which it does after the fact.
-    pub fn settle(&self) {
-        assert!(
-            Mote::new(self.address()).ping(PATIENCE),
-            "what came before the ping is received now"
-        );
-        thread::sleep(Duration::from_millis(500));
-    }
-
     /// Ends the gateway at once, in the middle of whatever it does.
     pub fn kill9(&mut self) {
         if let Some(mut child) = self.child.take() {

@@ -21,6 +21,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use std::{env, fs, process, thread};
 
+use serde_json::json;
+
 pub use bot_api::{
     BotApi, BotApiOptions, Call, ConnectionFault, Fault, Seen, Sent, When, every, next,
 };
@@ -151,6 +153,41 @@ pub fn start() -> (BotApi, Gateway) {
     let api = BotApi::start();
     let gateway = Gateway::start(&api);
     (api, gateway)
+}
+
+/// The gateway has made its first fetch, so it does nothing by itself for 15 s.
+pub fn await_first_fetch(api: &BotApi, gateway: &Gateway) {
+    api.wait_for("the first fetch", |seen| seen.count("getUpdates") > 0);
+    assert!(Mote::new(gateway.address()).ping(PATIENCE));
+}
+
+/// As [`start`], after the first fetch. It found nothing, which counts for the polls of 3 s.
+pub fn start_idle() -> (BotApi, Gateway) {
+    let (api, gateway) = start();
+    await_first_fetch(&api, &gateway);
+    (api, gateway)
+}
+
+/// As [`start_idle`], but that the next poll asks Telegram, for the first fetch found something.
+pub fn start_fresh() -> (BotApi, Gateway) {
+    let api = BotApi::start();
+    let gateway = start_fresh_with(&api, Setup::new(&api));
+    (api, gateway)
+}
+
+pub fn start_fresh_with(api: &BotApi, setup: Setup) -> Gateway {
+    api.push_update(json!({}));
+    let gateway = Gateway::with(setup);
+    await_first_fetch(api, &gateway);
+    gateway
+}
+
+/// A poll for which Telegram is asked. After an empty page it would not be for 3 s, so there is always an update that
+/// means nothing.
+#[track_caller]
+pub fn fresh_poll(mote: &Mote, api: &BotApi) -> String {
+    api.push_update(json!({}));
+    poll(mote, api)
 }
 
 /// The payload of POST /message as the firmware writes it.
