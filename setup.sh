@@ -96,9 +96,8 @@ clear_stage() {
 # ---- put on ----------------------------------------------------------------------------------------------------
 
 put_on() {
-    local given_token=${BOT_TOKEN:-} given_password=${PASSWORD:-} token='' password=''
-    unset BOT_TOKEN PASSWORD  # not for our children
-    local here config new_address=$address
+    local here config token='' password='' new_address=$address
+    export -n BOT_TOKEN PASSWORD  # not for our children
     here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
     prepare_unit_and_binary
     choose_address
@@ -109,18 +108,18 @@ put_on() {
 
     keep_what_is_there
     [ -d "$etc" ] || mkdir -m 755 "$etc"
-    place binary "$binary" 755
-    place unit "$unit" 644
-    place config.ini "$etc/config.ini" 600
-    place env "$etc/.env" 600
+    place binary "$binary"
+    place unit "$unit"
+    place config.ini "$etc/config.ini"
+    place env "$etc/.env"
     [ ! -e "$stage/firmware.ini" ] || place_in_firmware
     if [ "$old_address $old_interface" != "$address $interface" ]; then
         drop_address "$old_address" "$old_interface"
         echo "$address $interface" >"$stage/address"
         mv "$stage/address" "$kept/address"
     fi
-    place_rc_local
-    [ ! -e "$stage/connection" ] || place connection "$connection" 600
+    place rc.local "$rc_local"
+    [ ! -e "$stage/connection" ] || place connection "$connection"
     add_address
     start
 }
@@ -129,15 +128,14 @@ prepare_unit_and_binary() {
     local source=$here/coap_websocket said
     [ -f "$here/coap_websocket.service" ] ||
         die "coap_websocket.service is not beside setup.sh: copy the whole folder, then run it there"
-    cp "$here/coap_websocket.service" "$stage/unit"
+    install -m 644 "$here/coap_websocket.service" "$stage/unit"
 
     [ -f "$source" ] || source=$here/target/release/coap_websocket
     [ -f "$source" ] || die 'no coap_websocket beside setup.sh: see "Get the binary" in README.md'
     # Not uname -m: it names the kernel, which may be a 64-bit one under a 32-bit system.
     [ "$(machine_of "$source")" = "$(machine_of /bin/sh)" ] ||
         die "$source is no program for this system ($(dpkg --print-architecture)): see \"Get the binary\" in README.md"
-    cp "$source" "$stage/binary"
-    chmod 700 "$stage/binary"
+    install -m 755 "$source" "$stage/binary"
     said=$(timeout 10 "$stage/binary" --version 2>&1 </dev/null) ||
         die "$source does not run here (${said##*$'\n'}): see \"Get the binary\" in README.md"
 }
@@ -155,21 +153,22 @@ choose_address() {
 }
 
 prepare_rc_local() {
-    local shebang='#!/bin/sh' rest=1
-    local ours="sleep 1$mark"$'\n'"ip -6 addr add $address dev $interface || true$mark"
-    if [ ! -e "$rc_local" ]; then
-        printf '%s\n' "$shebang" "$ours" 'exit 0' >"$stage/rc.local"
-        return
-    fi
-    { [ -f "$rc_local" ] && [ "$(tr -d '\0' <"$rc_local" | wc -c)" = "$(wc -c <"$rc_local")" ]; } ||
+    local was=$stage/rc.local.was shebang='#!/bin/sh' rest=1
+    if [ -e "$rc_local" ]; then cp -aT "$rc_local" "$was"; else printf '%s\n' "$shebang" 'exit 0' >"$was"; fi
+    { [ -f "$was" ] && ! LC_ALL=C grep -aqP '\0' "$was"; } ||
         die "$rc_local is not a text file: move it away, then run this again"
-    if [ "$(head -c 2 "$rc_local")" = '#!' ]; then shebang=$(head -n 1 "$rc_local") rest=2; fi
+    if [ "$(head -c 2 "$was")" = '#!' ]; then shebang=$(head -n 1 "$was") rest=2; fi
     [[ $shebang =~ ^'#!'\ *(/usr)?/bin/(env\ +)?(ba|da)?sh(\ .*)?$ ]] ||
         die "$rc_local is not a shell script: move it away, then run this again"
-    # Right behind the shebang they run, whatever exit comes later.
-    printf '%s\n' "$shebang" >"$stage/rc.local"
-    adds_address "$address" "$interface" || printf '%s\n' "$ours" >>"$stage/rc.local"
-    tail -n "+$rest" "$rc_local" | sed "/$mark\$/d" >>"$stage/rc.local"
+    [ -x "$was" ] || chmod 755 "$was"  # else it never runs
+    cp -a "$was" "$stage/rc.local"
+    {
+        echo "$shebang"
+        # Right behind the shebang they run, whatever exit comes later.
+        adds_address "$address" "$interface" ||
+            printf '%s\n' "sleep 1$mark" "ip -6 addr add $address dev $interface || true$mark"
+        tail -n "+$rest" "$was" | sed "/$mark\$/d"
+    } >"$stage/rc.local"
 }
 
 # Does a line that is not ours add this address? It would fail after ours, and end a script that runs under -e.
@@ -187,20 +186,18 @@ prepare_connection() {
 # ---- put on: config.ini and .env -------------------------------------------------------------------------------
 
 prepare_settings() {
-    local src=$here/../src offer
-    ask token "bot token" "$token_file" "$given_token" "$(value_of "$etc/config.ini" bot_token)" \
+    local src=$here/../src offer listen=''
+    ask token "bot token" "$token_file" "${BOT_TOKEN:-}" "$(value_of "$etc/config.ini" bot_token)" \
         "$(value_of "$src/config.ini" bot_token)" "as BotFather shows it: digits, a colon and 35 letters"
     with_value "$etc/config.ini" bot_token "$token" >"$stage/config.ini"
 
     offer=$(value_of "$src/.env" PASSWORD)
-    ask password password "$password_file" "$given_password" "$(value_of "$etc/.env" PASSWORD)" \
+    ask password password "$password_file" "${PASSWORD:-}" "$(value_of "$etc/.env" PASSWORD)" \
         "${offer:-$(value_of "$here/.env" PASSWORD)}" "8 characters or more, no white space, no quote in front"
-    with_value "$etc/.env" PASSWORD "$password" >"$stage/env"
+    with_value "$etc/.env" PASSWORD "$password" >"$stage/env.password"
     # What somebody wrote there by hand (:: for every interface) stays until another address is asked for.
-    if [ -n "$new_address" ] || [ -z "$(value_of "$stage/env" COAP_SERVER_IP)" ]; then
-        with_value "$stage/env" COAP_SERVER_IP "${address%/*}" >"$stage/env.listen"
-        mv "$stage/env.listen" "$stage/env"
-    fi
+    [ -n "$new_address" ] || listen=$(value_of "$etc/.env" COAP_SERVER_IP)
+    with_value "$stage/env.password" COAP_SERVER_IP "${listen:-${address%/*}}" >"$stage/env"
 }
 
 # Where the script stands in the firmware's repository. A config.ini that somebody else made there is theirs.
@@ -212,6 +209,7 @@ prepare_firmware() {
     [ -e "$source" ] || source=$config.template
     word=$(value_of "$stage/config.ini" mote_token)  # what motes present instead of the real one
     with_value "$source" bot_token "${word:-$token}" >"$stage/firmware.ini"
+    chown --reference="$source" "$stage/firmware.ini"
 }
 
 is_token() { [[ $1 =~ ^[0-9]+:[A-Za-z0-9_-]{30,}$ ]]; }
@@ -221,63 +219,53 @@ is_password() { [ ${#1} -ge 8 ] && [[ ! $1 =~ [[:space:][:cntrl:]] && $1 != [\'\
 # gave, else from what is installed, else from the terminal, where Enter takes the offer.
 ask() {
     local -n answer=$1
-    local name=$2 file=$3 given=$4 installed=$5 offer=$6 rule=$7 hidden=''
+    local name=$2 file=$3 given=$4 installed=$5 offer=$6 rule=$7 hidden='' wrong=''
     if [ "$file" = - ]; then
         given='' installed='' offer=''
     elif [ -n "$file" ]; then
         given=$(head -n 1 "$file" 2>/dev/null | tr -d '\r')
         [ -n "$given" ] || die "cannot read the $name from $file: write it there as the first line, then run this again"
     fi
-    answer=${given:-$installed}
-    if "is_$1" "$answer"; then return; fi
-    [ -z "$given" ] || die "that is no $name ($rule): nothing was changed"
-    [ -t 0 ] || die "no $name and no terminal to ask for it: write it to a file, then run this with --$1-file FILE"
     "is_$1" "$offer" || offer=''
     [ "$1" != password ] || hidden=s
-    while :; do
-        printf '%s (%s)%s: ' "${name^}" "$rule" "${offer:+, or Enter for the one of the program before}" >&2
+    answer=${given:-$installed}
+    until "is_$1" "$answer"; do
+        [ -z "$given" ] || die "that is no $name ($rule): nothing was changed"
+        [ -t 0 ] || die "no $name and no terminal to ask for it: write it to a file, then run this with --$1-file FILE"
+        printf '%s%s (%s)%s: ' "$wrong" "${name^}" "$rule" "${offer:+, or Enter for the one of the program before}" >&2
         IFS= read "-r$hidden" answer || die "no $name: nothing was changed"
         [ -z "$hidden" ] || echo >&2
         answer=${answer:-$offer}
-        if "is_$1" "$answer"; then return; fi
-        echo "That is not it." >&2
+        wrong='That is not it. '
     done
 }
 
-# Finds the line of a key in a file of variables, or in [telegram] of an INI file. KEY and LINE stand in the
-# environment, which only root can read, not among the arguments, which everybody can.
+# Finds a key in a file of variables, or in [telegram] of an INI file: its line, and its value without quotes.
 # shellcheck disable=SC2016
 find_key='
-    { text[++n] = name = $0 }
-    /^[ \t]*\[/ { elsewhere = !/^[ \t]*\[[ \t]*telegram[ \t]*\]/; if (!elsewhere) head = n }
-    !elsewhere && sub(/[ \t]*=.*/, "", name) && sub(/^[ \t]*(export[ \t]+)?/, "", name) {
-        if (tolower(name) == tolower(ENVIRON["KEY"])) at = n
+    { text[NR] = $0 }
+    /^[ \t]*\[/ { elsewhere = !/^[ \t]*\[[ \t]*telegram[ \t]*\]/; if (!elsewhere) head = NR }
+    !elsewhere && match(tolower($0), "^[ \t]*(export[ \t]+)?" tolower(key) "[ \t]*=[ \t]*") {
+        at = NR
+        value = substr($0, RLENGTH + 1)
+        sub(/[ \t\r]+$/, "", value)
+        if (value ~ /^(".*"|\047.*\047)$/) value = substr(value, 2, length(value) - 2)
     }'
 
-# value_of FILE KEY, without the quotes that may stand around it
-value_of() {
-    [ ! -f "$1" ] || KEY=$2 awk "$find_key"'
-        END {
-            value = text[at]
-            sub(/^[^=]*=[ \t]*/, "", value)
-            sub(/[ \t\r]+$/, "", value)
-            if (value ~ /^".*"$/ || value ~ /^\047.*\047$/) value = substr(value, 2, length(value) - 2)
-            print value
-        }' "$1"
-}
+# value_of FILE KEY
+value_of() { [ ! -f "$1" ] || awk -v key="$2" "$find_key"' END { print value }' "$1"; }
 
-# with_value FILE KEY VALUE: the text of FILE with that value, everything else as it is.
+# with_value FILE KEY VALUE: the text of FILE with that value, every other line as it is. LINE stands in the environment,
+# which only root can read, not among the arguments, which everybody can.
 with_value() {
-    local file=$1 line="$2=$3" header=''
-    [ "$2" != bot_token ] || line="$2 = $3" header='[telegram]'
+    local file=$1 line="$2=$3"
     [ -f "$file" ] || file=/dev/null
-    if [ "$(value_of "$file" "$2")" = "$3" ]; then
-        cat "$file"
-        return
-    fi
-    KEY=$2 LINE=$line HEADER=$header awk "$find_key"'
+    if [ "$(value_of "$file" "$2")" = "$3" ]; then cat "$file"; return; fi
+    [ "$2" != bot_token ] || line="$2 = $3"
+    LINE=$line awk -v key="$2" "$find_key"'
         END {
-            if (!at && !head && ENVIRON["HEADER"]) text[head = ++n] = ENVIRON["HEADER"]
+            n = NR
+            if (!at && !head && key == "bot_token") text[head = ++n] = "[telegram]"
             if (at) text[at] = ENVIRON["LINE"]
             else if (head) text[head] = text[head] "\n" ENVIRON["LINE"]
             else text[++n] = ENVIRON["LINE"]
@@ -303,20 +291,17 @@ keep_what_is_there() {
     mv "$stage/before.tar" "$kept/before.tar"
 }
 
-# place NAME TARGET MODE [OWNER]: makes TARGET what was prepared as NAME.
+# place NAME TARGET: makes TARGET what was prepared as NAME.
 place() {
     local new=$stage/$1 target=$2
-    chmod "$3" "$new"
-    chown "${4:-0:0}" "$new"
-    if [ ! -L "$target" ] && cmp -s "$new" "$target" && [ "$(access_of "$new")" = "$(access_of "$target")" ]; then
+    if [ ! -L "$target" ] && cmp -s "$new" "$target" &&
+        [ "$(stat -c %a:%u:%g "$new" "$target" | uniq | wc -l)" = 1 ]; then
         echo "$target: unchanged"
     else
         replace "$new" "$target"
         echo "$target: installed"
     fi
 }
-
-access_of() { stat -c %a:%u:%g "$1"; }
 
 # replace SOURCE TARGET: whole or not at all.
 replace() {
@@ -327,21 +312,10 @@ replace() {
 
 place_in_firmware() {
     local was=$kept/firmware$config.template
-    if [ ! -e "$was" ]; then
-        mkdir -p "${was%/*}"
-        cp -a "$config.template" "$stage/template"
-        mv "$stage/template" "$was"
-    fi
-    place firmware.ini "$config" 600 "$(stat -c %u:%g "$was")"
+    mkdir -p "${was%/*}"
+    [ -e "$was" ] || replace "$config.template" "$was"
+    place firmware.ini "$config"
     rm -f "$config.template"
-}
-
-# It must be executable, else it never runs.
-place_rc_local() {
-    local mode=755 owner=0:0
-    [ ! -x "$rc_local" ] || mode=$(stat -c %a "$rc_local")
-    [ ! -e "$rc_local" ] || owner=$(stat -c %u:%g "$rc_local")
-    place rc.local "$rc_local" "$mode" "$owner"
 }
 
 # What rc.local and NetworkManager do at the next boot, now.
@@ -406,7 +380,7 @@ take_away() {
     [ -z "$old_address" ] || drop_address "$old_address" "$old_interface"
     give_back_rc_local "$before$rc_local"
     for path in "$kept"/firmware/**/config.ini.template; do give_back_template "$path"; done
-    for path in "${places[@]}"; do rm -rf "$path" "$path$part"; done
+    rm -rf "${places[@]}" "${places[@]/%/$part}"
     echo "coap_websocket and its files: removed"
     tar -C / --numeric-owner --exclude="${rc_local#/}" -xpf "$kept/before.tar"
     echo "what was there before: restored"
