@@ -1,7 +1,7 @@
 //! The real gateway, run in a directory and an environment of its own.
 
 use std::fs::{self, File};
-use std::net::{SocketAddr, TcpListener, UdpSocket};
+use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Mutex;
@@ -33,13 +33,16 @@ pub fn binary() -> PathBuf {
 pub fn free_udp_port() -> u16 {
     static NEXT: AtomicU16 = AtomicU16::new(0);
     static HELD: Mutex<Vec<TcpListener>> = Mutex::new(Vec::new());
+    // Not tried with a socket: a program that another thread starts just then would hold a copy of it for a moment.
+    let used = fs::read_to_string("/proc/net/udp").unwrap()
+        + &fs::read_to_string("/proc/net/udp6").unwrap();
     let start = (process::id() * 37 % 10_000) as u16;
     for _ in 0..10_000 {
         let port = 20_000 + (start + NEXT.fetch_add(1, Ordering::Relaxed)) % 12_000;
         let Ok(held) = TcpListener::bind(("127.0.0.1", port)) else {
             continue;
         };
-        if UdpSocket::bind(("::1", port)).is_ok() && UdpSocket::bind(("127.0.0.1", port)).is_ok() {
+        if !used.contains(&format!(":{port:04X} ")) {
             HELD.lock().unwrap().push(held);
             return port;
         }
