@@ -7,14 +7,13 @@ use std::fs;
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustls::ServerConfig;
 use serde_json::{Map, Value, json};
 
 use super::certificates::{Authority, Certificate};
-use super::http::{accept, wake_address};
+use super::http::{Acceptor, accept};
 use super::telegram::{
     Answer, CONFLICT_PAUSE, LongPoll, OTHER_POLL, Outcome, Pace, Polls, Refusal, now,
 };
@@ -329,7 +328,7 @@ impl Default for BotApiOptions {
 /// The running stand-in; it ends with the value.
 pub struct BotApi {
     shared: Arc<Shared>,
-    listener: Mutex<Option<JoinHandle<()>>>,
+    acceptor: Mutex<Option<Acceptor>>,
     address: SocketAddr,
     token: String,
     authority: Authority,
@@ -383,11 +382,10 @@ impl BotApi {
         let listener = TcpListener::bind(options.listen)
             .unwrap_or_else(|error| panic!("cannot listen on {}: {error}", options.listen));
         let address = listener.local_addr().unwrap();
-        let thread = accept(Arc::clone(&shared), listener);
-        let listener = Mutex::new(Some(thread));
+        let acceptor = Mutex::new(Some(accept(Arc::clone(&shared), listener)));
         Self {
             shared,
-            listener,
+            acceptor,
             address,
             token: options.token,
             authority,
@@ -537,24 +535,23 @@ impl BotApi {
 
     /// Stops listening: connecting is refused until [`BotApi::accept_again`].
     pub fn refuse(&self) {
-        let Some(thread) = self.listener.lock().unwrap().take() else {
+        let Some(acceptor) = self.acceptor.lock().unwrap().take() else {
             return;
         };
         self.shared.lock().stopped = true;
         self.shared.changed.notify_all();
         self.close_connections();
-        let _ = TcpStream::connect(wake_address(self.address));
-        let _ = thread.join();
+        acceptor.stop();
     }
 
     /// Listens again on the same port, if it does not.
     pub fn accept_again(&self) {
-        if self.listener.lock().unwrap().is_some() {
+        if self.acceptor.lock().unwrap().is_some() {
             return;
         }
         self.shared.lock().stopped = false;
         let listener = TcpListener::bind(self.address).expect("listen on the same port again");
-        *self.listener.lock().unwrap() = Some(accept(Arc::clone(&self.shared), listener));
+        *self.acceptor.lock().unwrap() = Some(accept(Arc::clone(&self.shared), listener));
     }
 
     // --- what was seen ---

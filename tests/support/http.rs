@@ -1,7 +1,8 @@
 //! The stand-in's connections: TLS and HTTP/1.1, and how they break.
 
 use std::io::{self, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
@@ -10,19 +11,24 @@ use serde_json::{Map, Value};
 
 use super::bot_api::{ConnectionFault, Fault, Reply, Request, Shared};
 
-/// Where to connect to, to wake a listener.
-pub fn wake_address(address: SocketAddr) -> SocketAddr {
-    let ip = match address {
-        SocketAddr::V4(v4) if v4.ip().is_unspecified() => [127, 0, 0, 1].into(),
-        SocketAddr::V6(v6) if v6.ip().is_unspecified() => std::net::Ipv6Addr::LOCALHOST.into(),
-        other => other.ip(),
-    };
-    SocketAddr::new(ip, address.port())
+/// A thread that accepts connections. It ends after those of its connections.
+pub struct Acceptor {
+    /// The listener itself: shut down, it refuses at once, also where a program that another thread starts just then
+    /// holds a copy of it.
+    socket: TcpStream,
+    thread: JoinHandle<()>,
 }
 
-/// Accepts on a thread until stopped; that thread ends after those of its connections.
-pub fn accept(shared: Arc<Shared>, listener: TcpListener) -> JoinHandle<()> {
-    thread::spawn(move || {
+impl Acceptor {
+    pub fn stop(self) {
+        let _ = self.socket.shutdown(Shutdown::Both);
+        let _ = self.thread.join();
+    }
+}
+
+pub fn accept(shared: Arc<Shared>, listener: TcpListener) -> Acceptor {
+    let socket = TcpStream::from(OwnedFd::from(listener.try_clone().unwrap()));
+    let thread = thread::spawn(move || {
         let mut running: Vec<JoinHandle<()>> = Vec::new();
         while let Ok((stream, _)) = listener.accept() {
             running.retain(|thread| !thread.is_finished());
@@ -49,7 +55,8 @@ pub fn accept(shared: Arc<Shared>, listener: TcpListener) -> JoinHandle<()> {
         for thread in running {
             let _ = thread.join();
         }
-    })
+    });
+    Acceptor { socket, thread }
 }
 
 /// One connection, until either side closes it.
