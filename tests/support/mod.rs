@@ -16,6 +16,7 @@ mod mote;
 mod proxy;
 mod telegram;
 
+use std::any::type_name;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -122,7 +123,8 @@ pub fn in_parallel<Case: Sync>(cases: &[(&str, Case)], check: impl Fn(&Case) + S
 }
 
 /// Runs a test of this program again as root in a network and a mount namespace of its own; true if it is that run.
-pub fn in_namespaces(test: &str) -> bool {
+pub fn in_namespaces<Test: Fn()>(_: Test) -> bool {
+    let (_, test) = type_name::<Test>().split_once("::").unwrap();
     let run = |program: &str, arguments: &[&str]| {
         let mut command = process::Command::new(program);
         let output = command.args(arguments).env("IN_NAMESPACES", test).output();

@@ -1,12 +1,10 @@
 //! POST /message: forms, deliveries, and everything that Telegram and the network can do to them.
 
-mod support;
-
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::support::*;
 use serde_json::json;
-use support::*;
 
 const SENT: &str = "Messages sent successfully";
 const MISSING: &str = "Missing required fields";
@@ -258,7 +256,7 @@ fn round_trips() {
 
 /// Row 25b, and that a connection which has been idle for 50 s is not used.
 #[test]
-#[ignore = "takes 76 s: cargo test --test message -- --ignored"]
+#[ignore = "takes 76 s: cargo test message:: -- --ignored"]
 fn round_trips_after_silence() {
     let cases = [
         ("one", ("1", 1)),

@@ -1,7 +1,5 @@
 //! A link that loses 30 %, doubles 15 % and reorders in both directions.
 
-mod support;
-
 use std::collections::HashMap;
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
@@ -9,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use support::*;
+use crate::support::*;
 
 const LOST_PERCENT: usize = 30;
 const DOUBLED_PERCENT: usize = 15;
@@ -169,7 +167,7 @@ fn some_texts() {
 }
 
 #[test]
-#[ignore = "takes a minute: cargo test --release --test lossy -- --include-ignored"]
+#[ignore = "takes a minute: cargo test --release lossy:: -- --include-ignored"]
 fn two_hundred_texts() {
     texts(200);
 }
@@ -178,7 +176,7 @@ fn two_hundred_texts() {
 /// was lost come again and are carried out once more, and those that waited for their answer are never answered. So it
 /// is still promised that each run delivers a text once at most, and that what was confirmed has arrived.
 #[test]
-#[ignore = "takes a minute: cargo test --release --test lossy -- --include-ignored"]
+#[ignore = "takes a minute: cargo test --release lossy:: -- --include-ignored"]
 fn two_hundred_texts_and_a_kill() {
     let (api, mut gateway) = start();
     api.set_round_trip(Duration::from_millis(10)); // so that the kill falls among them

@@ -1,13 +1,11 @@
 //! What people write to the bot, what they are answered, and what the mote hears of it.
 
-mod support;
-
 use std::collections::HashSet;
 use std::thread;
 use std::time::Duration;
 
+use crate::support::*;
 use serde_json::json;
-use support::*;
 
 const NOTHING: &str = "No Updates";
 const ADA: i64 = 1_234_567_890;

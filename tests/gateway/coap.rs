@@ -1,11 +1,9 @@
 //! The message layer and the options of CoAP (RFC 7252, RFC 7959, RFC 6690), over UDP against the running gateway.
 
-mod support;
-
 use std::time::{Duration, Instant};
 
-use support::Kind::{Ack, Con, Non, Rst};
-use support::*;
+use crate::support::Kind::{Ack, Con, Non, Rst};
+use crate::support::*;
 
 const SENT: &str = "Messages sent successfully";
 const AT_ONCE: Duration = Duration::from_millis(100);

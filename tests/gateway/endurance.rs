@@ -1,8 +1,6 @@
 //! Motes and people that go on for thousands of messages while the Bot API fails at random: nothing is lost, nothing
 //! happens twice, and the gateway is no larger at the end.
 
-mod support;
-
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Range;
 use std::sync::Mutex;
@@ -10,7 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 use std::{fs, thread};
 
-use support::*;
+use crate::support::*;
 
 const MOTES: usize = 8;
 /// Ids of those who register and stay; only they know the password.
@@ -34,13 +32,13 @@ const SEEN_MAX: usize = 4096;
 const HANG_EACH: usize = 2000;
 
 #[test]
-#[ignore = "a proof, as the next: cargo test --release --test endurance -- --include-ignored"]
+#[ignore = "a proof, as the next: cargo test --release endurance:: -- --include-ignored"]
 fn three_hundred_cycles() {
     endure(300);
 }
 
 #[test]
-#[ignore = "takes minutes: cargo test --release --test endurance -- --include-ignored"]
+#[ignore = "takes minutes: cargo test --release endurance:: -- --include-ignored"]
 fn ten_thousand_cycles() {
     endure(10_000);
 }

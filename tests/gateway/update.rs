@@ -1,14 +1,12 @@
 //! POST /update: what the mote is told, until it has acknowledged it, whatever happens on the way.
 
-mod support;
-
 use std::collections::BTreeSet;
 use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 use std::{fs, thread};
 
+use crate::support::*;
 use serde_json::{Value, json};
-use support::*;
 
 const SENT: &str = "Messages sent successfully";
 const NOTHING: &str = "No Updates";
@@ -657,7 +655,7 @@ fn answers_that_fail() {
 }
 
 #[test]
-#[ignore = "takes a minute: cargo test --test update -- --ignored"]
+#[ignore = "takes a minute: cargo test update:: -- --ignored"]
 fn the_end_of_a_hang_is_noticed_within_a_minute() {
     let (api, gateway) = start_fresh();
     api.fail(every(""), Fault::Hang);

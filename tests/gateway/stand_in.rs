@@ -1,12 +1,10 @@
 //! The stand-ins themselves: a test that trusts them must not be fooled by them.
 
-mod support;
-
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::support::*;
 use serde_json::{Value, json};
-use support::*;
 use ureq::tls::{Certificate as Pem, RootCerts, TlsConfig};
 use ureq::{Agent, Proxy as ProxySetting};
 

@@ -1,14 +1,12 @@
 //! Damaged datagrams of the firmware to the running gateway: it serves on, no larger than before, and answers nothing
 //! that is malformed or holds a secret.
 
-mod support;
-
 use std::collections::{BTreeMap, HashSet};
 use std::fs;
 use std::time::Instant;
 
-use support::Kind::{Ack, Con, Rst};
-use support::*;
+use crate::support::Kind::{Ack, Con, Rst};
+use crate::support::*;
 
 /// A ping follows that many datagrams: its RST tells that they were read, and the socket's buffer holds more of them.
 const BATCH: usize = 32;
@@ -25,7 +23,7 @@ fn some_damaged_datagrams() {
 }
 
 #[test]
-#[ignore = "takes minutes: cargo test --release --test damaged -- --include-ignored"]
+#[ignore = "takes minutes: cargo test --release damaged:: -- --include-ignored"]
 fn a_million_damaged_datagrams() {
     bombard(1_000_000);
 }

@@ -2,14 +2,12 @@
 //! the Python that AIOCOAP_PYTHON names, else `python3`). The tests of a client that is not installed are skipped; where
 //! REQUIRE_CLIENTS is set they fail.
 
-mod support;
-
 use std::io::{self, Write};
 use std::process::{Command, Stdio};
 use std::{env, iter};
 
+use crate::support::*;
 use serde_json::{Value, json};
-use support::*;
 
 const SENT: &str = "Messages sent successfully";
 
@@ -138,7 +136,7 @@ fn without_aiocoap() -> bool {
 
 /// The responses to these requests, made one after the other from one endpoint: see `clients.py`.
 fn aiocoap(requests: &[Value]) -> Vec<Value> {
-    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/clients.py");
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/gateway/clients.py");
     let [input, output] = [Stdio::piped(), Stdio::piped()];
     let mut child = python()
         .arg(script)

@@ -1,7 +1,5 @@
 //! Configuration, command line, files, log, and systemd.
 
-mod support;
-
 use std::collections::BTreeSet;
 use std::net::UdpSocket;
 use std::os::linux::net::SocketAddrExt;
@@ -11,8 +9,8 @@ use std::process::{self, Command};
 use std::time::{Duration, Instant};
 use std::{env, fs, thread};
 
+use crate::support::*;
 use serde_json::json;
-use support::*;
 
 const SENT: &str = "Messages sent successfully";
 const NOTHING: &str = "No Updates";
@@ -314,7 +312,7 @@ fn empty_system(etc: &TempDir) {
 /// An installed Pi: without a config.ini or .env here, those in /etc/coap_websocket count, for every command.
 #[test]
 fn installed() {
-    if !in_namespaces("installed") {
+    if !in_namespaces(installed) {
         return;
     }
     let (api, etc) = (BotApi::start(), TempDir::new());
@@ -491,7 +489,7 @@ socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_RAW).sendto(packe
 /// Row 25c: it could not be answered, and comes again from the real address; else its text would be sent twice.
 #[test]
 fn from_the_unspecified_address() {
-    if !in_namespaces("from_the_unspecified_address") {
+    if !in_namespaces(from_the_unspecified_address) {
         return;
     }
     let api = BotApi::start();
@@ -745,7 +743,7 @@ fn no_place_for_anything() {
 /// mended; then nothing is lost.
 #[test]
 fn a_disk_that_cannot_be_written() {
-    if !in_namespaces("a_disk_that_cannot_be_written") {
+    if !in_namespaces(a_disk_that_cannot_be_written) {
         return;
     }
     let fill = |disk: &Path| drop(fs::write(disk.join("filler"), vec![0; 1 << 20]));
@@ -909,7 +907,7 @@ fn an_address_that_does_not_exist() {
 /// It comes when the address does.
 #[test]
 fn an_address_that_appears() {
-    if !in_namespaces("an_address_that_appears") {
+    if !in_namespaces(an_address_that_appears) {
         return;
     }
     let api = BotApi::start();

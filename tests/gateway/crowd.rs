@@ -1,13 +1,11 @@
 //! Many motes at the same time, each with an address of its own and with the retransmission of RFC 7252: those that the
 //! gateway has no time for yet wait in its socket.
 
-mod support;
-
 use std::collections::HashSet;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use support::*;
+use crate::support::*;
 
 /// RFC 7252 §4.8.2: MAX_TRANSMIT_WAIT. Then a mote has given up.
 const GIVEN_UP: Duration = Duration::from_secs(93);
@@ -87,7 +85,7 @@ fn fifty_at_once() {
 }
 
 #[test]
-#[ignore = "takes half a minute: cargo test --release --test crowd -- --include-ignored"]
+#[ignore = "takes half a minute: cargo test --release crowd:: -- --include-ignored"]
 fn three_hundred_at_once() {
     everybody_is_served(300);
 }
@@ -118,7 +116,7 @@ fn sixty_with_three_chats_each() {
 }
 
 #[test]
-#[ignore = "takes more than a minute: cargo test --release --test crowd -- --include-ignored"]
+#[ignore = "takes more than a minute: cargo test --release crowd:: -- --include-ignored"]
 fn sixty_with_the_same_three_chats() {
     at_telegrams_pace(|_| "1,2,3".to_string());
 }
