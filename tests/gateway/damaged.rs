@@ -80,10 +80,11 @@ fn bombard(total: usize) {
 fn start_with_nearly_full_log(api: &BotApi, proxy: &Proxy) -> Gateway {
     let config = format!("[telegram]\nbot_token = {TOKEN}\n");
     let setup = Setup::ipv4(api).config(&config);
-    Gateway::prepared(setup.env("HTTPS_PROXY", proxy.url()), |directory| {
-        let nearly_full = "2026-01-31 12:00:00 [INFO] older\n".repeat(LOG_MAX / 36);
-        fs::write(directory.join("coap_server.log"), nearly_full).unwrap();
-    })
+    let mut gateway = Gateway::stopped(setup.env("HTTPS_PROXY", proxy.url()));
+    let nearly_full = "2026-01-31 12:00:00 [INFO] older\n".repeat(LOG_MAX / 36);
+    fs::write(gateway.directory().join("coap_server.log"), nearly_full).unwrap();
+    gateway.restart();
+    gateway
 }
 
 /// A damaged datagram; or now and then a whole one, with a text that must not arrive twice, however often it is sent.
