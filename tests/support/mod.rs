@@ -9,6 +9,7 @@
 
 mod bot_api;
 mod certificates;
+mod field;
 mod firmware;
 mod gateway;
 mod http;
@@ -28,6 +29,7 @@ pub use bot_api::{
     BotApi, BotApiOptions, Call, ConnectionFault, Fault, Seen, Sent, When, every, next,
 };
 pub use certificates::Certificate;
+pub use field::{Asked, FieldMote, GIVEN_UP, Outcome, at_once, judge};
 pub use firmware::{Firmware, REPLY_MAX};
 pub use gateway::{Finished, Gateway, PASSWORD, Setup, binary, free_udp_port};
 pub use mote::*;
