@@ -697,8 +697,8 @@ fn a_disk_that_cannot_be_written() {
     let fill = |disk: &Path| drop(fs::write(disk.join("filler"), vec![0; 1 << 20]));
     let empty = |disk: &Path| fs::remove_file(disk.join("filler")).unwrap();
     let remount = |disk: &Path, how: &str| mount(&["-o", how, &disk.display().to_string()]);
-    let protect = |disk: &Path| remount(disk, "remount,ro");
-    let release = |disk: &Path| remount(disk, "remount,rw");
+    let protect = |disk: &Path| remount(disk, "remount,bind,ro");
+    let release = |disk: &Path| remount(disk, "remount,bind,rw");
     assert_disk_is_spoilt(false, fill, empty);
     assert_disk_is_spoilt(false, protect, release);
     assert_disk_is_spoilt(true, protect, release);
