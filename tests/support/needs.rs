@@ -14,7 +14,8 @@ unsafe extern "C" {
 }
 
 extern "C" fn tell_skipped() {
-    let skipped = SKIPPED.lock().unwrap();
+    let mut skipped = SKIPPED.lock().unwrap();
+    skipped.sort();
     eprintln!("{} tests were skipped:", skipped.len());
     skipped.iter().for_each(|line| eprintln!("  {line}"));
     eprintln!();
@@ -47,8 +48,8 @@ fn run(command: &mut Command) -> Result<(), String> {
         return Ok(());
     }
     let said = String::from_utf8_lossy(&output.stderr);
-    let last = said.trim().lines().last().unwrap_or_default();
-    Err(format!("{program}: {}: {last}", output.status))
+    let last = said.trim().lines().last();
+    Err(last.map_or(format!("{program}: {}", output.status), str::to_string))
 }
 
 /// Skips a test whose client is not installed; returns whether it is.
