@@ -32,9 +32,9 @@ pub use bot_api::{
 pub use certificates::Certificate;
 pub use field::{Asked, FieldMote, GIVEN_UP, Outcome, at_once, judge};
 pub use firmware::{Firmware, REPLY_MAX};
-pub use gateway::{Finished, Gateway, PASSWORD, Setup, binary, free_udp_port};
+pub use gateway::{Finished, Gateway, PASSWORD, Setup, binary, free_udp_port, loopback};
 pub use mote::*;
-pub use needs::{has_client, in_namespaces};
+pub use needs::{has_client, has_ipv6, in_namespaces};
 pub use proxy::Proxy;
 pub use telegram::{Pace, Refusal};
 

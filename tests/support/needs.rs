@@ -6,6 +6,8 @@ use std::process::Command;
 use std::sync::Mutex;
 use std::{env, io};
 
+use super::loopback;
+
 static SKIPPED: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
 unsafe extern "C" {
@@ -59,6 +61,15 @@ pub fn has_client<Test: Fn()>(test: Test, client: &str, is_installed: bool) -> b
         skip(name_of(test), &reason, "REQUIRE_CLIENTS");
     }
     is_installed
+}
+
+/// Skips a test where this machine does not speak IPv6; returns whether it does.
+pub fn has_ipv6<Test: Fn()>(test: Test) -> bool {
+    let is_there = loopback().is_ipv6();
+    if !is_there {
+        skip(name_of(test), "there is no ::1", "REQUIRE_NAMESPACES");
+    }
+    is_there
 }
 
 /// Runs a test of this program again as root in a network and a mount namespace of its own; true if it is that run.
