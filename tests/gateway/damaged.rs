@@ -3,14 +3,15 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
 use crate::support::Kind::{Ack, Con, Rst};
 use crate::support::*;
 
 /// A ping follows that many datagrams: its RST tells that they were read, and the socket's buffer holds more of them.
 const BATCH: usize = 32;
-/// So many batches each time: a million datagrams in ten thousand cycles.
-const BATCHES: usize = 3;
+/// Every kind of answer has come by then.
+const LEAST: usize = 2000;
 /// More than the gateway remembers.
 const MOTES: usize = 100;
 const LOG_MAX: usize = 1 << 20;
@@ -46,9 +47,9 @@ impl Damage {
         }
     }
 
-    /// Sends some, and reads what comes back.
-    pub fn bombard(&mut self) {
-        for _ in 0..BATCHES {
+    /// Sends them and reads what comes back, as long as the motes go on, and enough of them to prove anything.
+    pub fn bombard_until(&mut self, ended: &AtomicBool) {
+        while !ended.load(SeqCst) || self.sent < LEAST {
             let number = self.random.below(MOTES);
             (0..BATCH).for_each(|_| self.send_one(number));
             self.listen(number);

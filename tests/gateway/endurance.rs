@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 use std::{fs, thread};
 
@@ -149,13 +149,22 @@ impl World {
         }
     }
 
-    /// So many cycles, shared by all motes, at the same time.
+    /// So many cycles, shared by all motes, at the same time, and damaged datagrams all the while.
     fn run(&self, motes: &mut [Resident], cycles: usize) {
+        let ended = AtomicBool::new(false);
         thread::scope(|scope| {
-            for mote in motes.iter_mut() {
+            scope.spawn(|| self.damage.lock().unwrap().bombard_until(&ended));
+            let cycle = |mote: &mut Resident| {
                 let own = cycles / MOTES + usize::from(mote.mote.number < cycles % MOTES);
-                scope.spawn(move || (0..own).for_each(|_| mote.cycle(self)));
-            }
+                (0..own).for_each(|_| mote.cycle(self));
+            };
+            let motes = motes
+                .iter_mut()
+                .map(|mote| scope.spawn(move || cycle(mote)));
+            let motes: Vec<_> = motes.collect();
+            let results: Vec<_> = motes.into_iter().map(|mote| mote.join()).collect();
+            ended.store(true, SeqCst); // also if one has failed
+            results.into_iter().for_each(Result::unwrap);
         });
     }
 
@@ -374,7 +383,6 @@ impl Resident {
         self.report(world, trouble);
         self.plan_a_poll_fault(world);
         self.poll(world);
-        world.damage.lock().unwrap().bombard();
     }
 
     fn chats(&self) -> Vec<i64> {

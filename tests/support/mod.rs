@@ -17,6 +17,7 @@ mod mote;
 mod needs;
 mod proxy;
 mod telegram;
+mod trouble;
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -99,6 +100,26 @@ pub fn firmware(name: &str) -> Vec<u8> {
         "update" => include_str!("../firmware/update.hex"),
         _ => panic!("no datagram is called {name}"),
     })
+}
+
+/// The rows of a table, one a line, with columns between `|`. Columns that are not there are empty.
+pub fn rows<const COLUMNS: usize>(table: &str) -> Vec<[&str; COLUMNS]> {
+    let lines = table.lines().filter(|line| !line.is_empty());
+    let row = |line| {
+        let mut columns = str::split(line, '|').map(str::trim);
+        let row = [(); COLUMNS].map(|()| columns.next().unwrap_or_default());
+        assert_eq!(columns.next(), None, "too many columns: {line}");
+        row
+    };
+    lines.map(row).collect()
+}
+
+/// As [`in_parallel`], for the rows of a table.
+pub fn each_row<const COLUMNS: usize>(table: &str, check: impl Fn([&str; COLUMNS]) + Sync) {
+    let rows = rows(table);
+    let names: Vec<String> = rows.iter().map(|row| row.join(" | ")).collect();
+    let cases: Vec<_> = names.iter().map(String::as_str).zip(rows).collect();
+    in_parallel(&cases, |row| check(*row));
 }
 
 /// Waits until `done` says so; false after `limit`.
