@@ -222,14 +222,17 @@ impl Gateway {
         let mut next_address_check = Instant::now() + ADDRESS_CHECK;
         let mut overdue_since = None;
         loop {
+            let before = Instant::now();
             let is_idle = self.receive(&mut buffer);
             let now = Instant::now();
             if now < self.next_due() {
                 overdue_since = None;
             } else {
-                // Retransmissions wait until the socket is empty, for the ACK may be what waits.
+                // Retransmissions wait until the socket is empty, for the ACK may be what waits,
+                // above all behind a request that took long.
                 let since = *overdue_since.get_or_insert(now);
-                if is_idle || now >= since + OVERDUE_MAX {
+                let is_overdue = now >= since + OVERDUE_MAX && now < before + OVERDUE_MAX;
+                if is_idle || is_overdue {
                     self.do_what_is_due(now);
                     overdue_since = None;
                 }
