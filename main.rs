@@ -110,7 +110,10 @@ fn main() -> ExitCode {
         }
     };
     if let Err(reason) = outcome {
-        let priority = journal_priority(Level::Error, io::stderr().is_terminal());
+        let priority = match console_is_journal() {
+            true => journal_priority(Level::Error),
+            false => "",
+        };
         let _ = writeln!(io::stderr(), "{priority}coap_websocket: {reason}");
         return ExitCode::FAILURE;
     }
@@ -2643,6 +2646,7 @@ static USERS: AtomicU64 = AtomicU64::new(0);
 /// Writes what simple_logger writes to the console to a file, too.
 struct Log {
     console: SimpleLogger,
+    is_journal: bool,
     path: PathBuf,
 }
 
@@ -2654,9 +2658,12 @@ fn console(level: LevelFilter) -> SimpleLogger {
 }
 
 fn start_log(path: PathBuf) -> Result<(), String> {
-    let console = console(LevelFilter::Info);
     let name = path.display().to_string();
-    let log = Log { console, path };
+    let log = Log {
+        console: console(LevelFilter::Info),
+        is_journal: console_is_journal(),
+        path,
+    };
     let result = log.append("");
     log::set_boxed_logger(Box::new(log)).map_err(|error| error.to_string())?;
     if let Err(error) = result {
@@ -2690,8 +2697,9 @@ impl log::Log for Log {
         }
         let text = escape(&record.args().to_string());
         let mut out = io::stdout().lock(); // so that the priority stays with its line
-        let priority = journal_priority(record.level(), out.is_terminal());
-        let _ = write!(out, "{priority}");
+        if self.is_journal {
+            let _ = write!(out, "{}", journal_priority(record.level()));
+        }
         let mut escaped = log::Record::builder();
         escaped.metadata(record.metadata().clone());
         self.console
@@ -2703,16 +2711,17 @@ impl log::Log for Log {
     fn flush(&self) {}
 }
 
-/// Returns what the journal reads a line's priority from, sd-daemon(3): nothing where the console is
-/// not the journal.
-fn journal_priority(level: Level, is_terminal: bool) -> &'static str {
-    if is_terminal || env::var_os("JOURNAL_STREAM").is_none() {
-        return "";
-    }
+/// Whether the console is the journal. A terminal may have inherited its variable.
+fn console_is_journal() -> bool {
+    env::var_os("JOURNAL_STREAM").is_some() && !io::stderr().is_terminal()
+}
+
+/// Returns what tells the journal the priority of a line, sd-daemon(3).
+fn journal_priority(level: Level) -> &'static str {
     match level {
         Level::Error => "<3>",
         Level::Warn => "<4>",
-        Level::Info | Level::Debug | Level::Trace => "<6>",
+        _ => "<6>",
     }
 }
 
