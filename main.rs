@@ -3248,9 +3248,8 @@ mod coap {
         key: AssemblyKey,
         body: Vec<u8>,
         touched: Instant,
-        /// How many bytes had come of another body with the same key when this one took its place,
-        /// 0 for none. A last block up to there may be the other's.
-        replaced: usize,
+        /// What had come of another body with the same key when this one took its place.
+        replaced: Option<Replaced>,
     }
 
     impl Assembly {
@@ -3258,6 +3257,14 @@ mod coap {
             let tags: usize = self.key.tags.iter().map(|tag| tag.len() + 24).sum();
             ASSEMBLY_OVERHEAD + self.body.len() + tags
         }
+    }
+
+    /// The start of a body that another one has replaced. Its sender may go on: its next block begins
+    /// at this length.
+    #[derive(Clone, Copy)]
+    struct Replaced {
+        length: usize,
+        digest: u64,
     }
 
     /// What tells bodies apart.
@@ -3457,13 +3464,11 @@ mod coap {
             let index = self.assemblies.iter().position(|known| known.key == key);
             let known = index.map(|index| self.assemblies.remove(index));
             if block.number == 0 {
-                // The same start again is a second try, and no other body.
-                let is_other = |known: &Assembly| !known.body.starts_with(&request.packet.payload);
                 return Ok(Assembly {
                     key,
                     body: Vec::new(),
                     touched: request.received_at,
-                    replaced: known.filter(is_other).map_or(0, |known| known.body.len()),
+                    replaced: known.map(|known| self.replaced(&known)),
                 });
             }
             let incomplete = ResponseType::RequestEntityIncomplete;
@@ -3474,14 +3479,27 @@ mod coap {
             if length != block.number * block.size {
                 return Err(Response::error(incomplete, "A block is missing"));
             }
-            if !block.has_more && length <= assembly.replaced {
-                return Err(Response::error(
-                    incomplete,
-                    "Two bodies at once: send it again",
-                ));
+            // Without a tag, nobody can tell whose this block is, unless both have begun alike.
+            if let Some(other) = assembly.replaced
+                && other.length == length
+                && other.digest != self.hasher.hash_one(&assembly.body)
+            {
+                let reason = "Two bodies at once: send it again";
+                return Err(Response::error(incomplete, reason));
             }
             assembly.touched = request.received_at;
             Ok(assembly)
+        }
+
+        /// Of what a body has replaced and what it is itself, the longer one still matters.
+        fn replaced(&self, known: &Assembly) -> Replaced {
+            match known.replaced {
+                Some(earlier) if earlier.length > known.body.len() => earlier,
+                _ => Replaced {
+                    length: known.body.len(),
+                    digest: self.hasher.hash_one(&known.body),
+                },
+            }
         }
     }
 
