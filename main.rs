@@ -1801,6 +1801,8 @@ const REGISTERED: &str = "You are registered.";
 const HOW_TO_REGISTER: &str = "To register, write: register <password>";
 const NOT_UNDERSTOOD: &str = "I do not understand that.";
 const WRONG_PASSWORD: &str = "Wrong password. Nothing was changed.";
+const TOO_MANY_WRONG_PASSWORDS: &str =
+    "Wrong password. Your config and register messages are ignored for an hour.";
 
 /// Bot API, `Message`: what is needed of it.
 struct Message {
@@ -2096,15 +2098,14 @@ impl People {
         }
         let mut wrong = 1 + suspect.map_or(0, |suspect| suspect.wrong);
         let mut locked_until = None;
-        let mut answer = WRONG_PASSWORD.to_string();
+        let mut answer = WRONG_PASSWORD;
         if wrong >= WRONG_PASSWORDS_MAX {
             wrong = 0;
             locked_until = Some(Instant::now() + LOCKED_OUT);
-            let minutes = LOCKED_OUT.as_secs() / 60;
-            answer = format!("Wrong password. Your commands are ignored for {minutes} minutes.");
+            answer = TOO_MANY_WRONG_PASSWORDS;
         }
         warn!("chat {chat}: {answer}");
-        self.say(chat, &answer);
+        self.say(chat, answer);
         if self.suspects.len() >= SUSPECTS_MAX {
             self.suspects.pop_front();
         }
