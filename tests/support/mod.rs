@@ -38,6 +38,9 @@ pub use needs::{has_client, has_ipv6, in_namespaces};
 pub use proxy::Proxy;
 pub use telegram::{Pace, Refusal};
 
+/// How long an empty page counts: Telegram holds a fetch that repeats its offset before, so it is not asked again.
+pub const EMPTY_PAGE_HOLDS: Duration = Duration::from_secs(3);
+
 /// The bot token of the firmware's datagrams, and of the stand-in unless told otherwise.
 pub const TOKEN: &str = "123456789:AAEaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa";
 
@@ -192,7 +195,7 @@ pub fn poll(mote: &Mote, api: &BotApi) -> String {
 }
 
 /// Polls until the gateway has heard all that people wrote, and returns the last that the mote was told. That takes up to
-/// 3 s: so long an empty page counts, and Telegram is not asked again.
+/// [`EMPTY_PAGE_HOLDS`].
 #[track_caller]
 pub fn hear(mote: &Mote, api: &BotApi) -> String {
     let mut told = "No Updates".to_string();
