@@ -311,7 +311,7 @@ fn installed() {
     assert_eq!(sent.code(), Some(0), "{sent:?}");
     // Mistakes in these files are named with their place.
     fs::write("/etc/coap_websocket/config.ini", "nonsense").unwrap();
-    let bad = setup.run(&[]);
+    let bad = setup.run(&["check"]);
     assert_eq!(bad.code(), Some(1), "{bad:?}");
     assert!(
         bad.stderr.contains("/etc/coap_websocket/config.ini:1"),

@@ -1,6 +1,5 @@
 //! POST /update: what the mote is told, until it has acknowledged it, whatever happens on the way.
 
-use std::collections::BTreeSet;
 use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 use std::{fs, thread};
