@@ -3740,6 +3740,9 @@ mod coap {
 }
 
 #[cfg(any(test, fuzzing))]
+#[path = "tests/unit/fixtures.rs"]
+mod fixtures;
+#[cfg(any(test, fuzzing))]
 #[path = "tests/unit/fuzz.rs"]
 pub mod fuzz;
 #[cfg(test)]
