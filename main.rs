@@ -3593,6 +3593,9 @@ mod coap {
 }
 
 #[cfg(any(test, fuzzing))]
+#[path = "tests/unit/fixtures.rs"]
+mod fixtures;
+#[cfg(any(test, fuzzing))]
 #[path = "tests/unit/fuzz.rs"]
 pub mod fuzz;
 #[cfg(test)]
