@@ -34,16 +34,17 @@ const HANG_EACH: usize = 2000;
 
 #[test]
 fn two_hundred_cycles() {
-    endure(200);
+    endure(200, 2000);
 }
 
 #[test]
 #[ignore = "takes minutes"]
 fn ten_thousand_cycles() {
-    endure(10_000);
+    endure(10_000, 1_000_000);
 }
 
-fn endure(cycles: usize) {
+/// At least so many of the datagrams are damaged.
+fn endure(cycles: usize, damaged: usize) {
     let seed = seed();
     let mut world = World::new(seed);
     let mut motes: Vec<Resident> = (0..MOTES)
@@ -51,9 +52,9 @@ fn endure(cycles: usize) {
         .collect();
 
     let start = Instant::now();
-    world.run(&mut motes, 100);
+    world.run(&mut motes, 100, damaged / 10);
     let before = world.size(&mut motes);
-    world.run(&mut motes, cycles - 100);
+    world.run(&mut motes, cycles - 100, damaged);
     let after = world.size(&mut motes);
     println!("{cycles} cycles in {:.0?}", start.elapsed());
     println!("after 100: {before:?}\nat the end: {after:?}");
@@ -150,10 +151,10 @@ impl World {
     }
 
     /// So many cycles, shared by all motes, at the same time, and damaged datagrams all the while.
-    fn run(&self, motes: &mut [Resident], cycles: usize) {
+    fn run(&self, motes: &mut [Resident], cycles: usize, damaged: usize) {
         let ended = AtomicBool::new(false);
         thread::scope(|scope| {
-            scope.spawn(|| self.damage.lock().unwrap().bombard_until(&ended));
+            scope.spawn(|| self.damage.lock().unwrap().bombard(&ended, damaged));
             let cycle = |mote: &mut Resident| {
                 let own = cycles / MOTES + usize::from(mote.mote.number < cycles % MOTES);
                 (0..own).for_each(|_| mote.cycle(self));

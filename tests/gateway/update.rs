@@ -146,9 +146,9 @@ fn an_ack_covers_what_was_in_the_reply() {
     api.person_writes(BOB, "Bob", "hi");
     let second = ask(BOTH);
     mote.acknowledge(&first);
-    assert_eq!(fresh_poll(&mote, &api), BOTH);
+    assert_eq!(hear(&mote, &api), BOTH);
     mote.acknowledge(&second);
-    assert_eq!(fresh_poll(&mote, &api), NOTHING);
+    assert_eq!(hear(&mote, &api), NOTHING);
 }
 
 /// kill -9 at any moment of a poll: no change is lost, the state file is never half written.
@@ -182,7 +182,7 @@ fn killed_at_any_moment() {
             gateway.restart();
         }
         while mote.try_receive(QUIET).is_some() {}
-        firmware.take(&fresh_poll(&mote, &api));
+        firmware.take(&hear(&mote, &api));
         // Rounds 1 4 7 10 write hello, 2 5 8 11 set the interval (ids 2 5 0 3), 3 6 9 12 leave (ids 3 6 1 4).
         let users = [0, 2, 3, 5, 7].map(|n| format!("User100000000{n}:100000000{n}"));
         assert_eq!(
@@ -204,8 +204,8 @@ fn several_motes() {
     api.person_writes(ADA, "Ada", "hi");
     assert_eq!(poll(&one, &api), ADA_TOKEN);
     api.person_writes(BOB, "Bob", "hi");
-    assert_eq!(fresh_poll(&one, &api), BOTH);
-    assert_eq!(fresh_poll(&two, &api), BOTH);
+    assert_eq!(hear(&one, &api), BOTH);
+    assert_eq!(hear(&two, &api), BOTH);
     api.person_writes(BOB, "Bob", "remove me");
     let left = "r2345678901;Ada:1234567890";
     for mote in [&two, &three, &one] {

@@ -32,9 +32,9 @@ pub use bot_api::{
 pub use certificates::Certificate;
 pub use field::{Asked, FieldMote, GIVEN_UP, Outcome, at_once, judge};
 pub use firmware::{Firmware, REPLY_MAX};
-pub use gateway::{Finished, Gateway, PASSWORD, Setup, binary, free_udp_port};
+pub use gateway::{Finished, Gateway, PASSWORD, Setup, binary, free_udp_port, loopback};
 pub use mote::*;
-pub use needs::{has_client, in_namespaces};
+pub use needs::{has_client, has_ipv6, in_namespaces};
 pub use proxy::Proxy;
 pub use telegram::{Pace, Refusal};
 
@@ -158,22 +158,13 @@ pub fn start() -> (BotApi, Gateway) {
     (api, gateway)
 }
 
-/// As [`start`], with other settings. The gateway has made its first fetch, so it does nothing by itself for 15 s; and
-/// the fetch found something (an update that means nothing), so that Telegram is asked for the next poll.
+/// As [`start`], with other settings. The gateway has made its first fetch, in which it has heard all that people wrote
+/// before; so it does nothing by itself for some seconds.
 pub fn start_with(api: &BotApi, setup: Setup) -> Gateway {
-    api.push_update(json!({}));
     let gateway = Gateway::with(setup);
     api.wait_for("the first fetch", |seen| seen.count("getUpdates") > 0);
     assert!(Mote::new(gateway.address()).ping(PATIENCE));
     gateway
-}
-
-/// A poll for which Telegram is asked. After an empty page it would not be for 3 s, so there is always an update that
-/// means nothing.
-#[track_caller]
-pub fn fresh_poll(mote: &Mote, api: &BotApi) -> String {
-    api.push_update(json!({}));
-    poll(mote, api)
 }
 
 /// The payload of POST /message as the firmware writes it.
@@ -198,6 +189,23 @@ pub fn poll(mote: &Mote, api: &BotApi) -> String {
     };
     assert_eq!(response.code(), code, "{response}");
     tokens
+}
+
+/// Polls until the gateway has heard all that people wrote, and returns the last that the mote was told. That takes up to
+/// 3 s: so long an empty page counts, and Telegram is not asked again.
+#[track_caller]
+pub fn hear(mote: &Mote, api: &BotApi) -> String {
+    let mut told = "No Updates".to_string();
+    let has_heard = within(PATIENCE, || {
+        let is_all = api.waiting_updates() == 0;
+        let reply = poll(mote, api);
+        if reply != "No Updates" {
+            told = reply;
+        }
+        is_all
+    });
+    assert!(has_heard, "what people wrote is not heard");
+    told
 }
 
 /// The seed of a test's [`Numbers`], printed so that a failure can be repeated: `SEED=7 cargo test …`.
