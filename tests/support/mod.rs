@@ -12,8 +12,11 @@ mod certificates;
 mod firmware;
 mod gateway;
 mod http;
+mod line;
 mod mote;
+mod name_server;
 mod proxy;
+mod scene;
 mod telegram;
 
 use std::any::type_name;
@@ -30,8 +33,11 @@ pub use bot_api::{
 pub use certificates::Certificate;
 pub use firmware::{Firmware, REPLY_MAX};
 pub use gateway::{Finished, Gateway, PASSWORD, Setup, binary, free_udp_port};
+pub use line::Line;
 pub use mote::*;
+pub use name_server::NameServer;
 pub use proxy::Proxy;
+pub use scene::Scene;
 pub use telegram::{Pace, Refusal};
 
 /// The bot token of the firmware's datagrams, and of the stand-in unless told otherwise.
