@@ -260,11 +260,11 @@ fn one_look_up(options: &str) {
     let names = NameServer::start(None, options);
     let (api, url) = by_name(Ipv4Addr::LOCALHOST);
     let gateway = Gateway::with(look_up(&api, &url));
-    let mote = Mote::new(gateway.address());
     let mut most = 0;
     let start = Instant::now();
     thread::scope(|scope| {
         let asking = scope.spawn(|| {
+            let mote = Mote::new(gateway.address());
             for number in 0..6 {
                 let text = format!("text {number}");
                 let form = form(&url, TOKEN, "5", &text);
@@ -288,6 +288,7 @@ fn one_look_up(options: &str) {
     );
     // It knows again: served as ever, though the look-up of before may still be waiting for its silence to end.
     names.knows(Ipv4Addr::LOCALHOST);
+    let mote = Mote::new(gateway.address());
     let is_served = within(Duration::from_secs(12), || {
         let form = form(&url, TOKEN, "6", "x");
         mote.post_separate("message", form).code() == "2.05"
