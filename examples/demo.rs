@@ -11,7 +11,7 @@ use std::process::{Command, ExitCode};
 use std::time::Duration;
 use std::{env, thread};
 
-use support::{BotApi, Gateway, Message, Mote, PASSWORD, TOKEN, form, update};
+use support::{BotApi, Gateway, Message, Mote, PASSWORD, Setup, TOKEN, form, update};
 
 const ADA: i64 = 1_234_567_890;
 const BOB: i64 = 2_345_678_901;
@@ -21,7 +21,7 @@ const BETWEEN_FETCHES: Duration = Duration::from_secs(3);
 fn main() -> ExitCode {
     build_gateway();
     let api = BotApi::start();
-    let gateway = Gateway::start(&api);
+    let gateway = Gateway::with(Setup::new(&api));
     println!("Telegram's Bot API is played by {}", api.url());
     println!(
         "The gateway listens on          coap://{}",

@@ -14,18 +14,6 @@ fn ms(number: u64) -> Duration {
     Duration::from_millis(number)
 }
 
-/// These mostly wait, so they run at the same time.
-#[test]
-fn all_that_takes_seconds() {
-    let tests: [(&str, fn()); 4] = [
-        ("a_slow_telegram", a_slow_telegram),
-        ("retransmission", retransmission),
-        ("an_ack_that_waits", an_ack_that_waits),
-        ("non_confirmable_requests", non_confirmable_requests),
-    ];
-    in_parallel(&tests, |test| test());
-}
-
 // --- messages (§3, §4) ---
 
 /// What is sent, and the answer; silence where none stands.
@@ -70,7 +58,7 @@ a response that nobody asked for        | 4045124a | 7000124a
 /// Rows 1 to 5.
 #[test]
 fn malformed_and_stray_messages() {
-    let (api, gateway) = start_idle();
+    let (api, gateway) = start();
     let cases: Vec<(&str, (&str, &str))> = MESSAGES
         .lines()
         .filter_map(|line| line.split_once('|'))
@@ -95,7 +83,7 @@ fn malformed_and_stray_messages() {
 /// Rows 6 and 7.
 #[test]
 fn methods_and_paths() {
-    let (api, gateway) = start_idle();
+    let (api, gateway) = start();
     let cases = [
         (GET, "message", "4.05"),
         (PUT, "message", "4.05"),
@@ -144,7 +132,7 @@ fn methods_and_paths() {
 /// 64 KiB are received: the longest text in one datagram, and one that is longer than Telegram takes.
 #[test]
 fn large_datagrams() {
-    let (api, gateway) = start_idle();
+    let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
     let longest = "🙂".repeat(4096);
     mote.send(&mote.post("message", message(&api, "5", &longest)));
@@ -203,7 +191,7 @@ const OPTIONS: &str = "
 
 #[test]
 fn options() {
-    let (api, gateway) = start_idle();
+    let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
     let mut served = 0;
     for line in OPTIONS.lines().filter(|line| !line.is_empty()) {
@@ -246,8 +234,9 @@ fn options() {
 // --- separate responses (§4.2, §5.2.2) ---
 
 /// Rows 8 and 11: the ACK does not wait for Telegram, the response is a message of its own, duplicates do nothing.
+#[test]
 fn a_slow_telegram() {
-    let (api, gateway) = start_idle();
+    let (api, gateway) = start();
     api.fail(every("sendMessage"), Fault::Late(ms(1000)));
     let mote = Mote::new(gateway.address());
     let request = mote.post("message", message(&api, "5", "x"));
@@ -270,8 +259,9 @@ fn a_slow_telegram() {
 }
 
 /// Rows 12 and 13. The rest of the schedule takes more than a minute: the unit tests have it, with a clock of their own.
+#[test]
 fn retransmission() {
-    let (api, gateway) = start_idle();
+    let (api, gateway) = start();
     let cases = [
         ("until ACK", Some(Ack)),
         ("until RST", Some(Rst)),
@@ -307,8 +297,9 @@ fn retransmission() {
 }
 
 /// What waits in the socket is read before anything is retransmitted: the ACK may be what waits.
+#[test]
 fn an_ack_that_waits() {
-    let (api, gateway) = start_idle();
+    let (api, gateway) = start();
     api.fail(next(1, "sendMessage").to(6), Fault::Late(ms(4000)));
     let (first, second) = (Mote::new(gateway.address()), Mote::new(gateway.address()));
     let request = first.post("message", message(&api, "5", "x"));
@@ -325,7 +316,7 @@ fn an_ack_that_waits() {
 /// Row 10.
 #[test]
 fn tokens_are_echoed() {
-    let (api, gateway) = start_idle();
+    let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
     for token in [&b""[..], b"\x00", b"\xab\xcd", b"12345678"] {
         mote.separate(&mote.post("message", message(&api, "5", "x")).token(token))
@@ -336,8 +327,9 @@ fn tokens_are_echoed() {
 }
 
 /// Rows 9 and 14: a NON request gets a NON response, once.
+#[test]
 fn non_confirmable_requests() {
-    let (api, gateway) = start_idle();
+    let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
     let request = mote
         .request(Non, POST, "message")
@@ -356,7 +348,7 @@ fn non_confirmable_requests() {
 /// Row 15, and what a repeat is answered.
 #[test]
 fn duplicates() {
-    let (api, gateway) = start_idle();
+    let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
     // After a piggybacked response: the same bytes, and one line in the log.
     let wrong = mote.post("message", "url=x");
@@ -412,7 +404,7 @@ fn send_blocks(mote: &Mote, payload: &str, size: usize) -> Message {
 /// Row 21.
 #[test]
 fn block1() {
-    let (api, gateway) = start_idle();
+    let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
     let mut texts = Vec::new();
     for size in [16, 32, 64, 128, 256, 512, 1024] {
@@ -448,7 +440,7 @@ fn part(mote: &Mote, number: u32) -> Message {
 /// Row 22.
 #[test]
 fn block1_out_of_order() {
-    let (api, gateway) = start_idle();
+    let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
     mote.piggybacked(&part(&mote, 5)).expect_code("4.08");
     assert!(mote.ping(PATIENCE));
@@ -467,7 +459,7 @@ fn block1_out_of_order() {
 
 #[test]
 fn block1_beyond_the_limit() {
-    let (_api, gateway) = start_idle();
+    let (_api, gateway) = start();
     let mote = Mote::new(gateway.address());
     for number in 0..17 {
         mote.piggybacked(&part(&mote, number)).expect_code("2.31");
@@ -480,7 +472,7 @@ fn block1_beyond_the_limit() {
 /// Abandoned assemblies do not keep others out, and their memory is bounded.
 #[test]
 fn block1_of_many_motes() {
-    let (api, gateway) = start_idle();
+    let (api, gateway) = start();
     let before = gateway.rss_kib();
     for _ in 0..500 {
         let mote = Mote::new(gateway.address());
@@ -501,7 +493,7 @@ fn block1_of_many_motes() {
 /// Row 23: both resources, whatever the query asks for.
 #[test]
 fn discovery() {
-    let (_api, gateway) = start_idle();
+    let (_api, gateway) = start();
     let mote = Mote::new(gateway.address());
     let get = || mote.request(Con, GET, ".well-known/core");
     let response = mote.piggybacked(&get());

@@ -32,23 +32,6 @@ fn mount(arguments: &[&str]) {
     assert!(status.unwrap().success(), "mount {arguments:?}");
 }
 
-/// These mostly wait, so they run at the same time.
-#[test]
-fn all_that_takes_seconds() {
-    let tests: [(&str, fn()); 6] = [
-        ("without_a_token", without_a_token),
-        ("ip_family", ip_family),
-        ("proxies", proxies),
-        ("check_that_fails", check_that_fails),
-        (
-            "an_address_that_does_not_exist",
-            an_address_that_does_not_exist,
-        ),
-        ("notifications_to_systemd", notifications_to_systemd),
-    ];
-    in_parallel(&tests, |test| test());
-}
-
 // --- where configuration comes from ---
 
 /// Nothing is needed: no file, no environment but the port that the test chose.
@@ -72,6 +55,7 @@ fn without_any_configuration() {
 }
 
 /// Without a token in config.ini: /message for any well-formed one, /update for the first bot that Telegram accepts.
+#[test]
 fn without_a_token() {
     let cases = [
         ("none", ""),
@@ -123,7 +107,7 @@ fn mote_token() {
     for word in ["sesame-open", &longest] {
         let mut setup = config(word);
         setup.secrets.push(word.to_string());
-        let gateway = start_fresh_with(&api, setup);
+        let gateway = start_with(&api, setup);
         let mote = Mote::new(gateway.address());
         for token in [word, TOKEN] {
             mote.post_separate("message", form(&api.url(), token, "5", "x"))
@@ -175,6 +159,7 @@ fn config_files() {
     });
 }
 
+#[test]
 fn ip_family() {
     let api = BotApi::with(BotApiOptions {
         listen: "[::1]:0".parse().unwrap(),
@@ -184,7 +169,7 @@ fn ip_family() {
     for (family, code) in [("any", "2.05"), ("ipv6", "2.05"), ("ipv4", "5.00")] {
         let config =
             format!("[telegram]\nbot_token = {TOKEN}\nurl = {url}\nip_family = {family}\n");
-        let gateway = start_fresh_with(&api, Setup::new(&api).config(&config));
+        let gateway = start_with(&api, Setup::new(&api).config(&config));
         let mote = Mote::new(gateway.address());
         mote.post_separate("message", form(&url, TOKEN, "5", family))
             .expect_code(code);
@@ -196,7 +181,7 @@ fn ip_family() {
 #[test]
 fn environment_files() {
     let ada_writes = |setup: Setup, api: &BotApi, password: &str| {
-        let gateway = start_fresh_with(api, setup);
+        let gateway = start_with(api, setup);
         api.person_writes(ADA, "Ada", &format!("config {password} interval 77"));
         let tokens = poll(&Mote::new(gateway.address()), api);
         assert_eq!(tokens, format!("i77;{ADA_TOKEN}"), "{password:?}");
@@ -221,6 +206,7 @@ fn environment_files() {
 }
 
 /// The real environment's, as ureq reads it: used, not used for a host, refused by it, and not taken from `.env`.
+#[test]
 fn proxies() {
     for (name, other, variables, in_file, code, asked) in [
         ("used", false, "HTTPS_PROXY", false, "2.05", true),
@@ -286,7 +272,7 @@ fn directories() {
     ] {
         fs::write(credentials.join(name), text.unwrap()).unwrap();
     }
-    let gateway = start_fresh_with(&api, setup);
+    let gateway = start_with(&api, setup);
     let mote = Mote::new(gateway.address());
     api.person_writes(ADA, "Ada", &format!("config {PASSWORD} interval 5"));
     assert_eq!(poll(&mote, &api), format!("i5;{ADA_TOKEN}"));
@@ -328,7 +314,7 @@ fn installed() {
     }
     fs::write("/etc/coap_websocket/config.ini", &config).unwrap();
     fs::write("/etc/coap_websocket/.env", dotenv).unwrap();
-    let gateway = start_fresh_with(&api, setup.clone());
+    let gateway = start_with(&api, setup.clone());
     api.person_writes(ADA, "Ada", &format!("config {PASSWORD} interval 5"));
     let told = poll(&Mote::new(gateway.address()), &api);
     assert_eq!(told, format!("i5;{ADA_TOKEN}"));
@@ -493,7 +479,7 @@ fn from_the_unspecified_address() {
         return;
     }
     let api = BotApi::start();
-    let gateway = start_fresh_with(&api, Setup::new(&api));
+    let gateway = start_with(&api, Setup::new(&api));
     let mote = Mote::new(gateway.address());
     let request = mote.post("message", message(&api, "5", "x"));
     let send = |port: u16| {
@@ -560,7 +546,7 @@ fn arguments() {
 #[test]
 fn check() {
     let api = BotApi::start();
-    let gateway = start_fresh_with(&api, Setup::new(&api));
+    let gateway = start_with(&api, Setup::new(&api));
     let mote = Mote::new(gateway.address());
     api.person_writes(ADA, "Ada", "hi");
     assert_eq!(poll(&mote, &api), ADA_TOKEN);
@@ -584,6 +570,7 @@ fn check() {
     assert_eq!(poll(&mote, &api), both, "still there");
 }
 
+#[test]
 fn check_that_fails() {
     type Break = fn(&BotApi);
     let cases: [(&str, (Break, &str)); 6] = [
@@ -697,15 +684,16 @@ fn log_rotation() {
     let old = "2026-01-31 12:00:00 [INFO] old\n".repeat((1 << 20) / 31 - 10);
     for movable in [true, false] {
         api.push_update(json!({})); // or Telegram holds the second one's first fetch for 3 s
-        let gateway = Gateway::prepared(Setup::new(&api), |directory| {
-            fs::write(directory.join("coap_server.log"), &old).unwrap();
-            let former = directory.join("coap_server.log.1");
-            if movable {
-                fs::write(former, "older\n").unwrap();
-            } else {
-                fs::create_dir_all(former.join("x")).unwrap();
-            }
-        });
+        let mut gateway = Gateway::stopped(Setup::new(&api));
+        let directory = gateway.directory();
+        fs::write(directory.join("coap_server.log"), &old).unwrap();
+        let former = directory.join("coap_server.log.1");
+        if movable {
+            fs::write(former, "older\n").unwrap();
+        } else {
+            fs::create_dir_all(former.join("x")).unwrap();
+        }
+        gateway.restart();
         let mote = Mote::new(gateway.address());
         for _ in 0..100 {
             mote.post_piggybacked("message", "nonsense")
@@ -794,7 +782,7 @@ fn assert_disk_is_spoilt(later: bool, spoil: impl Fn(&Path), mend: impl Fn(&Path
 #[test]
 fn a_slow_disk() {
     let api = BotApi::start();
-    let gateway = start_fresh_with(&api, Setup::new(&api));
+    let gateway = start_with(&api, Setup::new(&api));
     let mote = Mote::new(gateway.address());
     let pipe = gateway.directory().join("state.json.new");
     let made = Command::new("mkfifo").arg(&pipe).status();
@@ -834,6 +822,7 @@ fn notifications(socket: &UnixDatagram, limit: Duration, done: impl Fn(&str) -> 
 }
 
 /// Ready, alive, and in words what it does; when Telegram stops and starts to answer, once each, also in the log.
+#[test]
 fn notifications_to_systemd() {
     let api = BotApi::start();
     let name = format!("coap_websocket-{}", process::id());
@@ -841,7 +830,7 @@ fn notifications_to_systemd() {
     let setup = Setup::new(&api)
         .env("NOTIFY_SOCKET", format!("@{name}"))
         .env("WATCHDOG_USEC", 2_000_000);
-    let gateway = start_fresh_with(&api, setup);
+    let gateway = start_with(&api, setup);
     let limit = Duration::from_secs(5);
     let told = notifications(&socket, limit, |all| {
         all.contains("READY=1") && all.contains("STATUS=") && all.contains("WATCHDOG=1")
@@ -879,6 +868,7 @@ fn notifications_to_systemd() {
 
 /// An address that does not exist yet: ready all the same, said once, tried every second for ever. Never with a bad
 /// configuration.
+#[test]
 fn an_address_that_does_not_exist() {
     let api = BotApi::start();
     let directory = TempDir::new();

@@ -20,19 +20,6 @@ fn warnings(gateway: &Gateway) -> Vec<String> {
     log.lines().filter(wrong).map(str::to_string).collect()
 }
 
-/// These mostly wait, so they run at the same time.
-#[test]
-fn all_that_takes_seconds() {
-    let tests: [(&str, fn()); 5] = [
-        ("chats_that_refuse", chats_that_refuse),
-        ("failures", failures),
-        ("no_name_server", no_name_server),
-        ("retries", retries),
-        ("one_chat_of_three_fails", one_chat_of_three_fails),
-    ];
-    in_parallel(&tests, |test| test());
-}
-
 // --- the firmware ---
 
 /// Row 27: the datagrams of the unmodified firmware. It names api.telegram.org, to which a proxy leads the gateway.
@@ -120,7 +107,7 @@ const INCOMPLETE: [&str; 16] = [
 
 #[test]
 fn forms() {
-    let (api, gateway) = start_idle();
+    let (api, gateway) = start();
     let full = |form: &str| form.replace("{U}", &api.url()).replace("{T}", TOKEN);
     let mote = Mote::new(gateway.address());
     for (form, chats, text) in FORMS {
@@ -164,7 +151,7 @@ fn forms() {
 /// Invalid UTF-8 is replaced in the text, and makes any other field wrong.
 #[test]
 fn invalid_utf8() {
-    let (api, gateway) = start_idle();
+    let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
     let payload = [message(&api, "5", "25 ").as_bytes(), b"\xb0C"].concat();
     mote.post_separate("message", payload).expect("2.05", SENT);
@@ -177,7 +164,7 @@ fn invalid_utf8() {
 /// Row 24: the mote never chooses where the gateway connects to, nor for which bot.
 #[test]
 fn other_urls_and_tokens() {
-    let (api, gateway) = start_idle();
+    let (api, gateway) = start();
     let other = BotApi::start();
     let mote = Mote::new(gateway.address());
     let known = api.seen().calls.len();
@@ -211,7 +198,7 @@ fn other_urls_and_tokens() {
 /// What Telegram is asked: the chat and the text as it is, without any formatting.
 #[test]
 fn the_call() {
-    let (api, gateway) = start_idle();
+    let (api, gateway) = start();
     Mote::new(gateway.address())
         .post_separate("message", message(&api, "5", "<b>*x*</b>"))
         .expect("2.05", SENT);
@@ -244,7 +231,7 @@ fn assert_trips(api: &BotApi, mote: &Mote, name: &str, chats: &str, trips: u32) 
 /// With open connections a message costs one round trip to however many chats, without them three.
 #[test]
 fn round_trips() {
-    let (api, gateway) = start_idle();
+    let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
     assert_trips(&api, &mote, "the first one", "1", 1);
     assert_trips(&api, &mote, "three chats, cold", THREE, 3);
@@ -265,7 +252,7 @@ fn round_trips_after_silence() {
         ("ten", (TEN, 3)),
     ];
     in_parallel(&cases, |(chats, trips)| {
-        let (api, gateway) = start_idle();
+        let (api, gateway) = start();
         let mote = Mote::new(gateway.address());
         mote.post_separate("message", message(&api, TEN, "before"))
             .expect("2.05", SENT);
@@ -276,7 +263,7 @@ fn round_trips_after_silence() {
 
 #[test]
 fn some_chats_refused() {
-    let (api, gateway) = start_idle();
+    let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
     api.unknown_chat(404_404);
     mote.post_separate("message", message(&api, "5,404404", "x"))
@@ -311,9 +298,10 @@ const REFUSALS: &str = r#"
 "#;
 
 /// Which 403 removes a chat: only the Bot API's own, and only for a private chat.
+#[test]
 fn chats_that_refuse() {
     let api = BotApi::start();
-    let mut gateway = Gateway::start(&api);
+    let mut gateway = Gateway::with(Setup::new(&api));
     let mote = Mote::new(gateway.address());
     let send = |chat: &str, code: &str| {
         mote.post_separate("message", message(&api, chat, "x"))
@@ -349,7 +337,7 @@ fn chats_that_refuse() {
 /// A group that has become a supergroup: the log says its new id.
 #[test]
 fn a_group_that_migrated() {
-    let (api, gateway) = start_idle();
+    let (api, gateway) = start();
     let body = json!({"ok": false, "error_code": 400,
         "description": "Bad Request: group chat was upgraded to a supergroup chat",
         "parameters": {"migrate_to_chat_id": -1_001_234_567_890_i64}});
@@ -546,9 +534,10 @@ const FAILURES: &[(&str, Failure)] = &[
 ];
 
 /// Row 26: one message, what Telegram does, and what the log says about it.
+#[test]
 fn failures() {
     in_parallel(FAILURES, |(break_it, calls, words)| {
-        let (api, gateway) = start_idle();
+        let (api, gateway) = start();
         break_it(&api);
         let mote = Mote::new(gateway.address());
         let start = Instant::now();
@@ -565,6 +554,7 @@ fn failures() {
     });
 }
 
+#[test]
 fn no_name_server() {
     let api = BotApi::start();
     let url = "https://no-such-host.invalid/bot";
@@ -692,7 +682,7 @@ const HUGE: &[(&str, usize, &str)] = &[
 /// HTTP as nobody should speak it: the named answer, one line in the log, and the next request is served.
 #[test]
 fn http_oddities() {
-    let (api, gateway) = start_idle();
+    let (api, gateway) = start();
     let other = BotApi::start();
     let elsewhere = format!("{}{TOKEN}/sendMessage", other.url());
     let huge = HUGE.iter().map(|(shape, times, code)| {
@@ -728,6 +718,7 @@ fn http_oddities() {
 }
 
 /// Where a request surely did not reach Telegram, it is sent again; each text arrives once.
+#[test]
 fn retries() {
     let cases: [(&str, Break); 5] = [
         ("closed after the answer", |api| {
@@ -745,7 +736,7 @@ fn retries() {
         }),
     ];
     in_parallel(&cases, |break_it| {
-        let (api, gateway) = start_idle();
+        let (api, gateway) = start();
         break_it(&api);
         let mote = Mote::new(gateway.address());
         for text in ["first", "second"] {
@@ -760,6 +751,7 @@ fn retries() {
 }
 
 /// What fails for one chat is not tried again where the text may have arrived, and takes nothing from the others.
+#[test]
 fn one_chat_of_three_fails() {
     let cases = [
         ("hang", (Fault::Hang, "time")),
@@ -770,7 +762,7 @@ fn one_chat_of_three_fails() {
         ),
     ];
     in_parallel(&cases, |(fault, word)| {
-        let (api, gateway) = start_idle();
+        let (api, gateway) = start();
         api.fail(every("sendMessage").to(6666), fault.clone());
         let start = Instant::now();
         Mote::new(gateway.address())
@@ -789,7 +781,7 @@ fn one_chat_of_three_fails() {
 /// Telegram goes away and comes back; the gateway needs no help.
 #[test]
 fn an_outage() {
-    let (api, gateway) = start_idle();
+    let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
     let send = |text: &str| {
         mote.post_separate("message", message(&api, "5", text))
@@ -806,7 +798,7 @@ fn an_outage() {
 /// What finished requests leave behind: no thread, no connection beyond those kept for the next one.
 #[test]
 fn nothing_is_left_behind() {
-    let (api, gateway) = start_idle();
+    let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
     let idle = gateway.threads();
     for number in 0..200 {

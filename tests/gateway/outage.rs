@@ -1,12 +1,11 @@
 //! Telegram is gone for a while, in each way in which a network fails, and ten motes go on asking: each is told soon,
 //! nothing happens twice, and afterwards all is as before.
 
-use std::collections::HashSet;
 use std::net::UdpSocket;
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering::Relaxed};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use std::{fs, thread};
 
 use crate::support::*;
@@ -32,127 +31,54 @@ const SHORT: Span = Span {
     recovery: Duration::from_secs(6),
 };
 
-struct World {
-    api: BotApi,
-    gateway: Gateway,
-    url: String,
+/// What the motes asked for, and what became of it.
+struct Survived {
+    asked: Vec<Asked>,
+    outcome: Outcome,
 }
 
-/// What a mote asked for, and what it got.
-struct Asked {
-    /// None: it polled.
-    text: Option<String>,
-    /// None: it gave up.
-    code: Option<String>,
-    waited: Duration,
-}
-
-impl World {
-    fn new() -> Self {
-        let api = BotApi::start();
-        let gateway = Gateway::with(Setup::ipv4(&api));
-        let url = api.url();
-        Self { api, gateway, url }
+/// Lets ten motes ask before, during and after an outage, and judges what came of it.
+fn survive(
+    api: &BotApi,
+    gateway: &Gateway,
+    span: &Span,
+    begin: impl FnOnce(),
+    end: impl FnOnce(),
+) -> Survived {
+    let stop = AtomicBool::new(false);
+    let mote = |number| FieldMote::new(number, 0, gateway.address());
+    let (asked, afterwards) = thread::scope(|scope| {
+        let ten =
+            scope.spawn(|| at_once(MOTES, |number| mote(number).go_on_asking(api, "5", &stop)));
+        thread::sleep(Duration::from_secs(1));
+        begin();
+        thread::sleep(span.outage);
+        end();
+        thread::sleep(span.recovery);
+        let afterwards = mote(MOTES).report(api, "5");
+        stop.store(true, Relaxed);
+        (ten.join().unwrap().concat(), afterwards)
+    });
+    let outcome = judge(api, &asked, 1);
+    assert!(outcome.longest < WAIT_MAX);
+    println!("afterwards a request took {:.1?}", afterwards.waited);
+    assert!(afterwards.got("2.05") && afterwards.waited < Duration::from_secs(1));
+    // The log says the start and the end of the outage, once each, if a poll met it.
+    let is_failed_poll = |it: &Asked| it.text.is_none() && it.got("5.00");
+    let times = usize::from(asked.iter().any(is_failed_poll));
+    let log = gateway.log();
+    for line in [STARTS, ENDS] {
+        assert_eq!(log.matches(line).count(), times, "{line:?}");
     }
-
-    fn ask(&self, mote: &Mote, text: Option<String>, jitter: usize) -> Asked {
-        let path = if text.is_some() { "message" } else { "update" };
-        let payload = form(&self.url, TOKEN, "5", text.as_deref().unwrap_or_default());
-        let ack_timeout = Duration::from_millis(2000 + jitter as u64);
-        let start = Instant::now();
-        let response = mote.reliable(&mote.post(path, payload), ack_timeout, PATIENCE);
-        Asked {
-            text,
-            code: response.map(|response| response.code()),
-            waited: start.elapsed(),
-        }
-    }
-
-    fn mote(&self, number: usize) -> Mote {
-        Mote::at(&format!("127.0.1.{}", number + 1), self.gateway.address())
-    }
-
-    /// Polls and reports by turns until told to stop.
-    fn go_on_asking(&self, number: usize, stop: &AtomicBool) -> Vec<Asked> {
-        let mote = self.mote(number);
-        let mut random = Numbers(number as u64);
-        let mut asked = Vec::new();
-        while !stop.load(Relaxed) {
-            let text = format!("mote {number} text {}", asked.len());
-            let text = (asked.len() % 2 == 1).then_some(text);
-            asked.push(self.ask(&mote, text, random.below(1000)));
-            thread::sleep(Duration::from_millis(random.below(2000) as u64));
-        }
-        asked
-    }
-
-    /// Lets ten motes ask before, during and after an outage, and judges what came of it.
-    fn survives(&self, span: &Span, begin: impl FnOnce(), end: impl FnOnce()) -> Vec<Asked> {
-        let stop = AtomicBool::new(false);
-        let (asked, afterwards) = thread::scope(|scope| {
-            let stop = &stop;
-            let motes: Vec<_> = (0..MOTES)
-                .map(|number| scope.spawn(move || self.go_on_asking(number, stop)))
-                .collect();
-            thread::sleep(Duration::from_secs(1));
-            begin();
-            thread::sleep(span.outage);
-            end();
-            thread::sleep(span.recovery);
-            let afterwards = self.ask(&self.mote(MOTES), Some("afterwards".to_string()), 0);
-            stop.store(true, Relaxed);
-            let asked = motes.into_iter().flat_map(|mote| mote.join().unwrap());
-            (asked.collect::<Vec<_>>(), afterwards)
-        });
-        self.judge(&asked);
-        println!("afterwards a request took {:.1?}", afterwards.waited);
-        assert_eq!(afterwards.code.as_deref(), Some("2.05"));
-        assert!(afterwards.waited < Duration::from_secs(1));
-        asked
-    }
-
-    fn judge(&self, asked: &[Asked]) {
-        let sent = self.api.texts_to(5);
-        let arrived: HashSet<&String> = sent.iter().collect();
-        let count =
-            |code: Option<&str>| asked.iter().filter(|it| it.code.as_deref() == code).count();
-        let longest = asked.iter().map(|it| it.waited).max().unwrap();
-        println!(
-            "{} requests: {} answered 5.00, {} given up, the longest waited {longest:.1?}; {} texts arrived",
-            asked.len(),
-            count(Some("5.00")),
-            count(None),
-            sent.len()
-        );
-        assert_eq!(arrived.len(), sent.len(), "a text was sent twice");
-        for it in asked {
-            match (it.code.as_deref(), &it.text) {
-                (Some("2.05"), Some(text)) => assert!(arrived.contains(text), "lost: {text}"),
-                (Some("2.03" | "2.05"), None) | (Some("5.00") | None, _) => {}
-                (code, text) => panic!("{text:?} was answered {code:?}"),
-            }
-        }
-        assert!(longest < WAIT_MAX);
-    }
-
-    /// The log says the start and the end of the outage, once each, if a poll met it.
-    fn assert_logged(&self, asked: &[Asked]) {
-        let failed_poll = |it: &Asked| it.text.is_none() && it.code.as_deref() == Some("5.00");
-        let times = usize::from(asked.iter().any(failed_poll));
-        let log = self.gateway.log();
-        for line in [STARTS, ENDS] {
-            assert_eq!(log.matches(line).count(), times, "{line:?}");
-        }
-    }
+    Survived { asked, outcome }
 }
 
 /// An outage that motes notice.
 fn outage(span: &Span, begin: fn(&BotApi), end: fn(&BotApi)) {
-    let world = World::new();
-    let asked = world.survives(span, || begin(&world.api), || end(&world.api));
-    let failed = asked.iter().filter(|it| it.code.as_deref() == Some("5.00"));
-    assert!(failed.count() > 0, "there was no outage");
-    world.assert_logged(&asked);
+    let api = BotApi::start();
+    let gateway = Gateway::with(Setup::ipv4(&api));
+    let survived = survive(&api, &gateway, span, || begin(&api), || end(&api));
+    assert!(survived.outcome.failed > 0, "there was no outage");
 }
 
 /// Whatever is sent vanishes: calls on open connections (Telegram carries them out), and new connections.
@@ -184,37 +110,45 @@ fn other_certificate(span: &Span) {
 }
 
 #[test]
-fn seconds() {
-    type Outage = fn(&Span);
-    let outages: [(&str, Outage); 4] = [
-        ("hang", hang),
-        ("refused", refused),
-        ("page", page),
-        ("other certificate", other_certificate),
-    ];
-    in_parallel(&outages, |outage| outage(&SHORT));
+fn seconds_of_hanging() {
+    hang(&SHORT);
 }
 
 #[test]
-#[ignore = "takes minutes: cargo test --release outage:: -- --include-ignored"]
+fn seconds_of_refused_connections() {
+    refused(&SHORT);
+}
+
+#[test]
+fn seconds_of_a_routers_page() {
+    page(&SHORT);
+}
+
+#[test]
+fn seconds_of_another_certificate() {
+    other_certificate(&SHORT);
+}
+
+#[test]
+#[ignore = "takes two minutes"]
 fn minutes_of_hanging() {
     hang(&LONG);
 }
 
 #[test]
-#[ignore = "takes minutes, see above"]
+#[ignore = "takes two minutes"]
 fn minutes_of_refused_connections() {
     refused(&LONG);
 }
 
 #[test]
-#[ignore = "takes minutes, see above"]
+#[ignore = "takes two minutes"]
 fn minutes_of_a_routers_page() {
     page(&LONG);
 }
 
 #[test]
-#[ignore = "takes minutes, see above"]
+#[ignore = "takes two minutes"]
 fn minutes_of_another_certificate() {
     other_certificate(&LONG);
 }
@@ -268,53 +202,43 @@ fn dns_response(query: &[u8], code: u16) -> Vec<u8> {
     response
 }
 
-/// The gateway starts with a name server that answers so.
-fn world_by_name(response_code: u16) -> (World, Arc<AtomicU16>) {
-    let name_server = start_name_server(response_code);
+/// Two minutes with a gateway that knows Telegram by a name, and a name server that answers so from the start and so
+/// during the outage.
+fn without_dns(from_the_start: u16, meanwhile: u16) -> Survived {
+    let name_server = start_name_server(from_the_start);
     let api = BotApi::with(BotApiOptions {
         names: vec![HOST.to_string()],
         ..BotApiOptions::default()
     });
-    let url = format!("https://{HOST}:{}/bot", api.address().port());
-    let config = format!("[telegram]\nbot_token = {TOKEN}\nurl = {url}\n");
-    let gateway = Gateway::with(Setup::ipv4(&api).config(&config));
-    (World { api, gateway, url }, name_server)
+    let gateway = Gateway::with(Setup::ipv4(&api));
+    let begin = || name_server.store(meanwhile, Relaxed);
+    let end = || name_server.store(NO_ERROR, Relaxed);
+    survive(&api, &gateway, &LONG, begin, end)
 }
 
 /// The gateway keeps the addresses that it has found.
 #[test]
-#[ignore = "takes minutes, see above"]
+#[ignore = "takes two minutes"]
 fn minutes_without_dns() {
-    if !in_namespaces(minutes_without_dns) {
-        return;
+    if in_namespaces(minutes_without_dns) {
+        let survived = without_dns(NO_ERROR, SILENT);
+        assert_eq!(survived.outcome.served, survived.asked.len());
     }
-    let (world, name_server) = world_by_name(NO_ERROR);
-    let begin = || name_server.store(SILENT, Relaxed);
-    let asked = world.survives(&LONG, begin, || name_server.store(NO_ERROR, Relaxed));
-    for it in &asked {
-        assert!(matches!(it.code.as_deref(), Some("2.03" | "2.05")));
-    }
-    world.assert_logged(&asked);
 }
 
 /// As after a power cut, when the router takes longer than the gateway.
-fn starts_without_dns(test: impl Fn(), response_code: u16) {
-    if !in_namespaces(test) {
-        return;
-    }
-    let (world, name_server) = world_by_name(response_code);
-    let asked = world.survives(&LONG, || {}, || name_server.store(NO_ERROR, Relaxed));
-    world.assert_logged(&asked);
-}
-
 #[test]
-#[ignore = "takes minutes, see above"]
+#[ignore = "takes two minutes"]
 fn starts_with_a_silent_name_server() {
-    starts_without_dns(starts_with_a_silent_name_server, SILENT);
+    if in_namespaces(starts_with_a_silent_name_server) {
+        without_dns(SILENT, SILENT);
+    }
 }
 
 #[test]
-#[ignore = "takes minutes, see above"]
+#[ignore = "takes two minutes"]
 fn starts_with_a_refusing_name_server() {
-    starts_without_dns(starts_with_a_refusing_name_server, REFUSED);
+    if in_namespaces(starts_with_a_refusing_name_server) {
+        without_dns(REFUSED, REFUSED);
+    }
 }

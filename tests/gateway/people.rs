@@ -32,7 +32,7 @@ fn ada_writes(api: &BotApi, mote: &Mote, text: &str) -> (String, String) {
 
 /// A stand-in, a gateway and a mote, with Ada registered and the mote told so.
 fn with_ada() -> (BotApi, Gateway, Mote) {
-    let (api, gateway) = start_fresh();
+    let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
     assert_eq!(ada_writes(&api, &mote, "hi").0, ADA_TOKEN);
     (api, gateway, mote)
@@ -42,7 +42,7 @@ fn with_ada() -> (BotApi, Gateway, Mote) {
 
 #[test]
 fn a_new_user_is_greeted() {
-    let (api, gateway) = start_fresh();
+    let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
     let sticker = json!({"sticker": {"file_id": "x"}});
     api.person_writes(ADA, "Ada", "hello?");
@@ -79,7 +79,7 @@ fn help() {
 
 #[test]
 fn ten_users() {
-    let (api, gateway) = start_fresh();
+    let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
     let writes = |number: i64, text: &str| {
         api.person_writes(1_000_000_000 + number, &format!("User{number}"), text)
@@ -110,7 +110,7 @@ fn ten_users() {
 /// Only private chats, with ids that the firmware has room for. The others are logged: so one finds a group's id.
 #[test]
 fn who_cannot_register() {
-    let (api, gateway) = start_fresh();
+    let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
     let groups = [
         (-4_444_444_i64, "group"),
@@ -170,7 +170,7 @@ const NAMES: [(&str, &str); 4] = [
 #[test]
 fn names() {
     in_parallel(&NAMES, |names| {
-        let (api, gateway) = start_fresh();
+        let (api, gateway) = start();
         let mote = Mote::new(gateway.address());
         for (number, name) in names.split('|').enumerate() {
             api.person_writes(1_000_000_000 + number as i64, name, "hi");
@@ -192,7 +192,7 @@ fn names() {
 
 #[test]
 fn good_names_stay_as_they_are() {
-    let (api, gateway) = start_fresh();
+    let (api, gateway) = start();
     let names = "Ada|Jean-Luc|Zoë|r|i|f|Rita|f2a|Anna Maria|1234567890123a";
     let mut expected = Vec::new();
     for (number, name) in names.split('|').enumerate() {
@@ -358,7 +358,7 @@ fn without_a_password() {
     let api = BotApi::start();
     let mut setup = Setup::new(&api);
     setup.dotenv = None;
-    let gateway = start_fresh_with(&api, setup);
+    let gateway = start_with(&api, setup);
     let log = gateway.log();
     let warned = |line: &str| line.contains("[WARN]") && line.contains("PASSWORD");
     assert!(log.lines().any(warned), "{log}");
@@ -409,7 +409,7 @@ fn passwords_are_deleted() {
 /// One answer for each chat and fetch: its different texts joined, however much one person writes.
 #[test]
 fn answers_are_joined() {
-    let (api, gateway) = start_fresh();
+    let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
     api.person_writes(ADA, "Ada", "hi");
     api.person_writes(ADA, "Ada", &format!("config {PASSWORD} interval 5"));
@@ -445,7 +445,7 @@ fn old_commands() {
     api.set_date(1_700_000_000);
     api.person_writes(ADA, "Ada", &format!("config {PASSWORD} interval 5"));
     api.person_writes(BOB, "Bob", "remove me");
-    let mut gateway = Gateway::start(&api);
+    let mut gateway = Gateway::with(Setup::new(&api));
     let mote = Mote::new(gateway.address());
     let both = format!("{ADA_TOKEN};Bob:2345678901");
     assert_eq!(poll(&mote, &api), both);
@@ -466,7 +466,7 @@ fn old_commands() {
 /// Whatever people and motes write: each line of the log is one of the gateway's own records, also on the console.
 #[test]
 fn nobody_forges_the_log() {
-    let (api, gateway) = start_fresh();
+    let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
     let forged =
         "x\n2026-01-31 12:00:00 [INFO] forged\r\nINFO forged\u{1b}[31mforged\u{2028}forged\0";

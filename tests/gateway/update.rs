@@ -25,29 +25,11 @@ fn config(setting: &str) -> String {
     format!("config {PASSWORD} {setting}")
 }
 
-/// These mostly wait, so they run at the same time.
-#[test]
-fn all_that_takes_seconds() {
-    let tests: [(&str, fn()); 7] = [
-        ("everything_or_nothing", everything_or_nothing),
-        ("killed_at_any_moment", killed_at_any_moment),
-        ("telegram_fails", telegram_fails),
-        ("a_hanging_telegram", a_hanging_telegram),
-        ("answers_that_fail", answers_that_fail),
-        (
-            "people_are_heard_though_no_mote_asks",
-            people_are_heard_though_no_mote_asks,
-        ),
-        ("damaged_state_files", damaged_state_files),
-    ];
-    in_parallel(&tests, |test| test());
-}
-
 // --- the reply ---
 
 #[test]
 fn the_example_of_the_contract() {
-    let (api, gateway) = start_fresh();
+    let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
     api.person_writes(BOB, "Bob", &config("interval 5"));
     api.person_writes(ADA, "Ada", "hello");
@@ -57,8 +39,9 @@ fn the_example_of_the_contract() {
 }
 
 /// What Ada or Bob writes, and the whole state that the mote is told then; nothing if it knows that already.
+#[test]
 fn everything_or_nothing() {
-    let (api, gateway) = start_fresh();
+    let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
     let ada = |text: &str| api.person_writes(ADA, "Ada", text);
     let mut told = Vec::new();
@@ -91,7 +74,7 @@ fn everything_or_nothing() {
 
 #[test]
 fn missing_fields() {
-    let (api, gateway) = start_fresh();
+    let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
     let url = api.url();
     let known = api.seen().calls.len();
@@ -115,7 +98,7 @@ fn missing_fields() {
 #[test]
 fn offered_until_acknowledged() {
     let api = BotApi::start();
-    let mut gateway = start_fresh_with(&api, Setup::new(&api));
+    let mut gateway = start_with(&api, Setup::new(&api));
     let mote = Mote::new(gateway.address());
     api.person_writes(ADA, "Ada", &config("interval 5"));
     let state = "i5;Ada:1234567890";
@@ -149,7 +132,7 @@ fn offered_until_acknowledged() {
 /// What changes after the reply was sent is not acknowledged with it.
 #[test]
 fn an_ack_covers_what_was_in_the_reply() {
-    let (api, gateway) = start_fresh();
+    let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
     let ask = |expected: &str| {
         let request = mote.post("update", update(&api));
@@ -169,10 +152,11 @@ fn an_ack_covers_what_was_in_the_reply() {
 }
 
 /// kill -9 at any moment of a poll: no change is lost, the state file is never half written.
+#[test]
 fn killed_at_any_moment() {
     in_parallel(&[("1", 1), ("2", 2), ("3", 3), ("4", 4)], |seed| {
         let api = BotApi::start();
-        let mut gateway = Gateway::start(&api);
+        let mut gateway = Gateway::with(Setup::new(&api));
         let mote = Mote::new(gateway.address());
         let (mut firmware, mut numbers) = (Firmware::default(), Numbers(*seed));
         for round in 1..=12 {
@@ -214,7 +198,7 @@ fn killed_at_any_moment() {
 #[test]
 fn several_motes() {
     let api = BotApi::start();
-    let gateway = start_fresh_with(&api, Setup::ipv4(&api));
+    let gateway = start_with(&api, Setup::ipv4(&api));
     let mote = |number: u8| Mote::at(&format!("127.0.0.{number}"), gateway.address());
     let (one, two, three) = (mote(2), mote(3), mote(4));
     api.person_writes(ADA, "Ada", "hi");
@@ -235,7 +219,7 @@ fn several_motes() {
 #[test]
 fn many_motes() {
     let api = BotApi::start();
-    let gateway = start_fresh_with(&api, Setup::ipv4(&api));
+    let gateway = start_with(&api, Setup::ipv4(&api));
     let mote = |number: usize| Mote::at(&format!("127.0.1.{number}"), gateway.address());
     api.person_writes(ADA, "Ada", "hi");
     for number in 1..=64 {
@@ -252,7 +236,7 @@ fn many_motes() {
 #[test]
 fn restarted_mote() {
     let api = BotApi::start();
-    let gateway = start_fresh_with(&api, Setup::ipv4(&api));
+    let gateway = start_with(&api, Setup::ipv4(&api));
     let mote = Mote::at("127.0.0.2", gateway.address());
     let other = Mote::at("127.0.0.3", gateway.address());
     api.person_writes(ADA, "Ada", "hi");
@@ -303,7 +287,7 @@ fn restarted_mote() {
 /// Ten users with the longest names, both settings: always all of it; of the removals the latest that still fit.
 #[test]
 fn long_replies() {
-    let (api, gateway) = start_fresh();
+    let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
     for number in 0..30_i64 {
         api.person_writes(20_000_000_000 + number, "Stranger", "remove me");
@@ -336,7 +320,7 @@ fn long_replies() {
 #[test]
 fn many_removals() {
     let api = BotApi::start();
-    let mut gateway = start_fresh_with(&api, Setup::new(&api));
+    let mut gateway = start_with(&api, Setup::new(&api));
     let mote = Mote::new(gateway.address());
     for number in 0..101 {
         api.person_writes(1_000_000_000 + number, "Stranger", "remove me");
@@ -356,7 +340,7 @@ fn many_removals() {
 
 #[test]
 fn how_updates_are_fetched() {
-    let (api, gateway) = start_fresh();
+    let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
     let long = "x".repeat(4000); // a page of 400 KiB
     for number in 0..250 {
@@ -385,7 +369,7 @@ fn how_updates_are_fetched() {
 #[test]
 fn progress_is_saved_first() {
     let api = BotApi::start();
-    let mut gateway = start_fresh_with(&api, Setup::new(&api));
+    let mut gateway = start_with(&api, Setup::new(&api));
     api.fail(every("sendMessage"), Fault::Hang);
     api.person_writes(ADA, "Ada", &config("interval 5"));
     let mote = Mote::new(gateway.address());
@@ -408,7 +392,7 @@ fn progress_is_saved_first() {
 /// Updates that mean nothing to the gateway, or that are not what the documentation says.
 #[test]
 fn odd_updates() {
-    let (api, gateway) = start_fresh();
+    let (api, gateway) = start();
     let chat = json!({"id": ADA, "type": "private", "first_name": "Ada"});
     let from = json!({"id": ADA, "is_bot": false, "first_name": "Ada"});
     let whole =
@@ -449,7 +433,7 @@ fn odd_updates() {
 /// After a quiet week Telegram counts on from any number, also from a lower one.
 #[test]
 fn renumbered_updates() {
-    let (api, gateway) = start_fresh();
+    let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
     api.person_writes(ADA, "Ada", "hi");
     assert_eq!(poll(&mote, &api), ADA_TOKEN);
@@ -467,7 +451,7 @@ fn renumbered_updates() {
 #[test]
 fn twelve_motes_at_once() {
     let api = BotApi::start();
-    let gateway = start_fresh_with(&api, Setup::ipv4(&api));
+    let gateway = start_with(&api, Setup::ipv4(&api));
     let motes: Vec<Mote> = (0..12)
         .map(|number| Mote::at(&format!("127.0.0.{}", number + 2), gateway.address()))
         .collect();
@@ -541,9 +525,10 @@ const FAILURES: &[(&str, (Break, &str))] = &[
 ];
 
 /// The mote learns it by the code alone, and nothing is lost.
+#[test]
 fn telegram_fails() {
     in_parallel(FAILURES, |(break_it, word)| {
-        let (api, gateway) = start_fresh();
+        let (api, gateway) = start();
         let mote = Mote::new(gateway.address());
         break_it(&api);
         api.person_writes(ADA, "Ada", &config("interval 5"));
@@ -565,8 +550,9 @@ fn telegram_fails() {
 }
 
 /// Row 25: each request is answered within 9 s of its ACK. The others wait in the socket, and their repeats do nothing.
+#[test]
 fn a_hanging_telegram() {
-    let (api, gateway) = start_fresh();
+    let (api, gateway) = start();
     api.fail(every(""), Fault::Hang);
     let (first, second) = (Mote::new(gateway.address()), Mote::new(gateway.address()));
     let poll = first.post("update", update(&api));
@@ -601,6 +587,7 @@ fn a_hanging_telegram() {
 
 /// People are answered within 20 s though no mote asks: with the configured token, else with the last one that Telegram
 /// accepted.
+#[test]
 fn people_are_heard_though_no_mote_asks() {
     in_parallel(&[("configured", true), ("accepted", false)], |configured| {
         let api = BotApi::start();
@@ -628,6 +615,7 @@ fn people_are_heard_though_no_mote_asks() {
 }
 
 /// Answers to people can fail in every way: what they wanted is done, and the mote is answered before.
+#[test]
 fn answers_that_fail() {
     let blocked = "Forbidden: bot was blocked by the user";
     let cases = [
@@ -638,7 +626,7 @@ fn answers_that_fail() {
         ("late", (Fault::Late(Duration::from_secs(1)), "registered")),
     ];
     in_parallel(&cases, |(fault, word)| {
-        let (api, gateway) = start_fresh();
+        let (api, gateway) = start();
         let mote = Mote::new(gateway.address());
         api.fail(every("sendMessage"), fault.clone());
         api.person_writes(ADA, "Ada", "hi");
@@ -657,7 +645,7 @@ fn answers_that_fail() {
 #[test]
 #[ignore = "takes a minute: cargo test update:: -- --ignored"]
 fn the_end_of_a_hang_is_noticed_within_a_minute() {
-    let (api, gateway) = start_fresh();
+    let (api, gateway) = start();
     api.fail(every(""), Fault::Hang);
     let mote = Mote::new(gateway.address());
     mote.post_separate("update", update(&api))
@@ -684,7 +672,7 @@ fn files(gateway: &Gateway) -> Vec<String> {
 #[test]
 fn the_state_file() {
     let api = BotApi::start();
-    let mut gateway = start_fresh_with(&api, Setup::new(&api));
+    let mut gateway = start_with(&api, Setup::new(&api));
     let mote = Mote::new(gateway.address());
     api.person_writes(ADA, "Ada", &config("interval 5"));
     api.person_writes(BOB, "Bob", "remove me");
@@ -722,9 +710,10 @@ const FORMER: &str = r#"{"bot":123456789,"changes":[[1,"interval"],[2,{"user":12
 "interval":5,"motes":[],"offset":700000002,"removed":[],"sequence":2,"started":1700000000,"users":[[1234567890,"Ada"]]}"#;
 
 /// A damaged state is set aside, with an error in the log, and the gateway serves, also the next time.
+#[test]
 fn damaged_state_files() {
     let good = {
-        let (api, gateway) = start_fresh();
+        let (api, gateway) = start();
         api.person_writes(ADA, "Ada", &config("interval 5"));
         poll(&Mote::new(gateway.address()), &api);
         gateway.state()
@@ -742,9 +731,9 @@ fn damaged_state_files() {
     in_parallel(&cases, |damaged| {
         let api = BotApi::start();
         api.person_writes(BOB, "Bob", "hi");
-        let mut gateway = Gateway::prepared(Setup::new(&api), |directory| {
-            fs::write(directory.join("state.json"), damaged).unwrap();
-        });
+        let mut gateway = Gateway::stopped(Setup::new(&api));
+        fs::write(gateway.directory().join("state.json"), damaged).unwrap();
+        gateway.restart();
         let mote = Mote::new(gateway.address());
         assert_eq!(poll(&mote, &api), "Bob:2345678901");
         let log = gateway.log();
@@ -764,7 +753,7 @@ fn damaged_state_files() {
 #[test]
 fn tampered_state_files() {
     let good: Value = {
-        let (api, gateway) = start_fresh();
+        let (api, gateway) = start();
         api.person_writes(ADA, "Ada", &config("interval 5"));
         poll(&Mote::new(gateway.address()), &api);
         serde_json::from_str(&gateway.state()).unwrap()
@@ -785,9 +774,9 @@ fn tampered_state_files() {
         }
         in_parallel(&cases, |state| {
             let api = BotApi::start();
-            let mut gateway = Gateway::prepared(Setup::new(&api), |directory| {
-                fs::write(directory.join("state.json"), state.to_string()).unwrap();
-            });
+            let mut gateway = Gateway::stopped(Setup::new(&api));
+            fs::write(gateway.directory().join("state.json"), state.to_string()).unwrap();
+            gateway.restart();
             restart(&api, &mut gateway);
             Mote::new(gateway.address())
                 .post_separate("message", message(&api, "5", "x"))

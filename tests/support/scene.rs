@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::{BotApi, Gateway, Mote, PATIENCE, Setup, poll, start_fresh_with, within};
+use super::{BotApi, Gateway, Mote, PATIENCE, Setup, poll, start_with, within};
 
 pub struct Scene {
     pub api: BotApi,
@@ -24,7 +24,7 @@ impl Scene {
     pub fn with(change: impl FnOnce(Setup) -> Setup) -> Self {
         let api = BotApi::start();
         let setup = change(Setup::ipv4(&api));
-        let gateway = start_fresh_with(&api, setup);
+        let gateway = start_with(&api, setup);
         Self::of(api, gateway)
     }
 
