@@ -33,8 +33,9 @@ use std::collections::VecDeque;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, IsTerminal as _, Write};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
+use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::fs::OpenOptionsExt as _;
-use std::os::unix::net::UnixDatagram;
+use std::os::unix::net::{SocketAddr as UnixAddress, UnixDatagram};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -1042,8 +1043,10 @@ const CONNECT_TIME: Duration = Duration::from_secs(4);
 /// are repeated.
 const ATTEMPTS: u32 = 3;
 const ATTEMPT_PAUSE: Duration = Duration::from_millis(500);
-/// How many bytes an answer may have: a page of ten updates has at most about half of that.
-const ANSWER_BYTES_MAX: u64 = 1 << 20;
+/// How many bytes a page of updates may have: ten of the longest take about half of that.
+const PAGE_BYTES_MAX: u64 = 1 << 20;
+/// How many bytes any other answer may have: a `Message` of 4,096 characters, all escaped, fits.
+const ANSWER_BYTES_MAX: u64 = 64 << 10;
 /// How many characters of the reason of a failed call are kept.
 const REASON_MAX: usize = 300;
 /// The longest `retry_after` that is believed: Telegram keeps updates for a day.
@@ -1255,7 +1258,11 @@ impl Telegram {
         let result = match request.send(ureq::SendBody::from_reader(&mut unread)) {
             Ok(mut response) => {
                 let status = response.status().as_u16();
-                let body = response.body_mut().with_config().limit(ANSWER_BYTES_MAX);
+                let limit = match method {
+                    "getUpdates" => PAGE_BYTES_MAX,
+                    _ => ANSWER_BYTES_MAX,
+                };
+                let body = response.body_mut().with_config().limit(limit);
                 match body.read_to_vec() {
                     Ok(body) => read_answer(status, &body),
                     Err(error) => Err(Failure {
@@ -1576,7 +1583,7 @@ impl State {
         let fault = |error: &dyn fmt::Display| format!("cannot read {}: {error}", path.display());
         let content = match fs::read(path) {
             Ok(content) => content,
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(error) if is_missing(&error) => return Ok(None),
             Err(error) => return Err(StateError::Unreadable(fault(&error))),
         };
         match serde_json::from_slice(&content) {
@@ -1717,6 +1724,11 @@ impl StateError {
             StateError::Unreadable(reason) | StateError::Damaged(reason) => reason,
         }
     }
+}
+
+/// Whether there is no such file, maybe for want of its folder.
+fn is_missing(error: &io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory)
 }
 
 fn beside(path: &Path, suffix: &str) -> PathBuf {
@@ -2670,7 +2682,7 @@ struct Line {
 fn read_lines(path: &Path) -> Result<Vec<Line>, String> {
     let content = match fs::read(path) {
         Ok(content) => content,
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) if is_missing(&error) => return Ok(Vec::new()),
         Err(error) => return Err(format!("cannot read {}: {error}", path.display())),
     };
     let content = content.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&content);
@@ -2914,11 +2926,15 @@ fn heartbeat() {
 
 /// Tells systemd something, sd_notify(3). Without systemd it does nothing.
 fn notify(message: &str) {
-    let Some(path) = env::var_os("NOTIFY_SOCKET") else {
+    let Ok(path) = env::var("NOTIFY_SOCKET") else {
         return;
     };
-    if let Ok(socket) = UnixDatagram::unbound() {
-        let _ = socket.send_to(message.as_bytes(), path);
+    let address = match path.strip_prefix('@') {
+        Some(name) => UnixAddress::from_abstract_name(name),
+        None => UnixAddress::from_pathname(&path),
+    };
+    if let (Ok(address), Ok(socket)) = (address, UnixDatagram::unbound()) {
+        let _ = socket.send_to_addr(message.as_bytes(), &address);
     }
 }
 
@@ -3416,9 +3432,9 @@ mod coap {
         key: AssemblyKey,
         body: Vec<u8>,
         touched: Instant,
-        /// Another body began before this one, has the same key, and was not finished: nobody can
-        /// tell whose the next block is.
-        is_ambiguous: bool,
+        /// How many bytes had come of another body with the same key when this one took its place,
+        /// 0 for none. A last block up to there may be the other's.
+        replaced: usize,
     }
 
     impl Assembly {
@@ -3622,32 +3638,31 @@ mod coap {
                 path: request.path(),
                 tags: request.values(REQUEST_TAG).cloned().collect(),
             };
-            let index = self
-                .assemblies
-                .iter()
-                .position(|assembly| assembly.key == key);
-            let earlier = index.map(|index| self.assemblies.remove(index));
+            let index = self.assemblies.iter().position(|known| known.key == key);
+            let known = index.map(|index| self.assemblies.remove(index));
             if block.number == 0 {
-                // The same start again is the same client's second try.
-                let is_another =
-                    |earlier: Assembly| !earlier.body.starts_with(&request.packet.payload);
+                // The same start again is a second try, and no other body.
+                let is_other = |known: &Assembly| !known.body.starts_with(&request.packet.payload);
                 return Ok(Assembly {
                     key,
                     body: Vec::new(),
                     touched: request.received_at,
-                    is_ambiguous: earlier.is_some_and(is_another),
+                    replaced: known.filter(is_other).map_or(0, |known| known.body.len()),
                 });
             }
-            let code = ResponseType::RequestEntityIncomplete;
-            let Some(mut assembly) = earlier else {
-                return Err(Response::error(code, "The blocks before are missing"));
+            let incomplete = ResponseType::RequestEntityIncomplete;
+            let Some(mut assembly) = known else {
+                return Err(Response::error(incomplete, "The first block is missing"));
             };
-            if assembly.is_ambiguous {
-                let reason = "Two bodies at once: send them again, one after the other";
-                return Err(Response::error(code, reason));
+            let length = assembly.body.len();
+            if length != block.number * block.size {
+                return Err(Response::error(incomplete, "A block is missing"));
             }
-            if assembly.body.len() != block.number * block.size {
-                return Err(Response::error(code, "A block is missing"));
+            if !block.has_more && length <= assembly.replaced {
+                return Err(Response::error(
+                    incomplete,
+                    "Two bodies at once: send it again",
+                ));
             }
             assembly.touched = request.received_at;
             Ok(assembly)
