@@ -6,7 +6,6 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::support::*;
-use serde_json::json;
 
 const SENT: &str = "Messages sent successfully";
 const NOTHING: &str = "No Updates";
@@ -526,23 +525,4 @@ fn the_oldest_response_is_given_up() {
             assert!(again.is_some(), "mote {number} of 1100");
         }
     });
-}
-
-/// Motes are remembered by what they have acknowledged, the longest silent is forgotten.
-#[test]
-fn the_longest_silent_mote_is_forgotten() {
-    let (api, gateway) = start_ipv4();
-    api.push_update(json!({}));
-    api.person_writes(ADA, "Ada", "hi");
-    let motes: Vec<Mote> = (0..65).map(|number| mote(64 - number, &gateway)).collect();
-    let is_heard = within(PATIENCE, || poll(&motes[0], &api) != NOTHING);
-    assert!(is_heard);
-    for mote in &motes[1..] {
-        assert_ne!(poll(mote, &api), NOTHING);
-    }
-    // The first has made room for the last.
-    for mote in &motes[1..] {
-        assert_eq!(poll(mote, &api), NOTHING);
-    }
-    assert_ne!(poll(&motes[0], &api), NOTHING);
 }
