@@ -2968,8 +2968,10 @@ mod coap {
     /// How many bytes all unfinished bodies may take, and how long one waits for its next block.
     pub const ASSEMBLIES_MAX: usize = 512 << 10;
     pub const ASSEMBLY_LIFETIME: Duration = Duration::from_secs(60);
-    /// What an assembly takes beside its body and its tags, about.
-    const ASSEMBLY_OVERHEAD: usize = 192;
+    /// How many replaced bodies of one sender are told apart.
+    const REPLACED_MAX: usize = 8;
+    /// What an assembly takes beside its body and its tags, at most about.
+    const ASSEMBLY_OVERHEAD: usize = 384;
 
     /// Content formats, RFC 7252 §12.3.
     pub const TEXT_PLAIN: u16 = 0;
@@ -3249,8 +3251,8 @@ mod coap {
         key: AssemblyKey,
         body: Vec<u8>,
         touched: Instant,
-        /// What had come of another body with the same key when this one took its place.
-        replaced: Option<Replaced>,
+        /// The bodies with the same key whose place this one took.
+        replaced: Vec<Replaced>,
     }
 
     impl Assembly {
@@ -3262,7 +3264,7 @@ mod coap {
 
     /// The start of a body that another one has replaced. Its sender may go on: its next block begins
     /// at this length.
-    #[derive(Clone, Copy)]
+    #[derive(PartialEq)]
     struct Replaced {
         length: usize,
         digest: u64,
@@ -3469,7 +3471,7 @@ mod coap {
                     key,
                     body: Vec::new(),
                     touched: request.received_at,
-                    replaced: known.map(|known| self.replaced(&known)),
+                    replaced: known.map_or(Vec::new(), |known| self.replaced(known)),
                 });
             }
             let incomplete = ResponseType::RequestEntityIncomplete;
@@ -3481,10 +3483,9 @@ mod coap {
                 return Err(Response::error(incomplete, "A block is missing"));
             }
             // Without a tag, nobody can tell whose this block is, unless both have begun alike.
-            if let Some(other) = assembly.replaced
-                && other.length == length
-                && other.digest != self.hasher.hash_one(&assembly.body)
-            {
+            let digest = self.hasher.hash_one(&assembly.body);
+            let is_other = |other: &Replaced| other.length == length && other.digest != digest;
+            if assembly.replaced.iter().any(is_other) {
                 let reason = "Two bodies at once: send it again";
                 return Err(Response::error(incomplete, reason));
             }
@@ -3492,15 +3493,17 @@ mod coap {
             Ok(assembly)
         }
 
-        /// Of what a body has replaced and what it is itself, the longer one still matters.
-        fn replaced(&self, known: &Assembly) -> Replaced {
-            match known.replaced {
-                Some(earlier) if earlier.length > known.body.len() => earlier,
-                _ => Replaced {
-                    length: known.body.len(),
-                    digest: self.hasher.hash_one(&known.body),
-                },
+        /// Adds an unfinished body to those that it has replaced itself.
+        fn replaced(&self, known: Assembly) -> Vec<Replaced> {
+            let mut replaced = known.replaced;
+            let digest = self.hasher.hash_one(&known.body);
+            let length = known.body.len();
+            replaced.retain(|other| *other != Replaced { length, digest });
+            replaced.push(Replaced { length, digest });
+            if replaced.len() > REPLACED_MAX {
+                replaced.remove(0);
             }
+            replaced
         }
     }
 
@@ -3589,6 +3592,9 @@ mod coap {
     }
 }
 
+#[cfg(any(test, fuzzing))]
+#[path = "tests/unit/fixtures.rs"]
+mod fixtures;
 #[cfg(any(test, fuzzing))]
 #[path = "tests/unit/fuzz.rs"]
 pub mod fuzz;

@@ -13,9 +13,12 @@ mod field;
 mod firmware;
 mod gateway;
 mod http;
+mod line;
 mod mote;
+mod name_server;
 mod needs;
 mod proxy;
+mod scene;
 mod telegram;
 mod trouble;
 
@@ -33,9 +36,12 @@ pub use certificates::Certificate;
 pub use field::{Asked, FieldMote, GIVEN_UP, Outcome, at_once, judge};
 pub use firmware::{Firmware, REPLY_MAX};
 pub use gateway::{Finished, Gateway, PASSWORD, Setup, binary, free_udp_port, loopback};
+pub use line::Line;
 pub use mote::*;
+pub use name_server::NameServer;
 pub use needs::{has_client, has_ipv6, in_namespaces};
 pub use proxy::Proxy;
+pub use scene::Scene;
 pub use telegram::{Pace, Refusal};
 
 /// How long an empty page counts: Telegram holds a fetch that repeats its offset before, so it is not asked again.
