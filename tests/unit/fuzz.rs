@@ -768,17 +768,18 @@ impl Town {
         let mut interval = before.interval;
         let mut feedback = before.feedback;
         let words: Vec<&str> = writer.text.split(' ').collect();
-        if let ["config", PASSWORD, key, value] = words[..]
-            && !writer.is_locked
-            && value.bytes().all(|byte| byte.is_ascii_digit())
-        {
-            match (key, value.parse::<u8>().ok()) {
-                ("interval", Some(minutes @ 1..=120)) => interval = Some(minutes),
-                ("feedback", Some(on @ 0..=1)) => feedback = Some(on),
-                _ => {}
+        let is_number = |value: &str| value.bytes().all(|byte| byte.is_ascii_digit());
+        match words[..] {
+            _ if !writer.is_obeyed => {}
+            ["config", PASSWORD, "interval", value] if is_number(value) => {
+                let minutes = value.parse().ok().filter(|value| (1..=120).contains(value));
+                interval = minutes.or(interval);
             }
-        } else if writer.is_obeyed {
-            return; // in other words
+            ["config", PASSWORD, "feedback", value] if is_number(value) => {
+                let on = value.parse().ok().filter(|value| *value <= 1);
+                feedback = on.or(feedback);
+            }
+            _ => return, // maybe in other words
         }
         assert_eq!(self.state.interval, interval, "{}", writer.text);
         assert_eq!(self.state.feedback, feedback, "{}", writer.text);
