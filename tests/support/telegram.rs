@@ -66,6 +66,21 @@ impl Refusal {
     }
 }
 
+/// JSON as Telegram writes it: what is not ASCII as `\uXXXX`, an emoji as two of them.
+fn ascii(value: &Value) -> String {
+    let mut text = String::new();
+    for c in value.to_string().chars() {
+        if c.is_ascii() {
+            text.push(c);
+            continue;
+        }
+        for unit in c.encode_utf16(&mut [0; 2]) {
+            text += &format!("\\u{unit:04x}");
+        }
+    }
+    text
+}
+
 /// A status and a body.
 #[derive(Clone, Debug)]
 pub struct Answer {
@@ -77,7 +92,7 @@ impl Answer {
     fn success(result: Value) -> Self {
         Self {
             status: 200,
-            body: json!({"ok": true, "result": result}).to_string(),
+            body: ascii(&json!({"ok": true, "result": result})),
         }
     }
 
@@ -344,7 +359,7 @@ impl State {
         }
         let mut left = PAGE_MAX;
         let fits = |update: &&Value| {
-            let length = 50 + update.to_string().len();
+            let length = 50 + ascii(update).len();
             left = left.saturating_sub(length);
             left > 0
         };
