@@ -1027,7 +1027,7 @@ fn a_conversation() {
 
 /// After a page with messages the own fetches come in 3, 6, 12 and 15 s.
 #[test]
-#[ignore = "takes a minute: cargo test field_people:: -- --ignored"]
+#[ignore = "takes a minute"]
 fn the_pace_of_fetches() {
     let scene = Scene::new();
     let start = Instant::now();

@@ -208,7 +208,7 @@ fn an_address_that_another_host_has() {
 
 /// The link goes down and up again, as when a dongle is replugged: told once each, and serving goes on.
 #[test]
-#[ignore = "takes two minutes: cargo test field_settings:: -- --ignored"]
+#[ignore = "takes two minutes"]
 fn an_address_that_goes_and_comes_back() {
     if !in_namespaces(an_address_that_goes_and_comes_back) {
         return;

@@ -248,7 +248,7 @@ fn round_trips() {
 
 /// Row 25b, and that a connection which has been idle for 50 s is not used.
 #[test]
-#[ignore = "takes 76 s: cargo test message:: -- --ignored"]
+#[ignore = "takes 76 s"]
 fn round_trips_after_silence() {
     let cases = [
         ("one", ("1", 1)),

@@ -546,7 +546,7 @@ fn answers_that_fail() {
 }
 
 #[test]
-#[ignore = "takes a minute: cargo test update:: -- --ignored"]
+#[ignore = "takes a minute"]
 fn the_end_of_a_hang_is_noticed_within_a_minute() {
     let (api, gateway) = start();
     thread::sleep(EMPTY_PAGE_HOLDS);
