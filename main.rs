@@ -52,11 +52,8 @@ use simple_logger::SimpleLogger;
 use ureq::config::IpFamily;
 use ureq::http::Uri;
 use ureq::tls::{PemItem, RootCerts, TlsConfig};
-use ureq::typestate::WithBody;
 use ureq::unversioned::resolver::{DefaultResolver, ResolvedSocketAddrs, Resolver};
-use ureq::unversioned::transport::{
-    ConnectionDetails, Connector, DefaultConnector, NextTimeout, Transport,
-};
+use ureq::unversioned::transport::{DefaultConnector, NextTimeout};
 
 // ---------- What the program promises ----------
 //
@@ -99,37 +96,34 @@ fn main() -> ExitCode {
         [] => serve(),
         ["check"] => check(),
         ["check", "--settings"] => check_settings(),
-        ["send", ref options @ ..] => match SendOptions::parse(options) {
-            Some(options) => send(&options),
-            None => return refuse_arguments(),
-        },
-        ["--help" | "-h"] => {
-            print(USAGE);
-            Ok(())
+        ["send", "-i", chat, "-m", text] | ["send", "-m", text, "-i", chat] => {
+            send(chat, text, None)
         }
-        ["--version" | "-V"] => {
-            print(concat!("coap_websocket ", env!("CARGO_PKG_VERSION")));
-            Ok(())
+        ["send", "-i", chat, "-m", text, "-u", uri] if uri.starts_with("coap://") => {
+            send(chat, text, Some(uri))
         }
-        _ => return refuse_arguments(),
+        ["--help" | "-h"] => print(USAGE),
+        ["--version" | "-V"] => print(concat!("coap_websocket ", env!("CARGO_PKG_VERSION"))),
+        _ => {
+            let _ = writeln!(io::stderr(), "{USAGE}");
+            return ExitCode::from(2);
+        }
     };
     if let Err(reason) = outcome {
-        let priority = journal_priority(Level::Error, io::stderr().is_terminal());
+        let priority = match console_is_journal() {
+            true => journal_priority(Level::Error),
+            false => "",
+        };
         let _ = writeln!(io::stderr(), "{priority}coap_websocket: {reason}");
         return ExitCode::FAILURE;
     }
     ExitCode::SUCCESS
 }
 
-/// Says how the program is called. Exit status 2 is what a shell calls wrong usage.
-fn refuse_arguments() -> ExitCode {
-    let _ = writeln!(io::stderr(), "{USAGE}");
-    ExitCode::from(2)
-}
-
-/// Prints a line like `println!`, for which a closed pipe would be a reason to panic.
-fn print(line: &str) {
+/// Prints a line. `println!` would take a closed pipe for a reason to panic.
+fn print(line: &str) -> Result<(), String> {
     let _ = writeln!(io::stdout(), "{line}");
+    Ok(())
 }
 
 // ---------- The loop ----------
@@ -165,9 +159,8 @@ struct Gateway {
 fn serve() -> Result<(), String> {
     let folders = Folders::find();
     if folders.are_a_services {
-        let folder = folders.settings.display();
         return Err(format!(
-            "{folder} is set up for the service, and two gateways would take each other's \
+            "{INSTALLED_SETTINGS} belongs to the service, and two gateways would take each other's \
             messages; run: sudo systemctl start coap_websocket"
         ));
     }
@@ -232,14 +225,17 @@ impl Gateway {
         let mut next_address_check = Instant::now() + ADDRESS_CHECK;
         let mut overdue_since = None;
         loop {
+            let before = Instant::now();
             let is_idle = self.receive(&mut buffer);
             let now = Instant::now();
             if now < self.next_due() {
                 overdue_since = None;
             } else {
-                // Retransmissions wait until the socket is empty, for the ACK may be what waits.
+                // Retransmissions wait until the socket is empty, for the ACK may be what waits,
+                // above all behind a request that took long.
                 let since = *overdue_since.get_or_insert(now);
-                if is_idle || now >= since + OVERDUE_MAX {
+                let is_overdue = now >= since + OVERDUE_MAX && now < before + OVERDUE_MAX;
+                if is_idle || is_overdue {
                     self.do_what_is_due(now);
                     overdue_since = None;
                 }
@@ -430,6 +426,7 @@ const TEXT: &str = "&text=";
 const KEYS: [&str; 4] = [URL, TOKEN, CHAT_IDS, TEXT];
 
 const LINKS: &str = r#"</message>;rt="telegram.message";ct=0,</update>;rt="telegram.update";ct=0"#;
+const MISSING_FIELDS: &str = "Missing required fields";
 const NO_CHAT_IDS: &str = "No chat ids: nobody is registered yet";
 
 /// What becomes of a request.
@@ -521,21 +518,15 @@ impl Gateway {
 
     /// Reads the form of `POST /message`.
     fn accept_message(&self, payload: &str) -> Result<Text, Response> {
-        let url = field(payload, URL);
-        let presented_token = field(payload, TOKEN);
         let chat_ids = field(payload, CHAT_IDS);
         let text = field(payload, TEXT);
-        if url.is_empty() || presented_token.is_empty() || text.is_empty() {
-            return Err(missing_fields());
+        if field(payload, URL).is_empty() || field(payload, TOKEN).is_empty() || text.is_empty() {
+            return Err(Response::bad_request(MISSING_FIELDS));
         }
         if chat_ids.is_empty() {
             return Err(Response::bad_request(NO_CHAT_IDS)); // the firmware's first boot
         }
-        self.check_url(url)?;
-        let token = match &self.config.token {
-            Some(own) => self.check_token(own, presented_token)?,
-            None => well_formed(presented_token)?,
-        };
+        let token = self.accept_token(payload)?;
         if text.chars().count() > TEXT_MAX {
             let reason = format!("Text too long, at most {TEXT_MAX} characters");
             return Err(Response::bad_request(&reason));
@@ -548,50 +539,37 @@ impl Gateway {
     /// Reads the form of `POST /update`. Without a configured token, the first bot that Telegram
     /// has accepted is the only one: its offset and its people are in the state.
     fn accept_update(&self, payload: &str) -> Result<Secret, Response> {
-        let url = field(payload, URL);
-        let presented_token = field(payload, TOKEN);
-        if url.is_empty() || presented_token.is_empty() {
-            return Err(missing_fields());
+        if field(payload, URL).is_empty() || field(payload, TOKEN).is_empty() {
+            return Err(Response::bad_request(MISSING_FIELDS));
         }
-        self.check_url(url)?;
-        if let Some(own) = &self.config.token {
-            return self.check_token(own, presented_token);
+        let token = self.accept_token(payload)?;
+        let first = self.state.bot.as_deref();
+        if self.config.token.is_none() && first.is_some_and(|first| first != token.bot_id()) {
+            return Err(forbidden("token"));
         }
-        let token = well_formed(presented_token)?;
-        match &self.state.bot {
-            Some(first) if first != token.bot_id() => Err(forbidden("token")),
-            _ => Ok(token),
-        }
+        Ok(token)
     }
 
-    /// The mote never chooses where the gateway connects to.
-    fn check_url(&self, url: &str) -> Result<(), Response> {
-        match url == self.config.url {
-            true => Ok(()),
-            false => Err(forbidden("url")),
+    /// Returns the bot's own token for it or for the word that motes may use in its place. Neither
+    /// here nor with the url does a mote choose where the gateway connects to.
+    fn accept_token(&self, payload: &str) -> Result<Secret, Response> {
+        if field(payload, URL) != self.config.url {
+            return Err(forbidden("url"));
         }
-    }
-
-    /// Returns the bot's own token for it or for the word that motes may use in its place.
-    fn check_token(&self, own: &Secret, presented: &str) -> Result<Secret, Response> {
+        let presented = field(payload, TOKEN);
+        let Some(own) = &self.config.token else {
+            let token = Secret(presented.to_string());
+            return match token.is_bot_token() {
+                true => Ok(token),
+                false => Err(Response::bad_request("Malformed token")),
+            };
+        };
         let mote_token = self.config.mote_token.as_ref();
         if own.matches(presented) || mote_token.is_some_and(|word| word.matches(presented)) {
             return Ok(own.clone());
         }
         Err(forbidden("token"))
     }
-}
-
-fn well_formed(presented: &str) -> Result<Secret, Response> {
-    let token = Secret(presented.to_string());
-    match token.is_bot_token() {
-        true => Ok(token),
-        false => Err(Response::bad_request("Malformed token")),
-    }
-}
-
-fn missing_fields() -> Response {
-    Response::bad_request("Missing required fields")
 }
 
 fn forbidden(what: &str) -> Response {
@@ -822,18 +800,17 @@ impl Gateway {
             return;
         };
         for deletion in mem::take(&mut self.people.deletions) {
-            if Instant::now() >= deadline {
-                self.people.deletions.push_back(deletion);
-                continue;
+            let Deletion { chat, message_id } = deletion;
+            let mut is_done = false;
+            if Instant::now() < deadline {
+                let body = json!({"chat_id": chat, "message_id": message_id});
+                let result = self.telegram.call(&token, "deleteMessage", &body, deadline);
+                is_done = result.as_ref().err().is_none_or(Failure::is_final);
+                if let Err(failure) = result {
+                    warn!("deleteMessage in {chat} failed: {}", failure.reason);
+                }
             }
-            let Err(failure) = self.telegram.delete_message(&token, &deletion, deadline) else {
-                continue;
-            };
-            warn!(
-                "deleteMessage in {} failed: {}",
-                deletion.chat, failure.reason
-            );
-            if !failure.is_final() {
+            if !is_done {
                 self.people.deletions.push_back(deletion);
             }
         }
@@ -844,9 +821,10 @@ impl Gateway {
                 continue;
             }
             let text = format!("{:.TEXT_MAX$}", answer.texts.join("\n\n"));
-            let chat = answer.chat;
-            if let Err(failure) = self.telegram.send_message(&token, chat, &text, deadline) {
-                warn!("sendMessage to {chat} failed: {}", failure.reason);
+            let body = json!({"chat_id": answer.chat, "text": text});
+            let result = self.telegram.call(&token, "sendMessage", &body, deadline);
+            if let Err(failure) = result {
+                warn!("sendMessage to {} failed: {}", answer.chat, failure.reason);
             }
         }
         if turn == Turn::Last {
@@ -1039,8 +1017,7 @@ impl Polling {
 const IDLE_CONNECTION: Duration = Duration::from_secs(50);
 /// What connecting may take over all addresses of the host, and what looking them up may take.
 const CONNECT_TIME: Duration = Duration::from_secs(4);
-/// How often a call is tried, and how long to wait between. Only calls that surely had no effect
-/// are repeated.
+/// How often a call is tried, and how long to wait between.
 const ATTEMPTS: u32 = 3;
 const ATTEMPT_PAUSE: Duration = Duration::from_millis(500);
 /// How many bytes a page of updates may have: ten of the longest take about half of that.
@@ -1049,21 +1026,22 @@ const PAGE_BYTES_MAX: u64 = 1 << 20;
 const ANSWER_BYTES_MAX: u64 = 64 << 10;
 /// How many characters of the reason of a failed call are kept.
 const REASON_MAX: usize = 300;
-/// The longest `retry_after` that is believed: Telegram keeps updates for a day.
+/// The longest `retry_after` in seconds that is believed: Telegram keeps updates for a day.
 const RETRY_AFTER_MAX: f64 = 86_400.0;
 
 struct Telegram {
     agent: ureq::Agent,
-    settings: ureq::config::Config,
-    connector: SharedConnector,
-    addresses: Addresses,
     url: String,
+    /// When a call last ended without an HTTP answer. Connections that were idle then are not used
+    /// any more: a router that has forgotten one has forgotten all.
+    unanswered_at: Option<Instant>,
 }
 
 /// What a call returns: the Bot API's `result`.
 type ApiResult = Result<Value, Failure>;
 
 /// Why a call did not succeed.
+#[derive(Default)]
 struct Failure {
     /// Tells a person what failed and why. It never holds the token.
     reason: String,
@@ -1078,14 +1056,11 @@ struct Failure {
 }
 
 impl Failure {
-    /// A failure of a call that may have had its effect: it must not be repeated.
+    /// A failure without a call.
     fn new(reason: String) -> Failure {
         Failure {
             reason,
-            error_code: None,
-            retry_in: None,
-            timed_out: false,
-            answer_began: false,
+            ..Failure::default()
         }
     }
 
@@ -1108,20 +1083,17 @@ impl Telegram {
             .timeout_global(Some(REQUEST_TIME))
             .timeout_connect(Some(CONNECT_TIME))
             .timeout_resolve(Some(CONNECT_TIME))
-            .input_buffer_size(8 << 10) // half of ureq's: a fan-out to ten chats has ten of them
+            .input_buffer_size(8 << 10) // half of ureq's: a text to ten chats has ten of them
             .output_buffer_size(8 << 10)
             .max_idle_connections(USERS_MAX)
             .max_idle_connections_per_host(USERS_MAX)
             .max_idle_age(IDLE_CONNECTION)
             .build();
-        let connector = SharedConnector::default();
-        let addresses = Addresses::default();
+        let connector = DefaultConnector::default();
         Telegram {
-            agent: new_agent(&settings, &connector, &addresses),
-            settings,
-            connector,
-            addresses,
+            agent: ureq::Agent::with_parts(settings, connector, Addresses::default()),
             url: config.url.clone(),
+            unanswered_at: None,
         }
     }
 
@@ -1133,35 +1105,15 @@ impl Telegram {
         limit: usize,
         deadline: Instant,
     ) -> Result<Vec<Value>, Failure> {
-        let parameters = json!({"offset": offset, "limit": limit, "allowed_updates": ["message"]});
-        match self.call(token, "getUpdates", &parameters, deadline)? {
+        let body = json!({"offset": offset, "limit": limit, "allowed_updates": ["message"]});
+        match self.call(token, "getUpdates", &body, deadline)? {
             Value::Array(page) => Ok(page),
             _ => Err(Failure {
+                reason: "getUpdates: the result is no list".to_string(),
                 answer_began: true,
-                ..Failure::new("getUpdates: the result is no list".to_string())
+                ..Failure::default()
             }),
         }
-    }
-
-    fn send_message(
-        &mut self,
-        token: &Secret,
-        chat: i64,
-        text: &str,
-        deadline: Instant,
-    ) -> ApiResult {
-        let parameters = json!({"chat_id": chat, "text": text});
-        self.call(token, "sendMessage", &parameters, deadline)
-    }
-
-    fn delete_message(
-        &mut self,
-        token: &Secret,
-        deletion: &Deletion,
-        deadline: Instant,
-    ) -> ApiResult {
-        let parameters = json!({"chat_id": deletion.chat, "message_id": deletion.message_id});
-        self.call(token, "deleteMessage", &parameters, deadline)
     }
 
     /// Sends a text to every chat at the same time; results are in the order of the chats. The
@@ -1169,8 +1121,8 @@ impl Telegram {
     fn send_to_all(&mut self, text: &Text, chats: &[ChatId], deadline: Instant) -> Vec<ApiResult> {
         let telegram = &*self;
         let send = |chat: &ChatId| {
-            let parameters = json!({"chat_id": chat, "text": text.text});
-            telegram.attempt(&text.token, "sendMessage", &parameters, deadline)
+            let body = json!({"chat_id": chat, "text": text.text});
+            telegram.attempt(&text.token, "sendMessage", &body, deadline)
         };
         let results = thread::scope(|scope| {
             let mut threads = Vec::new();
@@ -1186,47 +1138,31 @@ impl Telegram {
             }
             results
         });
-        for result in &results {
-            self.drop_connections_after(result);
-        }
+        results.iter().for_each(|result| self.note(result));
         results
     }
 
     /// Calls a method of the Bot API.
-    fn call(
-        &mut self,
-        token: &Secret,
-        method: &str,
-        parameters: &Value,
-        deadline: Instant,
-    ) -> ApiResult {
-        let result = self.attempt(token, method, parameters, deadline);
-        self.drop_connections_after(&result);
+    fn call(&mut self, token: &Secret, method: &str, body: &Value, deadline: Instant) -> ApiResult {
+        let result = self.attempt(token, method, body, deadline);
+        self.note(&result);
         result
     }
 
-    /// Closes all idle connections after a call without an HTTP answer: a router that has forgotten
-    /// one has forgotten all. The TLS configuration and the addresses stay.
-    fn drop_connections_after(&mut self, result: &ApiResult) {
+    fn note(&mut self, result: &ApiResult) {
         if let Err(failure) = result
             && !failure.answer_began
         {
-            self.agent = new_agent(&self.settings, &self.connector, &self.addresses);
+            self.unanswered_at = Some(Instant::now());
         }
     }
 
     /// Calls a method until the deadline: again only where the call before surely had no effect.
-    fn attempt(
-        &self,
-        token: &Secret,
-        method: &str,
-        parameters: &Value,
-        deadline: Instant,
-    ) -> ApiResult {
+    fn attempt(&self, token: &Secret, method: &str, body: &Value, deadline: Instant) -> ApiResult {
         let mut first_reason = None;
         let mut attempts_left = ATTEMPTS;
         loop {
-            let failure = match self.call_once(token, method, parameters, deadline) {
+            let failure = match self.post(token, method, body, deadline) {
                 Ok(result) => return Ok(result),
                 Err(failure) => failure,
             };
@@ -1245,67 +1181,54 @@ impl Telegram {
         }
     }
 
-    fn call_once(
-        &self,
-        token: &Secret,
-        method: &str,
-        parameters: &Value,
-        deadline: Instant,
-    ) -> ApiResult {
-        let body = parameters.to_string().into_bytes();
+    /// Calls a method once.
+    fn post(&self, token: &Secret, method: &str, body: &Value, deadline: Instant) -> ApiResult {
+        let body = body.to_string().into_bytes();
         let mut unread = body.as_slice();
-        let request = self.request(token, method, body.len(), deadline);
-        let result = match request.send(ureq::SendBody::from_reader(&mut unread)) {
-            Ok(mut response) => {
-                let status = response.status().as_u16();
-                let limit = match method {
-                    "getUpdates" => PAGE_BYTES_MAX,
-                    _ => ANSWER_BYTES_MAX,
-                };
-                let body = response.body_mut().with_config().limit(limit);
-                match body.read_to_vec() {
-                    Ok(body) => read_answer(status, &body),
-                    Err(error) => Err(Failure {
-                        answer_began: true,
-                        ..Failure::new(format!("HTTP {status}, then {}", describe(&error)))
-                    }),
-                }
-            }
-            Err(error) => Err(Failure {
+        let request = self.agent.post(format!("{}{}/{method}", self.url, token.0));
+        let request = request
+            .header("content-type", "application/json")
+            .header("content-length", body.len())
+            // A front end that always packs would make a delivered text look refused.
+            .header("accept-encoding", "identity");
+        let request = self.with_limits(request, deadline);
+        let mut failure = match request.send(ureq::SendBody::from_reader(&mut unread)) {
+            Ok(response) => match read_response(response, method) {
+                Ok(result) => return Ok(result),
+                Err(failure) => failure,
+            },
+            Err(error) => Failure {
+                reason: describe(&error),
                 // As long as nobody asked for the body, Telegram cannot have acted on the call.
                 retry_in: (unread.len() == body.len()).then_some(ATTEMPT_PAUSE),
                 timed_out: matches!(error, ureq::Error::Timeout(_)),
-                ..Failure::new(describe(&error))
-            }),
+                ..Failure::default()
+            },
         };
-        result.map_err(|failure| {
-            let reason = failure.reason.replace(&token.0, "<token>");
-            let reason = format!("{}: {reason:.REASON_MAX$}", self.url);
-            Failure { reason, ..failure }
-        })
+        let reason = failure.reason.replace(&token.0, "<token>");
+        failure.reason = format!("{}: {reason:.REASON_MAX$}", self.url);
+        Err(failure)
     }
 
-    fn request(
-        &self,
-        token: &Secret,
-        method: &str,
-        length: usize,
-        deadline: Instant,
-    ) -> ureq::RequestBuilder<WithBody> {
-        let uri = format!("{}{}/{method}", self.url, token.0);
-        let request = self.agent.post(uri);
-        let request = request.header("content-type", "application/json");
-        let request = request.header("content-length", length);
-        // A front end that always packs would make a delivered text look refused.
-        let request = request.header("accept-encoding", "identity");
+    /// Sets what differs from the agent's own settings, if anything does: only of requests without
+    /// settings of their own does ureq keep the TLS configuration.
+    fn with_limits(&self, request: PostRequest, deadline: Instant) -> PostRequest {
         let time_left = deadline.saturating_duration_since(Instant::now());
-        // ureq keeps the TLS configuration only of requests with the agent's own settings.
-        if time_left + Duration::from_millis(100) >= REQUEST_TIME {
+        let since_trouble = self
+            .unanswered_at
+            .map_or(IDLE_CONNECTION, |at| at.elapsed());
+        let has_usual_time = time_left + Duration::from_millis(100) >= REQUEST_TIME;
+        if has_usual_time && since_trouble >= IDLE_CONNECTION {
             return request;
         }
-        request.config().timeout_global(Some(time_left)).build()
+        let config = request.config().timeout_global(Some(time_left));
+        config
+            .max_idle_age(since_trouble.min(IDLE_CONNECTION))
+            .build()
     }
 }
+
+type PostRequest = ureq::RequestBuilder<ureq::typestate::WithBody>;
 
 fn describe(error: &ureq::Error) -> String {
     let tls = match error {
@@ -1314,63 +1237,74 @@ fn describe(error: &ureq::Error) -> String {
         ureq::Error::Io(error) => error.get_ref().and_then(|inner| inner.downcast_ref()),
         _ => None,
     };
-    match tls {
-        Some(rustls::Error::InvalidCertificate(reason)) => format!(
-            "its certificate is not trusted: {reason} (is the clock right? and SSL_CERT_FILE?)"
-        ),
-        _ => error.to_string(),
+    if let Some(rustls::Error::InvalidCertificate(reason)) = tls {
+        let hint = "is the clock right? and SSL_CERT_FILE?";
+        return format!("its certificate is not trusted: {reason} ({hint})");
+    }
+    error.to_string()
+}
+
+fn read_response(mut response: ureq::http::Response<ureq::Body>, method: &str) -> ApiResult {
+    let status = response.status().as_u16();
+    let limit = match method {
+        "getUpdates" => PAGE_BYTES_MAX,
+        _ => ANSWER_BYTES_MAX,
+    };
+    match response.body_mut().with_config().limit(limit).read_to_vec() {
+        Ok(body) => read_answer(status, &body),
+        Err(error) => Err(Failure {
+            reason: format!("HTTP {status}, then {}", describe(&error)),
+            answer_began: true,
+            ..Failure::default()
+        }),
     }
 }
 
 /// Reads the body of an answer. Success is `200` and `"ok": true`, nothing else.
 fn read_answer(status: u16, body: &[u8]) -> ApiResult {
-    let failure = |reason| Failure {
-        answer_began: true,
-        ..Failure::new(reason)
-    };
-    let mut answer: Value = match serde_json::from_slice(body) {
-        Ok(answer) => answer,
-        Err(error) => {
-            let length = body.len();
-            let reason = format!("HTTP {status} with {length} bytes that are no JSON: {error}");
-            return Err(failure(reason));
+    let cause = match serde_json::from_slice::<Value>(body) {
+        Ok(mut answer) if status == 200 && answer["ok"] == true => {
+            return Ok(answer["result"].take());
         }
-    };
-    if status == 200 && answer["ok"] == true {
-        return Ok(answer["result"].take());
-    }
-    let code = answer["error_code"].as_u64();
-    let (Some(code), Some(false)) = (code, answer["ok"].as_bool()) else {
-        let length = body.len();
-        let reason = format!("HTTP {status} with {length} bytes of JSON, not the Bot API's");
-        return Err(failure(reason));
-    };
-    let description = answer["description"].as_str().unwrap_or("no description");
-    let parameters = &answer["parameters"];
-    let mut reason = format!("{code} {description}");
-    if let Some(id) = parameters["migrate_to_chat_id"].as_i64() {
-        reason += &format!(" (its id is now {id}: tell the mote)");
-    }
-    reason += hint(code, description);
-    let retry_in = match code {
-        429 => seconds(&parameters["retry_after"]),
-        _ => None,
+        Ok(answer) => match read_refusal(&answer) {
+            Some(failure) => return Err(failure),
+            None => "JSON, but not the Bot API's".to_string(),
+        },
+        Err(error) => format!("no JSON: {error}"),
     };
     Err(Failure {
-        error_code: Some(code),
-        retry_in,
-        ..failure(reason)
+        reason: format!("HTTP {status} with {} bytes, {cause}", body.len()),
+        answer_began: true,
+        ..Failure::default()
     })
 }
 
-/// Says what to do about a refusal.
-fn hint(code: u64, description: &str) -> &'static str {
-    match code {
+/// Reads what the Bot API says when it refuses a call, and adds what to do about it.
+fn read_refusal(answer: &Value) -> Option<Failure> {
+    let code = answer["error_code"].as_u64()?;
+    if answer["ok"] != false {
+        return None;
+    }
+    let description = answer["description"].as_str().unwrap_or("no description");
+    let parameters = &answer["parameters"];
+    let hint = match code {
         401 | 404 => " (is the bot's token right?)",
         409 if description.contains("ebhook") => " (open <url><token>/deleteWebhook once)",
         409 => " (stop the other program that uses this bot)",
         _ => "",
+    };
+    let mut reason = format!("{code} {description}{hint}");
+    if let Some(id) = parameters["migrate_to_chat_id"].as_i64() {
+        reason += &format!(" (its id is now {id}: tell the mote)");
     }
+    let retry_after = seconds(&parameters["retry_after"]);
+    Some(Failure {
+        reason,
+        error_code: Some(code),
+        retry_in: retry_after.filter(|_| code == 429),
+        answer_began: true,
+        ..Failure::default()
+    })
 }
 
 /// Reads a number of seconds: an integer, a fraction, or either as a string.
@@ -1383,30 +1317,6 @@ fn seconds(value: &Value) -> Option<Duration> {
     is_sensible.then(|| Duration::from_secs_f64(seconds))
 }
 
-fn new_agent(
-    settings: &ureq::config::Config,
-    connector: &SharedConnector,
-    addresses: &Addresses,
-) -> ureq::Agent {
-    ureq::Agent::with_parts(settings.clone(), connector.clone(), addresses.clone())
-}
-
-/// ureq's own connector, which keeps the TLS configuration, for one agent after another.
-#[derive(Clone, Debug, Default)]
-struct SharedConnector(Arc<DefaultConnector>);
-
-impl Connector for SharedConnector {
-    type Out = Box<dyn Transport>;
-
-    fn connect(
-        &self,
-        details: &ConnectionDetails,
-        chained: Option<()>,
-    ) -> Result<Option<Self::Out>, ureq::Error> {
-        self.0.connect(details, chained)
-    }
-}
-
 /// How long the addresses of a host serve, and how long it is waited for new ones while the old
 /// ones can serve.
 const ADDRESSES_HOLD: Duration = Duration::from_secs(60);
@@ -1415,8 +1325,11 @@ const NEW_ADDRESSES_TIME: Duration = Duration::from_secs(1);
 /// Keeps the addresses of the host (the Bot API's, or the proxy's), for ureq asks for them on each
 /// call. There is one look-up at a time, in a thread of its own, and its answer counts whenever it
 /// comes.
-#[derive(Clone, Debug, Default)]
-struct Addresses(Arc<(Mutex<LookUp>, Condvar)>);
+#[derive(Debug, Default)]
+struct Addresses {
+    look_up: Arc<Mutex<LookUp>>,
+    ended: Arc<Condvar>,
+}
 
 #[derive(Debug, Default)]
 struct LookUp {
@@ -1435,13 +1348,13 @@ impl Resolver for Addresses {
         config: &ureq::config::Config,
         timeout: NextTimeout,
     ) -> Result<ResolvedSocketAddrs, ureq::Error> {
-        let mut look_up = self.lock();
+        let mut look_up = lock(&self.look_up);
         let mut patience = *timeout.after;
         if let Some(found) = &look_up.found {
-            if look_up
+            let age = look_up
                 .ended
-                .is_some_and(|at| at.elapsed() < ADDRESSES_HOLD)
-            {
+                .map_or(Duration::ZERO, |ended| ended.elapsed());
+            if age < ADDRESSES_HOLD {
                 return Ok(found.clone());
             }
             let waited = look_up
@@ -1453,10 +1366,9 @@ impl Resolver for Addresses {
             self.start(uri.clone(), config.clone())?;
             look_up.began = Some(Instant::now());
         }
-        let (_, changed) = &*self.0;
-        let (look_up, _) = changed
-            .wait_timeout_while(look_up, patience, |look_up| look_up.began.is_some())
-            .unwrap_or_else(PoisonError::into_inner);
+        let is_running = |look_up: &mut LookUp| look_up.began.is_some();
+        let waited = self.ended.wait_timeout_while(look_up, patience, is_running);
+        let (look_up, _) = waited.unwrap_or_else(PoisonError::into_inner);
         match &look_up.found {
             Some(found) => Ok(found.clone()),
             None if look_up.began.is_some() => Err(ureq::Error::Timeout(timeout.reason)),
@@ -1466,27 +1378,27 @@ impl Resolver for Addresses {
 }
 
 impl Addresses {
-    fn lock(&self) -> MutexGuard<'_, LookUp> {
-        self.0.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Starts a look-up. Without a time-out, ureq's resolver starts no thread of its own.
     fn start(&self, uri: Uri, config: ureq::config::Config) -> io::Result<()> {
-        let addresses = self.clone();
-        let look_up = move || {
+        let shared = Arc::clone(&self.look_up);
+        let ended = Arc::clone(&self.ended);
+        let run = move || {
             let resolver = DefaultResolver::default();
             let result = resolver.resolve(&uri, &config, NextTimeout::default());
-            let mut look_up = addresses.lock();
+            let mut look_up = lock(&shared);
             look_up.began = None;
             look_up.ended = Some(Instant::now());
             if let Ok(found) = result {
                 look_up.found = Some(found);
             }
-            addresses.0.1.notify_all();
+            ended.notify_all();
         };
-        thread::Builder::new().spawn(look_up)?;
-        Ok(())
+        thread::Builder::new().spawn(run).map(drop)
     }
+}
+
+fn lock(look_up: &Mutex<LookUp>) -> MutexGuard<'_, LookUp> {
+    look_up.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 // ---------- State ----------
@@ -1546,19 +1458,18 @@ enum Registration {
 }
 
 impl State {
-    /// Reads the state, or begins anew if there is none. A damaged file is set aside, for the
-    /// gateway must start. One that cannot be read ends the start and stays as it is: it may hold
-    /// everybody.
+    /// Reads the state. A damaged file is set aside, for the gateway must start. One that cannot be
+    /// read ends the start and stays as it is: it may hold everybody.
     fn open(config: &Config) -> Result<State, String> {
         let path = &config.state_path;
         let mut state = match State::read(path) {
-            Ok(state) => state.unwrap_or_default(),
-            Err(StateError::Unreadable(reason)) => return Err(reason),
-            Err(StateError::Damaged(reason)) => {
+            Ok(state) => state,
+            Err(error) if error.kind() != ErrorKind::InvalidData => return Err(error.to_string()),
+            Err(error) => {
                 let aside = beside(path, ".damaged");
                 match fs::rename(path, &aside) {
-                    Ok(()) => error!("{reason}; starting anew, it is kept as {}", aside.display()),
-                    Err(error) => error!("{reason}; starting anew, it cannot be kept: {error}"),
+                    Ok(()) => error!("{error}; starting anew, it is kept as {}", aside.display()),
+                    Err(fault) => error!("{error}; starting anew, it cannot be kept: {fault}"),
                 }
                 State::default()
             }
@@ -1578,18 +1489,17 @@ impl State {
         Ok(state)
     }
 
-    /// `None`: there is no such file.
-    fn read(path: &Path) -> Result<Option<State>, StateError> {
-        let fault = |error: &dyn fmt::Display| format!("cannot read {}: {error}", path.display());
+    /// Reads the file, if there is one. `InvalidData` means that it was read and is no state.
+    fn read(path: &Path) -> io::Result<State> {
+        let fault = |kind, error: &dyn fmt::Display| {
+            io::Error::new(kind, format!("cannot read {}: {error}", path.display()))
+        };
         let content = match fs::read(path) {
             Ok(content) => content,
-            Err(error) if is_missing(&error) => return Ok(None),
-            Err(error) => return Err(StateError::Unreadable(fault(&error))),
+            Err(error) if is_missing(&error) => return Ok(State::default()),
+            Err(error) => return Err(fault(error.kind(), &error)),
         };
-        match serde_json::from_slice(&content) {
-            Ok(state) => Ok(Some(state)),
-            Err(error) => Err(StateError::Damaged(fault(&error))),
-        }
+        serde_json::from_slice(&content).map_err(|error| fault(ErrorKind::InvalidData, &error))
     }
 
     /// Replaces the file, readable by its owner alone. After a power cut there is the old or the
@@ -1708,21 +1618,6 @@ impl State {
             tokens = longer;
         }
         tokens
-    }
-}
-
-enum StateError {
-    /// The disk or a permission is in the way.
-    Unreadable(String),
-    /// It was read, and it is no state.
-    Damaged(String),
-}
-
-impl StateError {
-    fn into_reason(self) -> String {
-        match self {
-            StateError::Unreadable(reason) | StateError::Damaged(reason) => reason,
-        }
     }
 }
 
@@ -1902,34 +1797,12 @@ impl Motes {
 const DELETIONS_MAX: usize = 100;
 /// How many chats are remembered for their wrong passwords.
 const SUSPECTS_MAX: usize = 256;
-/// Bot API, Message: the contents that somebody has sent. Everything else that comes without text
-/// is a service message: it tells what happened in the chat.
-const MEDIA: [&str; 19] = [
-    "animation",
-    "audio",
-    "checklist",
-    "contact",
-    "dice",
-    "document",
-    "game",
-    "invoice",
-    "live_photo",
-    "location",
-    "paid_media",
-    "photo",
-    "poll",
-    "sticker",
-    "story",
-    "venue",
-    "video",
-    "video_note",
-    "voice",
-];
-
 const REGISTERED: &str = "You are registered.";
 const HOW_TO_REGISTER: &str = "To register, write: register <password>";
 const NOT_UNDERSTOOD: &str = "I do not understand that.";
 const WRONG_PASSWORD: &str = "Wrong password. Nothing was changed.";
+const TOO_MANY_WRONG_PASSWORDS: &str =
+    "Wrong password. Your config and register messages are ignored for an hour.";
 
 /// Bot API, `Message`: what is needed of it.
 struct Message {
@@ -1981,13 +1854,44 @@ impl Message {
             is_by_a_bot: message["from"]["is_bot"] == true,
             text: text("text"),
             caption: text("caption"),
-            has_media: MEDIA.iter().any(|key| !message[*key].is_null()),
+            has_media: has_media(message),
         })
     }
 
     fn is_service_message(&self) -> bool {
         self.text.is_empty() && self.caption.is_empty() && !self.has_media
     }
+}
+
+/// Whether somebody has sent something, Bot API, Message. Whatever else comes without a text is a
+/// service message: it tells what happened in the chat.
+fn has_media(message: &Value) -> bool {
+    let is_media = |key: &str| {
+        matches!(
+            key,
+            "animation"
+                | "audio"
+                | "checklist"
+                | "contact"
+                | "dice"
+                | "document"
+                | "game"
+                | "invoice"
+                | "live_photo"
+                | "location"
+                | "paid_media"
+                | "photo"
+                | "poll"
+                | "sticker"
+                | "story"
+                | "venue"
+                | "video"
+                | "video_note"
+                | "voice"
+        )
+    };
+    let mut content = message.as_object().into_iter().flatten();
+    content.any(|(key, value)| is_media(key) && !value.is_null())
 }
 
 /// Those who write to the bot.
@@ -2194,15 +2098,14 @@ impl People {
         }
         let mut wrong = 1 + suspect.map_or(0, |suspect| suspect.wrong);
         let mut locked_until = None;
-        let mut answer = WRONG_PASSWORD.to_string();
+        let mut answer = WRONG_PASSWORD;
         if wrong >= WRONG_PASSWORDS_MAX {
             wrong = 0;
             locked_until = Some(Instant::now() + LOCKED_OUT);
-            let minutes = LOCKED_OUT.as_secs() / 60;
-            answer = format!("Wrong password. Your commands are ignored for {minutes} minutes.");
+            answer = TOO_MANY_WRONG_PASSWORDS;
         }
         warn!("chat {chat}: {answer}");
-        self.say(chat, &answer);
+        self.say(chat, answer);
         if self.suspects.len() >= SUSPECTS_MAX {
             self.suspects.pop_front();
         }
@@ -2399,9 +2302,8 @@ impl Secret {
 
 /// Where things are.
 struct Folders {
-    settings: PathBuf,
-    /// Under systemd a credential is a file without a dot in front.
-    dot_env: &'static str,
+    config_ini: PathBuf,
+    dot_env: PathBuf,
     state: PathBuf,
     log: PathBuf,
     /// Whether the state is an installed service's, and this is not the service.
@@ -2422,30 +2324,25 @@ impl Folders {
             None if uses_installation => installed.into(),
             None => PathBuf::new(),
         };
-        let is_credential = named_folder("CREDENTIALS_DIRECTORY").is_some();
+        let settings = folder("CREDENTIALS_DIRECTORY", INSTALLED_SETTINGS);
+        let dot_env = match named_folder("CREDENTIALS_DIRECTORY") {
+            Some(_) => "env", // a credential's name has no dot in front
+            None => ".env",
+        };
         Folders {
-            settings: folder("CREDENTIALS_DIRECTORY", INSTALLED_SETTINGS),
-            dot_env: if is_credential { "env" } else { ".env" },
+            config_ini: settings.join("config.ini"),
+            dot_env: settings.join(dot_env),
             state: folder("STATE_DIRECTORY", INSTALLED_STATE),
             log: folder("LOGS_DIRECTORY", INSTALLED_LOG),
             are_a_services: uses_installation && named_folder("STATE_DIRECTORY").is_none(),
         }
     }
-
-    fn config_ini(&self) -> PathBuf {
-        self.settings.join("config.ini")
-    }
-
-    fn dot_env(&self) -> PathBuf {
-        self.settings.join(self.dot_env)
-    }
 }
 
 /// Returns the folder that systemd names; of several, the first.
 fn named_folder(variable: &str) -> Option<PathBuf> {
-    let value = env::var(variable).ok()?;
-    let first = value.split(':').next()?;
-    (!first.is_empty()).then(|| first.into())
+    let value = variable_of_environment(variable)?;
+    value.split(':').next().map(PathBuf::from)
 }
 
 /// What the operator has set, checked.
@@ -2465,12 +2362,12 @@ struct Config {
     roots: RootCerts,
     proxy: Option<ureq::Proxy>,
     state_path: PathBuf,
-    /// Where a bot token is looked for, for messages about one that is missing.
+    /// Where a bot token is looked for, for a message about one that is missing.
     config_ini: PathBuf,
 }
 
 impl Config {
-    fn defaults(folders: &Folders) -> Config {
+    fn new(folders: &Folders) -> Config {
         Config {
             url: "https://api.telegram.org/bot".to_string(),
             token: None,
@@ -2482,25 +2379,24 @@ impl Config {
             roots: RootCerts::WebPki,
             proxy: None,
             state_path: folders.state.join("state.json"),
-            config_ini: folders.config_ini(),
+            config_ini: folders.config_ini.clone(),
         }
     }
 
     /// Reads `config.ini`, `.env` and the environment. An error names file, line and reason.
     fn load(folders: &Folders) -> Result<Config, String> {
-        let mut config = Config::defaults(folders);
-        let of_ini = read_ini(&folders.config_ini())?;
+        let mut config = Config::new(folders);
+        let of_ini = read_settings(&folders.config_ini, Some("telegram"))?;
         for setting in &of_ini {
             config.set_ini(setting)?;
         }
-        for setting in read_variables(&folders.dot_env())? {
-            let is_overruled = real_variable(&setting.name).is_some();
-            if !is_overruled {
+        for setting in read_settings(&folders.dot_env, None)? {
+            if variable_of_environment(&setting.name).is_none() {
                 config.set_variable(&setting)?;
             }
         }
         for name in VARIABLES {
-            if let Some(value) = real_variable(name) {
+            if let Some(value) = variable_of_environment(name) {
                 let origin = "environment".to_string();
                 let name = name.to_string();
                 config.set_variable(&Setting {
@@ -2510,8 +2406,19 @@ impl Config {
                 })?;
             }
         }
-        config.check_together(&of_ini)?;
-        config.warn_of_gaps(folders);
+        for setting in &of_ini {
+            config.check_with_the_rest(setting)?;
+        }
+        let file = folders.config_ini.display();
+        if config.token.is_none() {
+            warn!(
+                "no bot_token is set in {file}: /message serves any token, /update the first bot"
+            );
+        }
+        let file = folders.dot_env.display();
+        if config.password.is_none() {
+            warn!("no PASSWORD is set in {file}: every `config` is refused");
+        }
         Ok(config)
     }
 
@@ -2519,32 +2426,27 @@ impl Config {
     fn set_ini(&mut self, setting: &Setting) -> Result<(), String> {
         let value = setting.value.as_str();
         let secret = Secret(value.to_string());
-        match setting.name.to_lowercase().as_str() {
-            "bot_token" if value == "your_telegram_bot_token" => {}
-            "bot_token" if secret.is_bot_token() => self.token = Some(secret),
-            "bot_token" => return setting.refuse("is not a bot token (digits, a colon, letters)"),
-            "mote_token" => {
-                let is_word = !value.contains(|c: char| c.is_whitespace() || c == '&');
-                if !is_word || value.len() > MOTE_TOKEN_MAX {
-                    let rule = format!("is not a word of at most {MOTE_TOKEN_MAX} bytes without &");
-                    return setting.refuse(&rule);
-                }
-                self.mote_token = Some(secret);
+        match (setting.name.to_lowercase().as_str(), value) {
+            ("bot_token", "your_telegram_bot_token") => {}
+            ("bot_token", _) if secret.is_bot_token() => self.token = Some(secret),
+            ("bot_token", _) => {
+                return Err(setting.fault("is not a bot token (digits, a colon, letters)"));
             }
-            "registration" => match value.to_lowercase().as_str() {
-                "open" => self.registration_by_password = false,
-                "password" => self.registration_by_password = true,
-                _ => return setting.refuse("is neither open nor password"),
-            },
-            "url" if is_https_url(value) => self.url = value.to_string(),
-            "url" => return setting.refuse("is not of the form https://host/bot"),
-            "ip_family" => match value.to_lowercase().as_str() {
-                "any" => self.ip_family = IpFamily::Any,
-                "ipv4" => self.ip_family = IpFamily::Ipv4Only,
-                "ipv6" => self.ip_family = IpFamily::Ipv6Only,
-                _ => return setting.refuse("is none of any, ipv4, ipv6"),
-            },
-            _ => setting.warn_unknown(),
+            ("mote_token", _) if is_mote_token(value) => self.mote_token = Some(secret),
+            ("mote_token", _) => {
+                let rule = format!("is not a word of at most {MOTE_TOKEN_MAX} bytes without &");
+                return Err(setting.fault(&rule));
+            }
+            ("registration", "open") => self.registration_by_password = false,
+            ("registration", "password") => self.registration_by_password = true,
+            ("registration", _) => return Err(setting.fault("is neither open nor password")),
+            ("url", _) if is_https_url(value) => self.url = value.to_string(),
+            ("url", _) => return Err(setting.fault("is not of the form https://host/bot")),
+            ("ip_family", "any") => self.ip_family = IpFamily::Any,
+            ("ip_family", "ipv4") => self.ip_family = IpFamily::Ipv4Only,
+            ("ip_family", "ipv6") => self.ip_family = IpFamily::Ipv6Only,
+            ("ip_family", _) => return Err(setting.fault("is none of any, ipv4, ipv6")),
+            _ => warn!("{}", setting.fault("is unknown and ignored")),
         }
         Ok(())
     }
@@ -2554,64 +2456,43 @@ impl Config {
         let value = setting.value.as_str();
         match setting.name.as_str() {
             "PASSWORD" if value.contains(char::is_whitespace) => {
-                return setting.refuse("holds white space, which nobody could send");
+                return Err(setting.fault("holds white space, which nobody could send"));
             }
             "PASSWORD" => self.password = Some(Secret(value.to_string())),
             "COAP_SERVER_IP" => match value.parse() {
                 Ok(ip) if is_one_address(ip) => self.listen.set_ip(ip),
-                Ok(_) => return setting.refuse("is not one address: name the one motes send to"),
-                Err(_) => return setting.refuse("is not an IP address (without a zone)"),
+                Ok(_) => {
+                    let rule = "is not one address: name the one that the motes send to";
+                    return Err(setting.fault(rule));
+                }
+                Err(_) => return Err(setting.fault("is not an IP address (without a zone)")),
             },
             "COAP_SERVER_PORT" => match value.parse() {
                 Ok(port) => self.listen.set_port(port),
-                Err(_) => return setting.refuse("is not a port (0 to 65535)"),
+                Err(_) => return Err(setting.fault("is not a port (0 to 65535)")),
             },
-            "SSL_CERT_FILE" => match read_roots(value) {
-                Ok(roots) => self.roots = roots,
-                Err(reason) => return setting.refuse(&reason),
-            },
-            "HTTPS_PROXY" => match read_proxy(value) {
-                Some(proxy) => self.proxy = Some(proxy),
-                None => {
-                    return setting.refuse("is not of the form http://[user:password@]host:port");
-                }
-            },
-            _ => setting.warn_unknown(),
+            "SSL_CERT_FILE" => {
+                self.roots = read_roots(value).map_err(|reason| setting.fault(&reason))?;
+            }
+            "HTTPS_PROXY" => {
+                let rule = "is not of the form http://[user:password@]host:port";
+                self.proxy = Some(read_proxy(value).ok_or_else(|| setting.fault(rule))?);
+            }
+            _ => warn!("{}", setting.fault("is unknown and ignored")),
         }
         Ok(())
     }
 
-    /// Checks what is only wrong together with something else.
-    fn check_together(&self, of_ini: &[Setting]) -> Result<(), String> {
-        let is = |setting: &&Setting, name: &str| setting.name.eq_ignore_ascii_case(name);
-        if let Some(setting) = of_ini.iter().find(|setting| is(setting, "mote_token"))
-            && self.token.is_none()
-        {
-            return setting.refuse("does not work without bot_token");
-        }
-        if let Some(setting) = of_ini.iter().find(|setting| is(setting, "registration"))
-            && self.registration_by_password
-            && self.password.is_none()
-        {
-            return setting.refuse("does not work without PASSWORD, which .env sets");
-        }
-        Ok(())
-    }
-
-    fn warn_of_gaps(&self, folders: &Folders) {
-        if self.token.is_none() {
-            warn!(
-                "no bot_token is set in {}: /message serves any token, \
-                /update the first bot that Telegram accepts",
-                self.config_ini.display()
-            );
-        }
-        if self.password.is_none() {
-            let file = folders.dot_env();
-            warn!(
-                "no PASSWORD is set in {}: every `config` is refused",
-                file.display()
-            );
+    /// Refuses what works only together with something that is not set.
+    fn check_with_the_rest(&self, setting: &Setting) -> Result<(), String> {
+        match setting.name.to_lowercase().as_str() {
+            "mote_token" if self.token.is_none() => {
+                Err(setting.fault("does not work without bot_token"))
+            }
+            "registration" if self.registration_by_password && self.password.is_none() => {
+                Err(setting.fault("does not work without PASSWORD, which .env sets"))
+            }
+            _ => Ok(()),
         }
     }
 
@@ -2628,107 +2509,69 @@ struct Setting {
     origin: String,
     /// As the file spells it.
     name: String,
-    /// Not empty; maybe a secret.
+    /// Not empty; maybe a secret, so that no message repeats it.
     value: String,
 }
 
 impl Setting {
-    /// An error that does not repeat the value, for it may be a secret.
-    fn refuse(&self, rule: &str) -> Result<(), String> {
-        Err(format!("{}: {} {rule}", self.origin, self.name))
+    /// Reads `NAME=value`; the value may stand in quotes.
+    fn read(origin: String, line: &str) -> Result<Setting, String> {
+        let line = line.strip_prefix("export ").unwrap_or(line);
+        let Some((name, value)) = line.split_once('=') else {
+            return Err(format!("{origin}: not `NAME=value`"));
+        };
+        let name = name.trim().to_string();
+        let value = value.trim();
+        let unquote = |quote: char| value.strip_prefix(quote)?.strip_suffix(quote);
+        let value = unquote('"').or(unquote('\'')).unwrap_or(value).to_string();
+        Ok(Setting {
+            origin,
+            name,
+            value,
+        })
     }
 
-    fn warn_unknown(&self) {
-        warn!("{}: {} is unknown and ignored", self.origin, self.name);
+    fn fault(&self, rule: &str) -> String {
+        format!("{}: {} {rule}", self.origin, self.name)
     }
 }
 
-/// Reads `[telegram]` of an INI file. The other sections belong to the firmware's build.
-fn read_ini(path: &Path) -> Result<Vec<Setting>, String> {
-    let mut settings = Vec::new();
-    let mut section = String::new();
-    for Line { origin, text } in read_lines(path)? {
-        if let Some(name) = text.strip_prefix('[') {
-            let Some((name, _)) = name.split_once(']') else {
-                return Err(format!("{origin}: `[` without `]`"));
-            };
-            section = name.trim().to_string();
-        } else if section.is_empty() {
-            return Err(format!("{origin}: no section yet; put [telegram] above it"));
-        } else if section == "telegram" {
-            settings.push(read_setting(origin, &text)?);
-        }
-    }
-    check_names(settings, |name| name.to_lowercase())
-}
-
-/// Reads a file of variables.
-fn read_variables(path: &Path) -> Result<Vec<Setting>, String> {
-    let mut settings = Vec::new();
-    for Line { origin, text } in read_lines(path)? {
-        let text = text.strip_prefix("export ").unwrap_or(&text);
-        settings.push(read_setting(origin, text)?);
-    }
-    check_names(settings, str::to_string)
-}
-
-/// A line that is neither empty nor a comment.
-struct Line {
-    origin: String,
-    text: String,
-}
-
-/// Reads the lines of a file; none if there is no file.
-fn read_lines(path: &Path) -> Result<Vec<Line>, String> {
+/// Reads the settings of a file, if there is one: of a section, or of a file without sections. What
+/// is set to nothing is not set.
+fn read_settings(path: &Path, section: Option<&str>) -> Result<Vec<Setting>, String> {
     let content = match fs::read(path) {
         Ok(content) => content,
         Err(error) if is_missing(&error) => return Ok(Vec::new()),
         Err(error) => return Err(format!("cannot read {}: {error}", path.display())),
     };
     let content = content.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&content);
-    let mut lines = Vec::new();
+    let mut current = None;
+    let mut settings: Vec<Setting> = Vec::new();
     for (number, line) in (1..).zip(content.split(|byte| *byte == b'\n')) {
         let origin = format!("{}:{number}", path.display());
-        let Ok(text) = str::from_utf8(line) else {
+        let Ok(line) = str::from_utf8(line) else {
             return Err(format!("{origin}: not UTF-8 text"));
         };
-        let text = text.trim().to_string();
-        if !text.is_empty() && !text.starts_with(['#', ';']) {
-            lines.push(Line { origin, text });
+        let line = line.trim();
+        if line.is_empty() || line.starts_with(['#', ';']) {
+            continue;
         }
-    }
-    Ok(lines)
-}
-
-/// Reads `NAME=value`; the value may stand in quotes.
-fn read_setting(origin: String, text: &str) -> Result<Setting, String> {
-    let Some((name, value)) = text.split_once('=') else {
-        return Err(format!("{origin}: not `NAME=value`"));
-    };
-    let name = name.trim().to_string();
-    let value = value.trim();
-    let unquote = |quote: char| value.strip_prefix(quote)?.strip_suffix(quote);
-    let value = unquote('"').or(unquote('\'')).unwrap_or(value).to_string();
-    Ok(Setting {
-        origin,
-        name,
-        value,
-    })
-}
-
-/// Refuses a name that is set twice, and leaves out what is set to nothing.
-fn check_names(
-    mut settings: Vec<Setting>,
-    spelling: impl Fn(&str) -> String,
-) -> Result<Vec<Setting>, String> {
-    for (index, setting) in settings.iter().enumerate() {
-        let name = spelling(&setting.name);
-        if settings[..index]
-            .iter()
-            .any(|earlier| spelling(&earlier.name) == name)
-        {
-            let rule = "is set twice; remove one of them";
-            return Err(format!("{}: {name} {rule}", setting.origin));
+        if section.is_some() && line.starts_with('[') {
+            let Some((name, _)) = line[1..].split_once(']') else {
+                return Err(format!("{origin}: `[` without `]`"));
+            };
+            current = Some(name.trim());
+        } else if section.is_some() && current.is_none() {
+            return Err(format!("{origin}: no section yet; put [telegram] above it"));
+        } else if current == section {
+            let setting = Setting::read(origin, line)?;
+            if settings
+                .iter()
+                .any(|other| other.name.eq_ignore_ascii_case(&setting.name))
+            {
+                return Err(setting.fault("is set twice; remove one of them"));
+            }
+            settings.push(setting);
         }
     }
     settings.retain(|setting| !setting.value.is_empty());
@@ -2736,9 +2579,15 @@ fn check_names(
 }
 
 /// Returns a variable of the real environment, unless it is empty.
-fn real_variable(name: &str) -> Option<String> {
+fn variable_of_environment(name: &str) -> Option<String> {
     let value = env::var(name).ok()?;
     (!value.is_empty()).then_some(value)
+}
+
+/// The firmware's form has no way to hold white space or `&` in a token.
+fn is_mote_token(value: &str) -> bool {
+    let separates = |c: char| c.is_whitespace() || c == '&';
+    value.len() <= MOTE_TOKEN_MAX && !value.contains(separates)
 }
 
 fn is_https_url(text: &str) -> bool {
@@ -2798,6 +2647,7 @@ static USERS: AtomicU64 = AtomicU64::new(0);
 /// Writes what simple_logger writes to the console to a file, too.
 struct Log {
     console: SimpleLogger,
+    is_journal: bool,
     path: PathBuf,
 }
 
@@ -2809,9 +2659,12 @@ fn console(level: LevelFilter) -> SimpleLogger {
 }
 
 fn start_log(path: PathBuf) -> Result<(), String> {
-    let console = console(LevelFilter::Info);
     let name = path.display().to_string();
-    let log = Log { console, path };
+    let log = Log {
+        console: console(LevelFilter::Info),
+        is_journal: console_is_journal(),
+        path,
+    };
     let result = log.append("");
     log::set_boxed_logger(Box::new(log)).map_err(|error| error.to_string())?;
     if let Err(error) = result {
@@ -2845,8 +2698,9 @@ impl log::Log for Log {
         }
         let text = escape(&record.args().to_string());
         let mut out = io::stdout().lock(); // so that the priority stays with its line
-        let priority = journal_priority(record.level(), out.is_terminal());
-        let _ = write!(out, "{priority}");
+        if self.is_journal {
+            let _ = write!(out, "{}", journal_priority(record.level()));
+        }
         let mut escaped = log::Record::builder();
         escaped.metadata(record.metadata().clone());
         self.console
@@ -2858,16 +2712,17 @@ impl log::Log for Log {
     fn flush(&self) {}
 }
 
-/// Returns what the journal reads a line's priority from, sd-daemon(3): nothing where the console is
-/// not the journal.
-fn journal_priority(level: Level, is_terminal: bool) -> &'static str {
-    if is_terminal || env::var_os("JOURNAL_STREAM").is_none() {
-        return "";
-    }
+/// Whether the console is the journal. A terminal may have inherited its variable.
+fn console_is_journal() -> bool {
+    env::var_os("JOURNAL_STREAM").is_some() && !io::stderr().is_terminal()
+}
+
+/// Returns what tells the journal the priority of a line, sd-daemon(3).
+fn journal_priority(level: Level) -> &'static str {
     match level {
         Level::Error => "<3>",
         Level::Warn => "<4>",
-        Level::Info | Level::Debug | Level::Trace => "<6>",
+        _ => "<6>",
     }
 }
 
@@ -2955,25 +2810,21 @@ fn check() -> Result<(), String> {
     let mut telegram = Telegram::new(&config);
     let deadline = Instant::now() + REQUEST_TIME;
     let fault = |failure: Failure| escape(&failure.reason);
-    let bot = telegram
-        .call(token, "getMe", &json!({}), deadline)
-        .map_err(fault)?;
+    let bot = telegram.call(token, "getMe", &json!({}), deadline);
+    let bot = bot.map_err(fault)?;
     let name = bot["first_name"].as_str().unwrap_or("?");
     let username = bot["username"].as_str().unwrap_or("?");
-    print(&escape(&format!("bot: {name} (@{username})")));
-    let state = State::read(&config.state_path).map_err(StateError::into_reason)?;
-    print_users(&state.unwrap_or_default().users);
+    print(&escape(&format!("bot: {name} (@{username})")))?;
+    print_users(&State::read(&config.state_path).map_err(|error| error.to_string())?)?;
+    print("chats with messages not fetched yet (for others see the log):")?;
     // 1 confirms nothing, and is no offset of the gateway's: Telegram would hold a repeated one.
-    let updates = telegram
-        .get_updates(token, 1, PAGE_LIMIT, deadline)
-        .map_err(fault)?;
-    print("chats with messages not fetched yet (for others see the log):");
+    let updates = telegram.get_updates(token, 1, PAGE_LIMIT, deadline);
     let mut printed = Vec::new();
-    for update in updates {
+    for update in updates.map_err(fault)? {
         if let Some(chat) = Chat::read(&update["message"]["chat"])
             && !printed.contains(&chat.id)
         {
-            print(&escape(&format!("  {chat}")));
+            print(&escape(&format!("  {chat}")))?;
             printed.push(chat.id);
         }
     }
@@ -2986,65 +2837,32 @@ fn start_console() -> Result<(), String> {
 }
 
 /// Prints the registered users, and the line that names them to the firmware's build.
-fn print_users(users: &[User]) {
-    print("registered users:");
+fn print_users(state: &State) -> Result<(), String> {
+    print("registered users:")?;
     let mut chat_ids = Vec::new();
-    for User { name, chat } in users {
-        print(&format!("  {chat} {name}"));
+    for User { name, chat } in &state.users {
+        print(&format!("  {chat} {name}"))?;
         chat_ids.push(format!("{name}:{chat}"));
     }
     if chat_ids.is_empty() {
         return print("  nobody: write to the bot, then run this again");
     }
-    print("for the firmware's config.ini:");
-    print(&format!("chat_ids = {}", chat_ids.join(",")));
-}
-
-/// What `send` was called with.
-struct SendOptions<'a> {
-    chat: &'a str,
-    text: &'a str,
-    /// Without one, the gateway that is configured here.
-    uri: Option<&'a str>,
-}
-
-impl<'a> SendOptions<'a> {
-    fn parse(options: &[&'a str]) -> Option<SendOptions<'a>> {
-        let mut chat = None;
-        let mut text = None;
-        let mut uri = None;
-        for option in options.chunks(2) {
-            match *option {
-                ["-i", value] => chat = Some(value),
-                ["-m", value] => text = Some(value),
-                ["-u", value] if value.starts_with("coap://") => uri = Some(value),
-                _ => return None,
-            }
-        }
-        Some(SendOptions {
-            chat: chat?,
-            text: text?,
-            uri,
-        })
-    }
+    print("for the firmware's config.ini:")?;
+    print(&format!("chat_ids = {}", chat_ids.join(",")))
 }
 
 /// Sends one `POST /message` as a mote sends it, and shows the answer.
-fn send(options: &SendOptions) -> Result<(), String> {
+fn send(chat: &str, text: &str, uri: Option<&str>) -> Result<(), String> {
     let config = Config::load(&Folders::find())?;
     let token = config.required_token()?;
     let token = config.mote_token.as_ref().unwrap_or(token);
-    let peer = match options.uri {
-        Some(uri) => match address_of(uri) {
-            Some(peer) => peer,
-            None => return Err(format!("cannot resolve {}", escape(uri))),
-        },
+    let peer = match uri {
+        Some(uri) => address_of(uri).ok_or_else(|| format!("cannot resolve {}", escape(uri)))?,
         None => config.listen,
     };
-    let form = format!(
-        "url={}&token={}&chat_ids={}&text={}",
-        config.url, token.0, options.chat, options.text
-    );
+    let url = &config.url;
+    let token = &token.0;
+    let form = format!("url={url}&token={token}&chat_ids={chat}&text={text}");
     let answer = match exchange(peer, &coap::post("message", &form)) {
         Ok(Some(answer)) => answer,
         Ok(None) => return Err(format!("no answer from {peer}")),
@@ -3055,8 +2873,7 @@ fn send(options: &SendOptions) -> Result<(), String> {
     if !code.starts_with('2') {
         return Err(format!("{code} {text} (the gateway's log tells why)"));
     }
-    print(&format!("{code} {text}"));
-    Ok(())
+    print(&format!("{code} {text}"))
 }
 
 /// Resolves a URI `coap://host[:port]`.
@@ -3151,8 +2968,10 @@ mod coap {
     /// How many bytes all unfinished bodies may take, and how long one waits for its next block.
     pub const ASSEMBLIES_MAX: usize = 512 << 10;
     pub const ASSEMBLY_LIFETIME: Duration = Duration::from_secs(60);
-    /// What an assembly takes beside its body and its tags, about.
-    const ASSEMBLY_OVERHEAD: usize = 192;
+    /// How many replaced bodies of one sender are told apart.
+    const REPLACED_MAX: usize = 8;
+    /// What an assembly takes beside its body and its tags, at most about.
+    const ASSEMBLY_OVERHEAD: usize = 384;
 
     /// Content formats, RFC 7252 §12.3.
     pub const TEXT_PLAIN: u16 = 0;
@@ -3432,9 +3251,8 @@ mod coap {
         key: AssemblyKey,
         body: Vec<u8>,
         touched: Instant,
-        /// How many bytes had come of another body with the same key when this one took its place,
-        /// 0 for none. A last block up to there may be the other's.
-        replaced: usize,
+        /// The bodies with the same key whose place this one took.
+        replaced: Vec<Replaced>,
     }
 
     impl Assembly {
@@ -3442,6 +3260,14 @@ mod coap {
             let tags: usize = self.key.tags.iter().map(|tag| tag.len() + 24).sum();
             ASSEMBLY_OVERHEAD + self.body.len() + tags
         }
+    }
+
+    /// The start of a body that another one has replaced. Its sender may go on: its next block begins
+    /// at this length.
+    #[derive(PartialEq)]
+    struct Replaced {
+        length: usize,
+        digest: u64,
     }
 
     /// What tells bodies apart.
@@ -3641,13 +3467,11 @@ mod coap {
             let index = self.assemblies.iter().position(|known| known.key == key);
             let known = index.map(|index| self.assemblies.remove(index));
             if block.number == 0 {
-                // The same start again is a second try, and no other body.
-                let is_other = |known: &Assembly| !known.body.starts_with(&request.packet.payload);
                 return Ok(Assembly {
                     key,
                     body: Vec::new(),
                     touched: request.received_at,
-                    replaced: known.filter(is_other).map_or(0, |known| known.body.len()),
+                    replaced: known.map_or(Vec::new(), |known| self.replaced(known)),
                 });
             }
             let incomplete = ResponseType::RequestEntityIncomplete;
@@ -3658,14 +3482,28 @@ mod coap {
             if length != block.number * block.size {
                 return Err(Response::error(incomplete, "A block is missing"));
             }
-            if !block.has_more && length <= assembly.replaced {
-                return Err(Response::error(
-                    incomplete,
-                    "Two bodies at once: send it again",
-                ));
+            // Without a tag, nobody can tell whose this block is, unless both have begun alike.
+            let digest = self.hasher.hash_one(&assembly.body);
+            let is_other = |other: &Replaced| other.length == length && other.digest != digest;
+            if assembly.replaced.iter().any(is_other) {
+                let reason = "Two bodies at once: send it again";
+                return Err(Response::error(incomplete, reason));
             }
             assembly.touched = request.received_at;
             Ok(assembly)
+        }
+
+        /// Adds an unfinished body to those that it has replaced itself.
+        fn replaced(&self, known: Assembly) -> Vec<Replaced> {
+            let mut replaced = known.replaced;
+            let digest = self.hasher.hash_one(&known.body);
+            let length = known.body.len();
+            replaced.retain(|other| *other != Replaced { length, digest });
+            replaced.push(Replaced { length, digest });
+            if replaced.len() > REPLACED_MAX {
+                replaced.remove(0);
+            }
+            replaced
         }
     }
 
@@ -3754,6 +3592,9 @@ mod coap {
     }
 }
 
+#[cfg(any(test, fuzzing))]
+#[path = "tests/unit/fixtures.rs"]
+mod fixtures;
 #[cfg(any(test, fuzzing))]
 #[path = "tests/unit/fuzz.rs"]
 pub mod fuzz;

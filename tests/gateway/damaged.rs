@@ -3,14 +3,13 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
 use crate::support::Kind::{Ack, Con, Rst};
 use crate::support::*;
 
 /// A ping follows that many datagrams: its RST tells that they were read, and the socket's buffer holds more of them.
 const BATCH: usize = 32;
-/// So many batches each time: a million datagrams in ten thousand cycles.
-const BATCHES: usize = 3;
 /// More than the gateway remembers.
 const MOTES: usize = 100;
 const LOG_MAX: usize = 1 << 20;
@@ -46,9 +45,9 @@ impl Damage {
         }
     }
 
-    /// Sends some, and reads what comes back.
-    pub fn bombard(&mut self) {
-        for _ in 0..BATCHES {
+    /// Sends them and reads what comes back: as long as the others go on, and until there were so many in all.
+    pub fn bombard(&mut self, ended: &AtomicBool, least: usize) {
+        while !ended.load(SeqCst) || self.sent < least {
             let number = self.random.below(MOTES);
             (0..BATCH).for_each(|_| self.send_one(number));
             self.listen(number);

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 use std::{fs, thread};
 
@@ -34,16 +34,17 @@ const HANG_EACH: usize = 2000;
 
 #[test]
 fn two_hundred_cycles() {
-    endure(200);
+    endure(200, 2000);
 }
 
 #[test]
 #[ignore = "takes minutes"]
 fn ten_thousand_cycles() {
-    endure(10_000);
+    endure(10_000, 1_000_000);
 }
 
-fn endure(cycles: usize) {
+/// At least so many of the datagrams are damaged.
+fn endure(cycles: usize, damaged: usize) {
     let seed = seed();
     let mut world = World::new(seed);
     let mut motes: Vec<Resident> = (0..MOTES)
@@ -51,9 +52,9 @@ fn endure(cycles: usize) {
         .collect();
 
     let start = Instant::now();
-    world.run(&mut motes, 100);
+    world.run(&mut motes, 100, damaged / 10);
     let before = world.size(&mut motes);
-    world.run(&mut motes, cycles - 100);
+    world.run(&mut motes, cycles - 100, damaged);
     let after = world.size(&mut motes);
     println!("{cycles} cycles in {:.0?}", start.elapsed());
     println!("after 100: {before:?}\nat the end: {after:?}");
@@ -149,13 +150,22 @@ impl World {
         }
     }
 
-    /// So many cycles, shared by all motes, at the same time.
-    fn run(&self, motes: &mut [Resident], cycles: usize) {
+    /// So many cycles, shared by all motes, at the same time, and damaged datagrams all the while.
+    fn run(&self, motes: &mut [Resident], cycles: usize, damaged: usize) {
+        let ended = AtomicBool::new(false);
         thread::scope(|scope| {
-            for mote in motes.iter_mut() {
+            scope.spawn(|| self.damage.lock().unwrap().bombard(&ended, damaged));
+            let cycle = |mote: &mut Resident| {
                 let own = cycles / MOTES + usize::from(mote.mote.number < cycles % MOTES);
-                scope.spawn(move || (0..own).for_each(|_| mote.cycle(self)));
-            }
+                (0..own).for_each(|_| mote.cycle(self));
+            };
+            let motes = motes
+                .iter_mut()
+                .map(|mote| scope.spawn(move || cycle(mote)));
+            let motes: Vec<_> = motes.collect();
+            let results: Vec<_> = motes.into_iter().map(|mote| mote.join()).collect();
+            ended.store(true, SeqCst); // also if one has failed
+            results.into_iter().for_each(Result::unwrap);
         });
     }
 
@@ -374,7 +384,6 @@ impl Resident {
         self.report(world, trouble);
         self.plan_a_poll_fault(world);
         self.poll(world);
-        world.damage.lock().unwrap().bombard();
     }
 
     fn chats(&self) -> Vec<i64> {

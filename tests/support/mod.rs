@@ -20,6 +20,7 @@ mod needs;
 mod proxy;
 mod scene;
 mod telegram;
+mod trouble;
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -34,11 +35,11 @@ pub use bot_api::{
 pub use certificates::Certificate;
 pub use field::{Asked, FieldMote, GIVEN_UP, Outcome, at_once, judge};
 pub use firmware::{Firmware, REPLY_MAX};
-pub use gateway::{Finished, Gateway, PASSWORD, Setup, binary, free_udp_port};
+pub use gateway::{Finished, Gateway, PASSWORD, Setup, binary, free_udp_port, loopback};
 pub use line::Line;
 pub use mote::*;
 pub use name_server::NameServer;
-pub use needs::{has_client, in_namespaces};
+pub use needs::{has_client, has_ipv6, in_namespaces};
 pub use proxy::Proxy;
 pub use scene::Scene;
 pub use telegram::{Pace, Refusal};
@@ -107,6 +108,26 @@ pub fn firmware(name: &str) -> Vec<u8> {
     })
 }
 
+/// The rows of a table, one a line, with columns between `|`. Columns that are not there are empty.
+pub fn rows<const COLUMNS: usize>(table: &str) -> Vec<[&str; COLUMNS]> {
+    let lines = table.lines().filter(|line| !line.is_empty());
+    let row = |line| {
+        let mut columns = str::split(line, '|').map(str::trim);
+        let row = [(); COLUMNS].map(|()| columns.next().unwrap_or_default());
+        assert_eq!(columns.next(), None, "too many columns: {line}");
+        row
+    };
+    lines.map(row).collect()
+}
+
+/// As [`in_parallel`], for the rows of a table.
+pub fn each_row<const COLUMNS: usize>(table: &str, check: impl Fn([&str; COLUMNS]) + Sync) {
+    let rows = rows(table);
+    let names: Vec<String> = rows.iter().map(|row| row.join(" | ")).collect();
+    let cases: Vec<_> = names.iter().map(String::as_str).zip(rows).collect();
+    in_parallel(&cases, |row| check(*row));
+}
+
 /// Waits until `done` says so; false after `limit`.
 pub fn within(limit: Duration, mut done: impl FnMut() -> bool) -> bool {
     let end = Instant::now() + limit;
@@ -143,22 +164,13 @@ pub fn start() -> (BotApi, Gateway) {
     (api, gateway)
 }
 
-/// As [`start`], with other settings. The gateway has made its first fetch, so it does nothing by itself for 15 s; and
-/// the fetch found something (an update that means nothing), so that Telegram is asked for the next poll.
+/// As [`start`], with other settings. The gateway has made its first fetch, in which it has heard all that people wrote
+/// before; so it does nothing by itself for some seconds.
 pub fn start_with(api: &BotApi, setup: Setup) -> Gateway {
-    api.push_update(json!({}));
     let gateway = Gateway::with(setup);
     api.wait_for("the first fetch", |seen| seen.count("getUpdates") > 0);
     assert!(Mote::new(gateway.address()).ping(PATIENCE));
     gateway
-}
-
-/// A poll for which Telegram is asked. After an empty page it would not be for 3 s, so there is always an update that
-/// means nothing.
-#[track_caller]
-pub fn fresh_poll(mote: &Mote, api: &BotApi) -> String {
-    api.push_update(json!({}));
-    poll(mote, api)
 }
 
 /// The payload of POST /message as the firmware writes it.
@@ -183,6 +195,23 @@ pub fn poll(mote: &Mote, api: &BotApi) -> String {
     };
     assert_eq!(response.code(), code, "{response}");
     tokens
+}
+
+/// Polls until the gateway has heard all that people wrote, and returns the last that the mote was told. That takes up to
+/// 3 s: so long an empty page counts, and Telegram is not asked again.
+#[track_caller]
+pub fn hear(mote: &Mote, api: &BotApi) -> String {
+    let mut told = "No Updates".to_string();
+    let has_heard = within(PATIENCE, || {
+        let is_all = api.waiting_updates() == 0;
+        let reply = poll(mote, api);
+        if reply != "No Updates" {
+            told = reply;
+        }
+        is_all
+    });
+    assert!(has_heard, "what people wrote is not heard");
+    told
 }
 
 /// The seed of a test's [`Numbers`], printed so that a failure can be repeated: `SEED=7 cargo test …`.
