@@ -26,8 +26,8 @@ pub fn secret(text: &str) -> Secret {
 
 fn folders(folder: &Path) -> Folders {
     Folders {
-        settings: folder.into(),
-        dot_env: ".env",
+        config_ini: folder.join("config.ini"),
+        dot_env: folder.join(".env"),
         state: folder.into(),
         log: folder.into(),
         are_a_services: false,
@@ -35,7 +35,7 @@ fn folders(folder: &Path) -> Folders {
 }
 
 pub fn config(token: Option<&str>) -> Config {
-    let mut config = Config::defaults(&folders(Path::new("")));
+    let mut config = Config::new(&folders(Path::new("")));
     config.token = token.map(secret);
     config.mote_token = token.map(|_| secret(MOTE_TOKEN));
     config.password = Some(secret(PASSWORD));
@@ -87,24 +87,26 @@ impl Drop for Scratch {
 pub fn config_of(config_ini: &[u8], dot_env: &[u8]) -> Result<Config, String> {
     let scratch = Scratch::new();
     let folders = folders(&scratch.0);
-    fs::write(folders.config_ini(), config_ini).unwrap();
-    fs::write(folders.dot_env(), dot_env).unwrap();
-    read_settings(&folders).map_err(|fault| {
+    fs::write(&folders.config_ini, config_ini).unwrap();
+    fs::write(&folders.dot_env, dot_env).unwrap();
+    read_both(&folders).map_err(|fault| {
         let place = format!("{}/", scratch.0.display());
         assert!(fault.starts_with(&place), "{fault}");
         fault.replace(&place, "")
     })
 }
 
-fn read_settings(folders: &Folders) -> Result<Config, String> {
-    let mut config = Config::defaults(folders);
-    let of_ini = read_ini(&folders.config_ini())?;
+fn read_both(folders: &Folders) -> Result<Config, String> {
+    let mut config = Config::new(folders);
+    let of_ini = read_settings(&folders.config_ini, Some("telegram"))?;
     for setting in &of_ini {
         config.set_ini(setting)?;
     }
-    for setting in read_variables(&folders.dot_env())? {
+    for setting in read_settings(&folders.dot_env, None)? {
         config.set_variable(&setting)?;
     }
-    config.check_together(&of_ini)?;
+    for setting in &of_ini {
+        config.check_with_the_rest(setting)?;
+    }
     Ok(config)
 }

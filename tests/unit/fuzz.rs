@@ -26,7 +26,7 @@ pub fn one(input: &[u8]) {
     let _ = log::set_logger(&Witness); // fails from the second time on
     log::set_max_level(LevelFilter::Info);
     LOG.take();
-    match part % 9 {
+    match part % 10 {
         0 => one_datagram(rest),
         1 => script_of_datagrams(rest),
         2 => form(rest),
@@ -35,7 +35,8 @@ pub fn one(input: &[u8]) {
         5 => saved_state(rest),
         6 => names(rest),
         7 => settings(rest),
-        _ => script_of_fetches(rest),
+        8 => script_of_fetches(rest),
+        _ => script_of_blocks(rest),
     }
 }
 
@@ -121,8 +122,6 @@ struct BodyKey {
 struct Body {
     bytes: Vec<u8>,
     at: Instant,
-    /// Another one with the same key was not finished when it began.
-    is_ambiguous: bool,
 }
 
 impl World {
@@ -236,15 +235,11 @@ impl World {
         let is_con = message.kind == Kind::Con;
         let reply = self.gateway.exchanges.respond_now(request, response);
         self.check_immediate(message, &reply);
-        let code = response.code().to_string();
-        if code == "2.31" {
+        if response.code().to_string() == "2.31" {
             let body = self.assemble(peer, message);
             self.bodies.insert(BodyKey::of(peer, message), body);
             let again = if is_con { reply } else { Vec::new() };
             return self.remember(peer, bytes, again);
-        }
-        if ends_a_body(message, &code) {
-            self.bodies.remove(&BodyKey::of(peer, message));
         }
         if is_con && message.option_value(BLOCK1).is_none() {
             let first = self.refused.entry((peer, bytes.to_vec()));
@@ -258,22 +253,17 @@ impl World {
         let mut body = Body {
             bytes: Vec::new(),
             at: self.now,
-            is_ambiguous: false,
         };
         assert!(is_of_its_size(message), "a block of another size");
         if let Some(block) = message.option_uint(BLOCK1)
-            && !is_alone(block)
+            && block & !7 > 0
+        // more than one block
         {
             let number = block as usize >> 4;
             let before = self.bodies.remove(&BodyKey::of(peer, message));
             let before = before.filter(|body| self.now - body.at < Duration::from_secs(60));
-            if number == 0 {
-                body.is_ambiguous = before.is_some_and(|before| {
-                    before.is_ambiguous || !before.bytes.starts_with(&message.payload)
-                });
-            } else {
+            if number > 0 {
                 let before = before.expect("the first block is missing");
-                assert!(!before.is_ambiguous, "two bodies are mixed");
                 let start = number * (16 << (block & 7));
                 assert_eq!(before.bytes.len(), start, "a gap");
                 body.bytes = before.bytes;
@@ -372,11 +362,6 @@ impl BodyKey {
     }
 }
 
-/// Whether this block is a whole body.
-fn is_alone(block: u32) -> bool {
-    block & !7 == 0
-}
-
 fn is_of_its_size(message: &Datagram) -> bool {
     let Some(block) = message.option_uint(BLOCK1) else {
         return true;
@@ -385,23 +370,6 @@ fn is_of_its_size(message: &Datagram) -> bool {
     let length = message.payload.len();
     let is_full = length == size || block & 8 == 0 && length < size;
     block & 7 < 7 && is_full
-}
-
-/// Whether a refusal gives up what has come of a body: the blocks are not those that are missing, or
-/// it was whole, and its content was refused.
-fn ends_a_body(message: &Datagram, code: &str) -> bool {
-    let Some(block) = message.option_uint(BLOCK1) else {
-        return false;
-    };
-    let is_content_refused = match code {
-        "4.03" | "4.08" | "4.13" => true,
-        "4.00" => {
-            let other = message.option_uint(BLOCK2).unwrap_or_default();
-            is_of_its_size(message) && other & 7 < 7 && other >> 4 == 0
-        }
-        _ => false, // the path, a format or an option
-    };
-    is_content_refused && !is_alone(block)
 }
 
 /// What holds for every response.
@@ -477,6 +445,46 @@ fn script_of_datagrams(mut script: &[u8]) {
         }
     }
     assert!(!is_logged(TOKEN));
+}
+
+/// Eight clients behind one address and port that send texts of three blocks, one step a byte. Four
+/// have one Request-Tag, every two of their texts begin alike. All start anew when one of them is
+/// refused or has got through.
+fn script_of_blocks(script: &[u8]) {
+    let mut exchanges = Exchanges::new();
+    let mut now = Instant::now();
+    let mut next_blocks = [0; 8];
+    for (id, step) in (0..).zip(script) {
+        let client = step & 7;
+        let next = &mut next_blocks[usize::from(client)];
+        match step >> 3 & 3 {
+            0 => *next = 0, // it has restarted
+            1 => now += Duration::from_secs(9),
+            _ => {}
+        }
+        let letter = if *next == 0 { client | 1 } else { client };
+        let block = mote::block(*next, *next < 2, 16);
+        let datagram = Datagram::new(Kind::Con, mote::POST, id).path("message");
+        let datagram = datagram.option(BLOCK1, block).payload([letter; 16]);
+        let datagram = datagram.option(REQUEST_TAG, [client >> 2]);
+        let event = exchanges.receive(now, peer(1), &datagram.encode());
+        let Event::Request(mut request) = event else {
+            panic!("no request");
+        };
+        *next += 1;
+        match exchanges.assemble(&mut request) {
+            Ok(false) => continue,
+            Ok(true) => {
+                let body = request.packet.payload;
+                assert_eq!(
+                    body,
+                    [[client | 1; 16], [client; 16], [client; 16]].concat()
+                );
+            }
+            Err(response) => assert_eq!(response.code().to_string(), "4.08"),
+        }
+        next_blocks = [0; 8];
+    }
 }
 
 // ---------- Forms ----------
@@ -768,17 +776,18 @@ impl Town {
         let mut interval = before.interval;
         let mut feedback = before.feedback;
         let words: Vec<&str> = writer.text.split(' ').collect();
-        if let ["config", PASSWORD, key, value] = words[..]
-            && !writer.is_locked
-            && value.bytes().all(|byte| byte.is_ascii_digit())
-        {
-            match (key, value.parse::<u8>().ok()) {
-                ("interval", Some(minutes @ 1..=120)) => interval = Some(minutes),
-                ("feedback", Some(on @ 0..=1)) => feedback = Some(on),
-                _ => {}
+        let is_number = |value: &str| value.bytes().all(|byte| byte.is_ascii_digit());
+        match words[..] {
+            _ if !writer.is_obeyed => {}
+            ["config", PASSWORD, "interval", value] if is_number(value) => {
+                let minutes = value.parse().ok().filter(|value| (1..=120).contains(value));
+                interval = minutes.or(interval);
             }
-        } else if writer.is_obeyed {
-            return; // in other words
+            ["config", PASSWORD, "feedback", value] if is_number(value) => {
+                let on = value.parse().ok().filter(|value| *value <= 1);
+                feedback = on.or(feedback);
+            }
+            _ => return, // maybe in other words
         }
         assert_eq!(self.state.interval, interval, "{}", writer.text);
         assert_eq!(self.state.feedback, feedback, "{}", writer.text);
@@ -828,8 +837,7 @@ impl Writer {
         let is_person = message["chat"]["type"] == "private" && message["from"]["is_bot"] != true;
         let text = message["text"].as_str().unwrap_or_default();
         let caption = message["caption"].as_str().unwrap_or_default();
-        let has_media = MEDIA.iter().any(|key| !message[*key].is_null());
-        let is_writing = has_media || !text.is_empty() || !caption.is_empty();
+        let is_writing = has_media(message) || !text.is_empty() || !caption.is_empty();
         if !is_person || !is_for_firmware(chat) || !is_writing {
             return None;
         }

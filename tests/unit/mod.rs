@@ -257,7 +257,7 @@ fn of_all_unfinished_bodies_the_oldest_goes() {
     }
     assert_eq!(whole.last(), Some(&600));
     assert_eq!(whole.len(), usize::from(601 - whole[0]), "not the oldest");
-    assert!((400..=512).contains(&whole.len()), "{}", whole.len());
+    assert!((350..=512).contains(&whole.len()), "{}", whole.len());
 }
 
 // ---------- Polling ----------
@@ -541,49 +541,43 @@ fn answers_of_the_bot_api() {
         (
             200,
             "<html>",
-            "HTTP 200 with 6 bytes that are no JSON",
+            "HTTP 200 with 6 bytes, no JSON: expected",
             None,
             None,
         ),
-        (
-            403,
-            "",
-            "HTTP 403 with 0 bytes that are no JSON",
-            None,
-            None,
-        ),
+        (403, "", "HTTP 403 with 0 bytes, no JSON: EOF", None, None),
         (
             403,
             "{}",
-            "HTTP 403 with 2 bytes of JSON, not the Bot API's",
+            "HTTP 403 with 2 bytes, JSON, but not the Bot API's",
             None,
             None,
         ),
         (
             200,
             r#"{"ok":"true"}"#,
-            "HTTP 200 with 13 bytes of JSON",
+            "HTTP 200 with 13 bytes, JSON, but",
             None,
             None,
         ),
         (
             502,
             r#"{"ok":true,"result":[]}"#,
-            "HTTP 502 with 23 bytes of JSON",
+            "HTTP 502 with 23 bytes, JSON, but",
             None,
             None,
         ),
         (
             403,
             r#"{"ok":true,"error_code":403}"#,
-            "HTTP 403 with 28 bytes",
+            "HTTP 403 with 28 bytes, JSON, but",
             None,
             None,
         ),
         (
             403,
             r#"{"ok":false,"error_code":"403"}"#,
-            "HTTP 403 with 31 bytes",
+            "HTTP 403 with 31 bytes, JSON, but",
             None,
             None,
         ),
@@ -642,9 +636,11 @@ fn hints_fit_their_cause() {
         (403, "Forbidden: bot was blocked by the user", ""),
         (500, "Internal Server Error: restart", ""),
     ] {
-        let hint = hint(code, description);
-        assert_eq!(hint.is_empty(), told.is_empty(), "{description}: {hint}");
-        assert!(hint.contains(told), "{description}: {hint}");
+        let answer = json!({"ok": false, "error_code": code, "description": description});
+        let reason = read_refusal(&answer).unwrap().reason;
+        let hint = reason.replace(&format!("{code} {description}"), "");
+        assert_eq!(hint.is_empty(), told.is_empty(), "{reason}");
+        assert!(hint.contains(told), "{reason}");
     }
 }
 
@@ -946,10 +942,7 @@ fn a_lock_out_ends_after_an_hour() {
         for wrong in ["config x interval 7", "register x"].repeat(2) {
             assert_eq!(town.write(5, wrong), WRONG_PASSWORD);
         }
-        assert!(
-            town.write(5, "register x")
-                .contains("ignored for 60 minutes")
-        );
+        assert!(town.write(5, "register x").contains("ignored for an hour"));
         assert_eq!(town.write(5, &set), "");
         assert_eq!(town.write(5, &register), "");
         let until = &mut town.people.suspects[0].locked_until;
@@ -1250,7 +1243,7 @@ fn lines_of_settings() {
         let found = config.unwrap().token.map(|token| token.0);
         assert_eq!(found.as_deref(), token, "{content}");
     }
-    let config_ini = b"[telegram]\nregistration=Password\nIP_family=ipv6";
+    let config_ini = b"[telegram]\nregistration=password\nIP_family=ipv6";
     let dot_env =
         b"# a\nexport PASSWORD=\"a=b\"\nCOAP_SERVER_IP=::2\nCOAP_SERVER_PORT=9\nbot_token=x";
     let Ok(config) = config_of(config_ini, dot_env) else {
@@ -1268,7 +1261,7 @@ fn wrong_lines_of_settings() {
         ("bot_token=1:a", ":1: no section yet"),
         ("\n[telegram", ":2: `[` without `]`"),
         ("[telegram]\nbot_token", ":2: not `NAME=value`"),
-        ("[telegram]\nurl=https://a/b\nURL=", ":3: url is set twice"),
+        ("[telegram]\nurl=https://a/b\nURL=", ":3: URL is set twice"),
         ("[telegram]\nbot_token=1", ":2: bot_token is not"),
         ("[telegram]\nurl=http://a/b", ":2: url is not"),
         ("[telegram]\nip_family=ipv5", ":2: ip_family is none"),
