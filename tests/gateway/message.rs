@@ -339,10 +339,7 @@ fn chats_that_refuse() {
 #[test]
 fn a_group_that_migrated() {
     let (api, gateway) = start();
-    let body = json!({"ok": false, "error_code": 400,
-        "description": "Bad Request: group chat was upgraded to a supergroup chat",
-        "parameters": {"migrate_to_chat_id": -1_001_234_567_890_i64}});
-    api.fail(every("sendMessage"), Fault::Answer(400, body.to_string()));
+    api.refuse_chat(-4444, Refusal::MigratedTo(-1_001_234_567_890));
     Mote::new(gateway.address())
         .post_separate("message", message(&api, "-4444", "x"))
         .expect("5.00", "");

@@ -27,11 +27,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use std::{env, fs, process, thread};
 
-use serde_json::json;
-
-pub use bot_api::{
-    BotApi, BotApiOptions, Call, ConnectionFault, Fault, Seen, Sent, When, every, next,
-};
+pub use bot_api::{BotApi, BotApiOptions, Call, ConnectionFault, Fault, Seen, every, next};
 pub use certificates::Certificate;
 pub use field::{Asked, FieldMote, GIVEN_UP, Outcome, at_once, judge};
 pub use firmware::{Firmware, REPLY_MAX};
