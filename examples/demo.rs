@@ -15,9 +15,6 @@ use support::{
     BotApi, EMPTY_PAGE_HOLDS, Gateway, Message, Mote, PASSWORD, Setup, TOKEN, binary, form, update,
 };
 
-const ADA: i64 = 1_234_567_890;
-const BOB: i64 = 2_345_678_901;
-
 fn main() -> ExitCode {
     build_gateway();
     let api = BotApi::start();

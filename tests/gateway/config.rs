@@ -12,11 +12,6 @@ use std::{env, fs, thread};
 use crate::support::*;
 use serde_json::json;
 
-const SENT: &str = "Messages sent successfully";
-const NOTHING: &str = "No Updates";
-const ADA: i64 = 1_234_567_890;
-const ADA_TOKEN: &str = "Ada:1234567890";
-
 /// A token that looks right and that no stand-in knows.
 fn other_token() -> String {
     TOKEN.replace('a', "b")

@@ -8,7 +8,6 @@ use std::time::{Duration, Instant};
 use crate::support::*;
 use serde_json::json;
 
-const ADA: i64 = 1_234_567_890;
 const STRANGER: i64 = 7_777_777_777;
 /// Of a loopback that is not slowed down.
 const FAST: usize = 1 << 30;

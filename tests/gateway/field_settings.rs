@@ -10,10 +10,6 @@ use std::{fs, thread};
 use crate::support::*;
 use serde_json::{Value, json};
 
-const SENT: &str = "Messages sent successfully";
-const ADA: i64 = 1_234_567_890;
-const ADA_TOKEN: &str = "Ada:1234567890";
-
 /// The start has ended with one line that holds these words.
 #[track_caller]
 fn assert_refused(finished: &Finished, words: &[&str]) {

@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 use crate::support::*;
 use serde_json::json;
 
-const SENT: &str = "Messages sent successfully";
 const MISSING: &str = "Missing required fields";
 /// Every request is answered within 9 s, whatever Telegram does; the rest is the machine's.
 const LIMIT: Duration = Duration::from_millis(9200);

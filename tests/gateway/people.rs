@@ -3,10 +3,6 @@
 use crate::support::*;
 use serde_json::json;
 
-const NOTHING: &str = "No Updates";
-const ADA: i64 = 1_234_567_890;
-const BOB: i64 = 2_345_678_901;
-const ADA_TOKEN: &str = "Ada:1234567890";
 /// The first of ten people who are registered.
 const FIRST: i64 = 1_000_000_000;
 

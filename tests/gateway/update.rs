@@ -7,11 +7,6 @@ use std::{fs, thread};
 use crate::support::*;
 use serde_json::{Value, json};
 
-const SENT: &str = "Messages sent successfully";
-const NOTHING: &str = "No Updates";
-const ADA: i64 = 1_234_567_890;
-const BOB: i64 = 2_345_678_901;
-const ADA_TOKEN: &str = "Ada:1234567890";
 const BOTH: &str = "Ada:1234567890;Bob:2345678901";
 
 fn config(setting: &str) -> String {
