@@ -12,7 +12,8 @@ use std::time::Duration;
 use std::{env, thread};
 
 use support::{
-    BotApi, EMPTY_PAGE_HOLDS, Gateway, Message, Mote, PASSWORD, Setup, TOKEN, binary, form, update,
+    ADA, BOB, BotApi, EMPTY_PAGE_HOLDS, Gateway, Message, Mote, PASSWORD, Setup, TOKEN, binary,
+    form, update,
 };
 
 fn main() -> ExitCode {
