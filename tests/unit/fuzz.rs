@@ -1140,7 +1140,7 @@ fn check_config(config: &Config, dot_env: &str) {
         assert_eq!(proxy.protocol(), ureq::ProxyProtocol::Http);
         let host = proxy.host().to_lowercase();
         assert!(!host.is_empty() && dot_env.to_lowercase().contains(&host));
-        assert!(dot_env.contains(&format!(":{}", proxy.port())));
+        assert!(dot_env.contains(&proxy.port().to_string()));
     }
     assert!(config.proxy.is_some() || !dot_env.starts_with("HTTPS_PROXY=h"));
 }
