@@ -22,7 +22,7 @@
 //! response → `settle`.
 //!
 //! The way of a text that somebody writes to the bot: `fetch` → `People::take` → `State` → `save`
-//! → `State::tokens`, which a mote gets with its next `/update`; and an answer by `answer_people`.
+//! → `State::summary`, which a mote gets with its next `/update`; and an answer by `answer_people`.
 //!
 //! Where the promises are kept: nothing is sent twice ([`coap::Exchanges`] knows duplicates,
 //! [`Telegram::call`] repeats only what surely had no effect); no change is lost ([`Motes`] counts
@@ -57,12 +57,14 @@ use ureq::unversioned::transport::{DefaultConnector, NextTimeout};
 
 // ---------- What the program promises ----------
 //
-// Every other limit stands at the head of the section that keeps it.
+// Every other limit stands at the head of the section that keeps it. A limit without a reason only
+// bounds memory or time, far above what a Pi with a handful of motes meets.
 
-/// What Telegram gets for one request. RIOT's nanocoap_sock waits 10 s after the empty ACK; we
-/// promise 9 s and keep half a second for ourselves.
+/// How long Telegram may take for one request. RIOT's nanocoap_sock waits 10 s after the empty ACK;
+/// we promise 9 s and keep half a second for ourselves.
 const REQUEST_TIME: Duration = Duration::from_millis(8500);
-/// How many people can be registered: the firmware keeps 10. It names as many chats in a request.
+/// How many people can be registered: the firmware keeps 10, and names at most as many chats in a
+/// request.
 const USERS_MAX: usize = 10;
 /// The longest text in characters. Bot API, sendMessage.
 const TEXT_MAX: usize = 4096;
@@ -122,8 +124,7 @@ fn main() -> ExitCode {
 
 /// Prints a line. `println!` would take a closed pipe for a reason to panic.
 fn print(line: &str) -> Result<(), String> {
-    let _ = writeln!(io::stdout(), "{line}");
-    Ok(())
+    writeln!(io::stdout(), "{line}").map_err(|error| format!("cannot write: {error}"))
 }
 
 // ---------- The loop ----------
@@ -134,7 +135,8 @@ fn print(line: &str) -> Result<(), String> {
 /// The longest time between two signs of life for systemd's watchdog, and between two attempts to
 /// get the address.
 const TICK: Duration = Duration::from_secs(1);
-/// How long what is due may be put off while datagrams wait without a pause. Promised are 2 s.
+/// How long what is due may be put off while datagrams wait without a pause. Promised are 2 s, of
+/// which the datagram that is handled just then takes a part.
 const OVERDUE_MAX: Duration = Duration::from_secs(1);
 /// How often it is checked that this host still has the address.
 const ADDRESS_CHECK: Duration = Duration::from_secs(60);
@@ -158,7 +160,7 @@ struct Gateway {
 /// Serves for ever. A fault of the start ends it; nothing that comes by network does.
 fn serve() -> Result<(), String> {
     let folders = Folders::find();
-    if folders.are_a_services {
+    if folders.belong_to_the_service {
         return Err(format!(
             "{INSTALLED_SETTINGS} belongs to the service, and two gateways would take each other's \
             messages; run: sudo systemctl start coap_websocket"
@@ -167,14 +169,13 @@ fn serve() -> Result<(), String> {
     start_log(folders.log.join("coap_server.log"))?;
     let config = Config::load(&folders)?;
     let state = State::open(&config)?;
-    notify("READY=1");
+    notify("READY=1"); // before there is an address: a unit that waits would hold up the boot
     let socket = bind(config.listen)?;
     thread::spawn(heartbeat);
     Gateway::new(config, state, socket).run()
 }
 
-/// Waits for the address as long as this host cannot use it. READY=1 was sent before, for a unit
-/// that waits would hold up the boot.
+/// Waits for the address as long as this host cannot use it.
 fn bind(listen: SocketAddr) -> Result<UdpSocket, String> {
     let mut is_told = false;
     loop {
@@ -219,7 +220,7 @@ impl Gateway {
             self.config.listen
         );
         self.tell_status();
-        self.settle(Instant::now(), Turn::First); // tells at once of a disk that cannot be written
+        self.settle(Instant::now()); // tells at once of a disk that cannot be written
         let mut buffer = vec![0; coap::DATAGRAM_MAX];
         let mut next_tick = Instant::now();
         let mut next_address_check = Instant::now() + ADDRESS_CHECK;
@@ -231,11 +232,11 @@ impl Gateway {
             if now < self.next_due() {
                 overdue_since = None;
             } else {
-                // Retransmissions wait until the socket is empty, for the ACK may be what waits,
-                // above all behind a request that took long.
+                // Retransmissions wait until the socket is empty, for the ACK may be what waits.
                 let since = *overdue_since.get_or_insert(now);
-                let is_overdue = now >= since + OVERDUE_MAX && now < before + OVERDUE_MAX;
-                if is_idle || is_overdue {
+                let is_overdue = now >= since + OVERDUE_MAX;
+                let took_long = now >= before + OVERDUE_MAX; // then many ACKs may wait
+                if is_idle || is_overdue && !took_long {
                     self.do_what_is_due(now);
                     overdue_since = None;
                 }
@@ -255,7 +256,7 @@ impl Gateway {
     /// nothing waits in the socket.
     fn receive(&mut self, buffer: &mut [u8]) -> bool {
         let due_in = self.next_due().saturating_duration_since(Instant::now());
-        let patience = due_in.clamp(Duration::from_millis(1), TICK); // zero would be no limit
+        let patience = due_in.max(Duration::from_millis(1)); // std refuses zero
         let _ = self.socket.set_read_timeout(Some(patience));
         match self.socket.recv_from(buffer) {
             Ok((length, peer)) => {
@@ -294,11 +295,12 @@ impl Gateway {
             return;
         };
         let deadline = now + self.polling.time_for(FETCH_TIME, now);
-        if mem::take(&mut self.people.has_leftovers) {
-            return self.settle(deadline, Turn::Last);
+        if mem::take(&mut self.people.get_a_turn) {
+            return self.settle(deadline);
         }
         let _ = self.fetch(&token, deadline); // it logs why it failed
-        self.settle(deadline, Turn::First);
+        self.settle(deadline);
+        self.people.get_a_turn = self.people.are_waiting();
     }
 
     fn take_datagram(&mut self, peer: SocketAddr, datagram: &[u8]) {
@@ -334,7 +336,7 @@ impl Gateway {
         let bytes = self.exchanges.respond(Instant::now(), &request, &response);
         self.transmit(request.peer, &bytes);
         log_outcome(&request, &response);
-        self.settle(deadline, Turn::First);
+        self.settle(deadline);
     }
 
     /// Sends a datagram, if there is one. One that cannot be sent is one that was lost: CoAP
@@ -345,12 +347,16 @@ impl Gateway {
         }
     }
 
-    /// Does what can wait until the mote has its response: the disk, then the people, for nobody is
-    /// told of a change that a power cut would undo.
-    fn settle(&mut self, deadline: Instant, turn: Turn) {
+    /// Does what can wait until the mote has its response. It saves what the request itself has
+    /// changed (what was fetched is saved already), then answers people, for nobody is told of a
+    /// change that a power cut would undo.
+    fn settle(&mut self, deadline: Instant) {
         USERS.store(self.state.users.len() as u64, Relaxed);
         match self.save() {
-            Ok(()) => self.answer_people(deadline, turn),
+            Ok(()) => {
+                self.delete_passwords(deadline);
+                self.answer_people(deadline);
+            }
             Err(reason) => error!("{reason}"),
         }
     }
@@ -393,7 +399,7 @@ impl Gateway {
         if self.address_is_gone {
             status += ", but this address has gone (link down, or another host has it)";
         }
-        if self.polling.fails() {
+        if self.polling.is_failing {
             status += ", but cannot fetch what people write";
         }
         notify(&status);
@@ -646,27 +652,12 @@ fn chats(list: &str) -> Result<Vec<ChatId>, Response> {
     Ok(chats)
 }
 
-/// Reads a decimal number. A leading `+`, which Rust would take, is nothing that anybody means.
-fn parse_number<T: std::str::FromStr>(text: &str) -> Option<T> {
-    if text.starts_with('+') {
-        return None;
-    }
-    text.parse().ok()
-}
-
 // ---------- Message and update ----------
 //
 // What is done for an accepted request: texts go to Telegram, and what people wrote comes from it.
 
 const MESSAGES_SENT: &str = "Messages sent successfully";
 const NO_UPDATES: &str = "No Updates";
-
-/// Whether what finds no time in this turn gets another one.
-#[derive(Clone, Copy, PartialEq)]
-enum Turn {
-    First,
-    Last,
-}
 
 impl Gateway {
     /// Sends a text to every chat but the removed ones. The request has succeeded if one of them
@@ -676,26 +667,12 @@ impl Gateway {
         let mut chats = text.chats.clone();
         chats.retain(|chat| !self.state.is_removed(chat));
         let results = self.telegram.send_to_all(text, &chats, deadline);
-        let mut sent = 0;
-        let mut timed_out = 0;
-        let mut is_answered = false;
+        self.polling.note_texts(&results, began, Instant::now());
+        let sent = results.iter().filter(|result| result.is_ok()).count();
         for (chat, result) in chats.iter().zip(results) {
-            match result {
-                Ok(_) => {
-                    sent += 1;
-                    is_answered = true;
-                }
-                Err(failure) => {
-                    timed_out += usize::from(failure.timed_out);
-                    is_answered |= failure.error_code.is_some();
-                    self.note_refusal(chat, &failure);
-                }
+            if let Err(failure) = result {
+                self.note_refusal(chat, &failure);
             }
-        }
-        if is_answered {
-            self.polling.answered(Instant::now());
-        } else if timed_out > 0 && timed_out == chats.len() {
-            self.polling.timed_out(began);
         }
         FORWARDED.fetch_add(sent as u64, Relaxed);
         FAILURES.fetch_add((chats.len() - sent) as u64, Relaxed);
@@ -707,22 +684,22 @@ impl Gateway {
         response
     }
 
-    /// Logs why a chat did not get a text. A person who blocked the bot is removed as if they had
-    /// asked; a group that refuses may have the bot back tomorrow.
+    /// Removes a person who has blocked the bot, as if they had asked, and logs why a chat did not get
+    /// a text. A group that refuses may have the bot back tomorrow.
     fn note_refusal(&mut self, chat: &ChatId, failure: &Failure) {
         warn!("sendMessage to {chat} failed: {}", failure.reason);
         let ChatId::Number(id) = *chat else {
             return;
         };
         if failure.error_code == Some(403) && fits_firmware(id) {
-            let user = self.state.remove(id);
-            info!("{user} is removed: Telegram refuses messages to it");
+            let who = self.state.remove(id);
+            info!("{who} is removed: Telegram refuses messages to it");
         }
     }
 
     /// Fetches what people wrote, and tells the mote everything unless it knows that.
     fn update(&mut self, token: &Secret, peer: SocketAddr, deadline: Instant) -> Response {
-        if !self.polling.is_too_soon(token, Instant::now())
+        if !self.polling.last_page_counts(token, Instant::now())
             && let Err(failure) = self.fetch(token, deadline)
         {
             FAILURES.fetch_add(1, Relaxed);
@@ -730,46 +707,46 @@ impl Gateway {
             response.detail = failure.reason;
             return response;
         }
-        let tokens = self.state.tokens();
-        let version = self.motes.offer(&tokens);
+        let summary = self.state.summary();
+        let version = self.motes.offer(&summary);
         let knows = self.motes.has_acknowledged(peer, version, Instant::now());
-        if tokens.is_empty() || knows {
+        if summary.is_empty() || knows {
             return Response::text(ResponseType::Valid, NO_UPDATES);
         }
-        let mut response = Response::text(ResponseType::Content, &tokens);
+        let mut response = Response::text(ResponseType::Content, &summary);
         response.ticket = Some(version);
-        response.detail = tokens;
+        response.detail = summary;
         response
     }
 
     /// Takes in what people wrote. The log tells once when trouble starts, and once when it ends.
     fn fetch(&mut self, token: &Secret, deadline: Instant) -> Result<(), Failure> {
         let began = Instant::now();
-        if let Some(left) = self.polling.pause_left(began) {
+        if let Some(left) = self.polling.refused_for(began) {
             let seconds = left.as_secs_f64().ceil();
             let reason = format!("Telegram wants no getUpdates for another {seconds} s");
             return Err(Failure::new(reason));
         }
-        let failed_before = self.polling.fails();
+        let was_failing = self.polling.is_failing;
         let result = self.fetch_pages(token, deadline);
-        match &result {
-            Ok(has_news) => self.polling.fetched(token, *has_news, Instant::now()),
-            Err(failure) => self.polling.failed(failure, began, Instant::now()),
+        if let Err(failure) = &result {
+            self.polling
+                .note_failed_fetch(failure, began, Instant::now());
         }
-        if self.polling.fails() != failed_before {
+        if self.polling.is_failing != was_failing {
             match &result {
-                Ok(_) => info!("Telegram answers again"),
+                Ok(()) => info!("Telegram answers again"),
                 Err(failure) => warn!("cannot fetch what people write: {}", failure.reason),
             }
             self.tell_status();
         }
-        result.map(drop)
+        result
     }
 
     /// Takes pages until one is empty, which alone proves that there is no more, or half the time is
-    /// used: the rest is for answers, and the next fetch goes on. Returns whether anybody had
-    /// written. Progress is saved before the next call confirms it and before anybody is answered.
-    fn fetch_pages(&mut self, token: &Secret, deadline: Instant) -> Result<bool, Failure> {
+    /// used: the rest is for answers, and the next fetch goes on. Progress is saved before the next
+    /// call confirms it and before anybody is answered.
+    fn fetch_pages(&mut self, token: &Secret, deadline: Instant) -> Result<(), Failure> {
         let began = Instant::now();
         let half_time = began + deadline.saturating_duration_since(began) / 2;
         let mut has_news = false;
@@ -778,7 +755,7 @@ impl Gateway {
             let offset = self.state.offset;
             let limit = self.polling.page_limit;
             let page = self.telegram.get_updates(token, offset, limit, deadline)?;
-            self.polling.page_read(page.len(), Instant::now());
+            self.polling.note_page(page.len(), Instant::now());
             self.state.bot = Some(token.bot_id().to_string());
             for update in &page {
                 self.people.take(update, &mut self.state, &self.config);
@@ -787,54 +764,59 @@ impl Gateway {
             has_news |= has_moved;
             if !has_moved || Instant::now() >= half_time {
                 self.save().map_err(Failure::new)?;
-                return Ok(has_news);
+                self.polling.note_fetch(token, has_news, Instant::now());
+                return Ok(());
             }
         }
     }
 
-    /// Deletes people's passwords from their chats, then tells them what became of their messages.
-    /// Best effort: a deletion is kept until Telegram has decided it; an answer that has found no
-    /// time in its last turn is dropped.
-    fn answer_people(&mut self, deadline: Instant, turn: Turn) {
+    /// Deletes messages that hold a password. One stays on the list until Telegram has decided.
+    fn delete_passwords(&mut self, deadline: Instant) {
         let Some(token) = self.polling.token.clone() else {
             return;
         };
-        for deletion in mem::take(&mut self.people.deletions) {
-            let Deletion { chat, message_id } = deletion;
-            let mut is_done = false;
-            if Instant::now() < deadline {
-                let body = json!({"chat_id": chat, "message_id": message_id});
-                let result = self.telegram.call(&token, "deleteMessage", &body, deadline);
-                is_done = result.as_ref().err().is_none_or(Failure::is_final);
-                if let Err(failure) = result {
-                    warn!("deleteMessage in {chat} failed: {}", failure.reason);
-                }
-            }
-            if !is_done {
+        for _ in 0..self.people.deletions.len() {
+            let Some(deletion) = self.people.deletions.pop_front() else {
+                return;
+            };
+            if !self.delete_password(&token, &deletion, deadline) {
                 self.people.deletions.push_back(deletion);
             }
         }
-        let mut late = Vec::new();
-        for answer in mem::take(&mut self.people.answers) {
-            if Instant::now() >= deadline {
-                late.push(answer);
-                continue;
+    }
+
+    /// Returns whether Telegram has decided.
+    fn delete_password(&mut self, token: &Secret, deletion: &Deletion, deadline: Instant) -> bool {
+        if Instant::now() >= deadline {
+            return false;
+        }
+        let Deletion { chat, message_id } = deletion;
+        let body = json!({"chat_id": chat, "message_id": message_id});
+        match self.telegram.call(token, "deleteMessage", &body, deadline) {
+            Ok(_) => true,
+            Err(failure) => {
+                warn!("deleteMessage in {chat} failed: {}", failure.reason);
+                failure.is_final()
             }
-            let text = format!("{:.TEXT_MAX$}", answer.texts.join("\n\n"));
-            let body = json!({"chat_id": answer.chat, "text": text});
+        }
+    }
+
+    /// Tells people what became of their messages, best effort: each answer is sent once, as soon as
+    /// there is time.
+    fn answer_people(&mut self, deadline: Instant) {
+        let Some(token) = self.polling.token.clone() else {
+            return;
+        };
+        while Instant::now() < deadline
+            && let Some(Answer { chat, texts }) = self.people.answers.pop_front()
+        {
+            let text = format!("{:.TEXT_MAX$}", texts.join("\n\n"));
+            let body = json!({"chat_id": chat, "text": text});
             let result = self.telegram.call(&token, "sendMessage", &body, deadline);
             if let Err(failure) = result {
-                warn!("sendMessage to {} failed: {}", answer.chat, failure.reason);
+                warn!("sendMessage to {chat} failed: {}", failure.reason);
             }
         }
-        if turn == Turn::Last {
-            if !late.is_empty() {
-                warn!("no time left: {} answers to people are dropped", late.len());
-            }
-            return;
-        }
-        self.people.has_leftovers = !late.is_empty() || !self.people.deletions.is_empty();
-        self.people.answers = late;
     }
 }
 
@@ -842,48 +824,42 @@ impl Gateway {
 //
 // When to fetch, how much, and how long a call may take. It has no clock: the time is an argument.
 
-/// What the gateway's own fetch gets, during which requests wait.
+/// How long the gateway's own fetch may take, during which requests wait.
 const FETCH_TIME: Duration = Duration::from_secs(5);
-/// The pause between two fetches while nobody writes. Three connections take turns, so each is
-/// used every 45 s and stays open.
+/// The pause between two fetches while nobody writes. ureq uses its idle connections in turn: the
+/// three of a text to three chats are then used every 45 s each, less than `IDLE_CONNECTION`.
 const FETCH_EVERY: Duration = Duration::from_secs(15);
-/// The pause after a failed fetch. In a hang, one call in this time may take all its time.
+/// The pause after a fetch with news, for whoever wrote may be about to write again, and after a page
+/// that was too much to be read. Then it doubles.
+const FETCH_SOON: Duration = Duration::from_secs(3);
+/// The pause after a failed fetch. In a hang, one call in this time may take its usual time.
 const FETCH_AFTER_FAILURE: Duration = Duration::from_secs(60);
 /// How long an empty page counts for the next fetch, too: tdlib/telegram-bot-api holds a
-/// `getUpdates` for 3 s that repeats the offset of the one before. It is also the pause after
-/// somebody has written, for they may be about to write again.
+/// `getUpdates` for 3 s that repeats the offset of the one before.
 const EMPTY_PAGE_HOLDS: Duration = Duration::from_secs(3);
-/// What a request gets while Telegram does not answer, so that all who wait are soon told.
+/// How long a request may take while Telegram does not answer, so that all who wait are soon told.
 const TIME_IN_A_HANG: Duration = Duration::from_secs(2);
 /// How many updates a page may hold. Ten of the longest are half a megabyte.
 const PAGE_LIMIT: usize = 10;
 
-/// What the last calls say about the next ones.
+/// Knows when to fetch next, how much to ask for, and how long calls may take.
 struct Polling {
     /// The bot whose people are heard: the configured token, else the last that Telegram accepted.
     token: Option<Secret>,
-    /// When the gateway fetches on its own.
+    /// When the gateway fetches on its own, and the pause before it.
     next_fetch: Instant,
-    /// The pause before the fetch after that: 3, 6, 12, 15 s after somebody has written.
     pause: Duration,
     /// How many updates to ask for: one after a page that could not be read, until a page has come.
     page_limit: usize,
-    /// When a page was empty, if the last one was.
-    nobody_wrote: Option<Instant>,
+    /// When the last page came, if it was empty.
+    empty_page_at: Option<Instant>,
     /// Before this, Telegram wants no `getUpdates`: the `retry_after` of a 429.
     refused_until: Option<Instant>,
-    /// Whether the last fetch failed, and whether that was for want of the Bot API's decision.
-    failure: Option<FetchFailure>,
-    /// Whether the last call of Telegram timed out before an answer began.
+    /// Whether the last fetch failed, and whether Telegram was out of reach then.
+    is_failing: bool,
+    is_out_of_reach: bool,
+    /// Whether Telegram hangs: the last call timed out before an answer began.
     hangs: bool,
-}
-
-#[derive(Clone, Copy, PartialEq)]
-enum FetchFailure {
-    /// The Bot API has refused it.
-    Refused,
-    /// Nothing was heard of the Bot API.
-    Unanswered,
 }
 
 impl Polling {
@@ -893,9 +869,10 @@ impl Polling {
             next_fetch: now,
             pause: FETCH_EVERY,
             page_limit: PAGE_LIMIT,
-            nobody_wrote: None,
+            empty_page_at: None,
             refused_until: None,
-            failure: None,
+            is_failing: false,
+            is_out_of_reach: false,
             hangs: false,
         }
     }
@@ -903,12 +880,13 @@ impl Polling {
     /// When the gateway fetches on its own; never before it knows a bot.
     fn next_due(&self) -> Option<Instant> {
         self.token.as_ref()?;
-        Some(match self.refused_until {
-            Some(until) => until.max(self.next_fetch),
-            None => self.next_fetch,
-        })
+        match self.refused_until {
+            Some(until) => Some(until.max(self.next_fetch)),
+            None => Some(self.next_fetch),
+        }
     }
 
+    /// Returns the bot's token when a fetch is due.
     fn token_if_due(&self, now: Instant) -> Option<Secret> {
         match now >= self.next_due()? {
             true => self.token.clone(),
@@ -916,28 +894,22 @@ impl Polling {
         }
     }
 
-    fn fails(&self) -> bool {
-        self.failure.is_some()
+    /// Whether the last page of this bot still counts, as nobody had written.
+    fn last_page_counts(&self, token: &Secret, now: Instant) -> bool {
+        let (Some(own), Some(at)) = (&self.token, self.empty_page_at) else {
+            return false;
+        };
+        own.matches(&token.0) && now < at + EMPTY_PAGE_HOLDS
     }
 
-    /// Whether the last page of this bot still counts: it was empty, and Telegram would hold a
-    /// fetch that repeats its offset.
-    fn is_too_soon(&self, token: &Secret, now: Instant) -> bool {
-        let is_own = self.token.as_ref().is_some_and(|own| own.matches(&token.0));
-        let is_fresh = self
-            .nobody_wrote
-            .is_some_and(|at| now < at + EMPTY_PAGE_HOLDS);
-        is_own && is_fresh
-    }
-
-    /// How long Telegram wants no `getUpdates`.
-    fn pause_left(&self, now: Instant) -> Option<Duration> {
+    /// For how long Telegram wants no `getUpdates`.
+    fn refused_for(&self, now: Instant) -> Option<Duration> {
         let until = self.refused_until?;
         (now < until).then(|| until - now)
     }
 
-    /// What a call gets that begins now. In a hang it is little, but that one call a minute tries
-    /// with all its time and so notices the end of it.
+    /// How long a call may take that begins now. In a hang 2 s; once a minute a call has its usual
+    /// time, to notice the end of the hang.
     fn time_for(&self, usual: Duration, now: Instant) -> Duration {
         match self.hangs && now < self.next_fetch {
             true => TIME_IN_A_HANG,
@@ -946,64 +918,71 @@ impl Polling {
     }
 
     /// A page with so many updates has come.
-    fn page_read(&mut self, updates: usize, now: Instant) {
+    fn note_page(&mut self, updates: usize, now: Instant) {
         self.page_limit = PAGE_LIMIT;
-        self.nobody_wrote = (updates == 0).then_some(now);
+        self.empty_page_at = (updates == 0).then_some(now);
     }
 
-    /// A fetch has ended well: with news, the next one follows soon.
-    fn fetched(&mut self, token: &Secret, has_news: bool, now: Instant) {
+    /// A fetch has ended well. The pauses after news are 3, 6, 12, 15 s.
+    fn note_fetch(&mut self, token: &Secret, has_news: bool, now: Instant) {
         self.token = Some(token.clone());
-        self.failure = None;
+        self.is_failing = false;
+        self.is_out_of_reach = false;
         self.hangs = false;
         self.pause = match has_news {
-            true => EMPTY_PAGE_HOLDS,
+            true => FETCH_SOON,
             false => FETCH_EVERY.min(2 * self.pause),
         };
         self.next_fetch = now + self.pause;
     }
 
-    /// A fetch has failed. What was too much to be read is asked for again soon, but one by one.
-    fn failed(&mut self, failure: &Failure, began: Instant, now: Instant) {
-        self.failure = Some(match failure.error_code {
-            Some(_) => FetchFailure::Refused,
-            None => FetchFailure::Unanswered,
-        });
+    /// A fetch that began then has failed.
+    fn note_failed_fetch(&mut self, failure: &Failure, began: Instant, now: Instant) {
+        self.is_failing = true;
+        self.is_out_of_reach = failure.error_code.is_none();
+        let was_unreadable = failure.http_began && failure.error_code.is_none();
         if failure.timed_out {
-            self.page_limit = 1;
-            return self.timed_out(began);
+            self.note_time_out(began);
+        } else {
+            self.hangs = false;
+            self.next_fetch = now + FETCH_AFTER_FAILURE;
         }
-        self.hangs = false;
-        self.next_fetch = now + FETCH_AFTER_FAILURE;
-        if failure.error_code.is_none() && failure.answer_began {
-            if self.page_limit > 1 {
-                self.next_fetch = now + EMPTY_PAGE_HOLDS;
-            }
+        if was_unreadable && self.page_limit > 1 {
+            self.next_fetch = now + FETCH_SOON; // if one is too much, too, it is not the size
+        }
+        if was_unreadable || failure.timed_out {
             self.page_limit = 1;
         }
-        if failure.error_code == Some(429)
-            && let Some(retry_after) = failure.retry_in
-        {
+        if let Some(retry_after) = failure.retry_after {
             self.refused_until = Some(now + retry_after);
         }
     }
 
-    /// A call that began then got no answer in time: Telegram hangs. The minute until the next try
-    /// begins with the first such call, and with each try that had all its time.
-    fn timed_out(&mut self, began: Instant) {
-        if !self.hangs || began >= self.next_fetch {
+    /// A text has been sent that began then. It may show that Telegram hangs, or answers again.
+    fn note_texts(&mut self, results: &[ApiResult], began: Instant, now: Instant) {
+        let is_decided = |result: &ApiResult| match result {
+            Ok(_) => true,
+            Err(failure) => failure.error_code.is_some(),
+        };
+        let timed_out = |result: &ApiResult| result.as_ref().is_err_and(|f| f.timed_out);
+        if results.iter().any(is_decided) {
+            if self.hangs || self.is_out_of_reach {
+                self.next_fetch = now;
+            }
+            self.hangs = false;
+        } else if !results.is_empty() && results.iter().all(timed_out) {
+            self.note_time_out(began);
+        }
+    }
+
+    /// A call that began then got no answer in time. The minute until the next try begins with the
+    /// first such call, and with each try.
+    fn note_time_out(&mut self, began: Instant) {
+        let was_try = began >= self.next_fetch;
+        if was_try || !self.hangs {
             self.next_fetch = began + FETCH_AFTER_FAILURE;
         }
         self.hangs = true;
-    }
-
-    /// Telegram has answered a text: no reason to wait for the next fetch, if it was for want of
-    /// an answer.
-    fn answered(&mut self, now: Instant) {
-        if self.hangs || self.failure == Some(FetchFailure::Unanswered) {
-            self.hangs = false;
-            self.next_fetch = now;
-        }
     }
 }
 
@@ -1024,6 +1003,8 @@ const ATTEMPT_PAUSE: Duration = Duration::from_millis(500);
 const PAGE_BYTES_MAX: u64 = 1 << 20;
 /// How many bytes any other answer may have: a `Message` of 4,096 characters, all escaped, fits.
 const ANSWER_BYTES_MAX: u64 = 64 << 10;
+/// How much less than the usual time still counts as that.
+const TIME_LEFT_SLACK: Duration = Duration::from_millis(100);
 /// How many characters of the reason of a failed call are kept.
 const REASON_MAX: usize = 300;
 /// The longest `retry_after` in seconds that is believed: Telegram keeps updates for a day.
@@ -1032,27 +1013,36 @@ const RETRY_AFTER_MAX: f64 = 86_400.0;
 struct Telegram {
     agent: ureq::Agent,
     url: String,
-    /// When a call last ended without an HTTP answer. Connections that were idle then are not used
+    /// When a call last ended without any HTTP answer. Connections that were idle then are not used
     /// any more: a router that has forgotten one has forgotten all.
-    unanswered_at: Option<Instant>,
+    silent_at: Option<Instant>,
 }
 
 /// What a call returns: the Bot API's `result`.
 type ApiResult = Result<Value, Failure>;
 
 /// Why a call did not succeed.
+///
+/// | | `error_code` | `retry_after` | `had_no_effect` | `timed_out` | `http_began` |
+/// |---|---|---|---|---|---|
+/// | nothing was sent | | | yes | maybe | |
+/// | no answer came | | | | maybe | |
+/// | a page that is not the Bot API's, or is too slow | | | | | yes |
+/// | the Bot API has refused it | yes | with 429 | | | yes |
 #[derive(Default)]
 struct Failure {
     /// Tells a person what failed and why. It never holds the token.
     reason: String,
-    /// Bot API, `error_code`; none if the Bot API has decided nothing.
+    /// Bot API, `error_code`.
     error_code: Option<u64>,
-    /// The pause before another attempt, if that cannot do anything twice.
-    retry_in: Option<Duration>,
+    /// Bot API, `retry_after`.
+    retry_after: Option<Duration>,
+    /// Telegram surely has not acted on it.
+    had_no_effect: bool,
     /// No answer began in time.
     timed_out: bool,
     /// An HTTP answer began, whoever sent it.
-    answer_began: bool,
+    http_began: bool,
 }
 
 impl Failure {
@@ -1064,9 +1054,17 @@ impl Failure {
         }
     }
 
-    /// Whether the Bot API has decided, and would decide the same again.
+    /// The pause before another attempt, if that cannot do anything twice.
+    fn retry_in(&self) -> Option<Duration> {
+        match self.had_no_effect {
+            true => Some(ATTEMPT_PAUSE),
+            false => self.retry_after,
+        }
+    }
+
+    /// Whether the Bot API has decided, and not only put it off.
     fn is_final(&self) -> bool {
-        self.error_code.is_some() && self.retry_in.is_none()
+        self.error_code.is_some_and(|code| code != 429)
     }
 }
 
@@ -1076,14 +1074,13 @@ impl Telegram {
         let settings = ureq::Agent::config_builder()
             .http_status_as_error(false) // description and retry_after are in the body
             .max_redirects(0)
-            .max_redirects_will_error(false)
             .ip_family(config.ip_family)
             .proxy(config.proxy.clone()) // `None` is the direct way, whatever the environment says
             .tls_config(tls.build())
-            .timeout_global(Some(REQUEST_TIME))
+            .timeout_global(Some(FETCH_TIME))
             .timeout_connect(Some(CONNECT_TIME))
             .timeout_resolve(Some(CONNECT_TIME))
-            .input_buffer_size(8 << 10) // half of ureq's: a text to ten chats has ten of them
+            .input_buffer_size(8 << 10) // ureq's has 128 KiB, and a text to ten chats ten of them
             .output_buffer_size(8 << 10)
             .max_idle_connections(USERS_MAX)
             .max_idle_connections_per_host(USERS_MAX)
@@ -1093,7 +1090,7 @@ impl Telegram {
         Telegram {
             agent: ureq::Agent::with_parts(settings, connector, Addresses::default()),
             url: config.url.clone(),
-            unanswered_at: None,
+            silent_at: None,
         }
     }
 
@@ -1110,7 +1107,7 @@ impl Telegram {
             Value::Array(page) => Ok(page),
             _ => Err(Failure {
                 reason: "getUpdates: the result is no list".to_string(),
-                answer_began: true,
+                http_began: true,
                 ..Failure::default()
             }),
         }
@@ -1138,22 +1135,23 @@ impl Telegram {
             }
             results
         });
-        results.iter().for_each(|result| self.note(result));
+        results.iter().for_each(|result| self.note_silence(result));
         results
     }
 
     /// Calls a method of the Bot API.
     fn call(&mut self, token: &Secret, method: &str, body: &Value, deadline: Instant) -> ApiResult {
         let result = self.attempt(token, method, body, deadline);
-        self.note(&result);
+        self.note_silence(&result);
         result
     }
 
-    fn note(&mut self, result: &ApiResult) {
+    /// Remembers when a call got no HTTP answer at all.
+    fn note_silence(&mut self, result: &ApiResult) {
         if let Err(failure) = result
-            && !failure.answer_began
+            && !failure.http_began
         {
-            self.unanswered_at = Some(Instant::now());
+            self.silent_at = Some(Instant::now());
         }
     }
 
@@ -1168,10 +1166,10 @@ impl Telegram {
             };
             attempts_left -= 1;
             let time_left = deadline.saturating_duration_since(Instant::now());
-            match failure.retry_in {
+            match failure.retry_in() {
                 Some(pause) if attempts_left > 0 && pause < time_left => thread::sleep(pause),
                 _ if failure.is_final() => return Err(failure),
-                // The first reason tells more than the last one's.
+                // Of attempts that came to nothing, the first tells more than the last.
                 _ => {
                     let reason = first_reason.unwrap_or(failure.reason);
                     return Err(Failure { reason, ..failure });
@@ -1184,12 +1182,13 @@ impl Telegram {
     /// Calls a method once.
     fn post(&self, token: &Secret, method: &str, body: &Value, deadline: Instant) -> ApiResult {
         let body = body.to_string().into_bytes();
+        // ureq moves this slice on when it asks for the body: while it is whole, nothing is sent.
         let mut unread = body.as_slice();
         let request = self.agent.post(format!("{}{}/{method}", self.url, token.0));
         let request = request
             .header("content-type", "application/json")
             .header("content-length", body.len())
-            // A front end that always packs would make a delivered text look refused.
+            // Nothing here can unpack: a delivered text would look refused.
             .header("accept-encoding", "identity");
         let request = self.with_limits(request, deadline);
         let mut failure = match request.send(ureq::SendBody::from_reader(&mut unread)) {
@@ -1199,8 +1198,7 @@ impl Telegram {
             },
             Err(error) => Failure {
                 reason: describe(&error),
-                // As long as nobody asked for the body, Telegram cannot have acted on the call.
-                retry_in: (unread.len() == body.len()).then_some(ATTEMPT_PAUSE),
+                had_no_effect: unread.len() == body.len(),
                 timed_out: matches!(error, ureq::Error::Timeout(_)),
                 ..Failure::default()
             },
@@ -1210,20 +1208,19 @@ impl Telegram {
         Err(failure)
     }
 
-    /// Sets what differs from the agent's own settings, if anything does: only of requests without
-    /// settings of their own does ureq keep the TLS configuration.
+    /// Sets the limits of a request that differ from the agent's: the time, and the age of connections
+    /// that it may use. Whatever was idle when Telegram fell silent is older than that, and closed.
     fn with_limits(&self, request: PostRequest, deadline: Instant) -> PostRequest {
         let time_left = deadline.saturating_duration_since(Instant::now());
-        let since_trouble = self
-            .unanswered_at
-            .map_or(IDLE_CONNECTION, |at| at.elapsed());
-        let has_usual_time = time_left + Duration::from_millis(100) >= REQUEST_TIME;
-        if has_usual_time && since_trouble >= IDLE_CONNECTION {
+        let since_silence = self.silent_at.map_or(IDLE_CONNECTION, |at| at.elapsed());
+        // Without limits of its own, as the first fetch, a request makes ureq keep the TLS settings.
+        let is_usual = (FETCH_TIME - TIME_LEFT_SLACK..=FETCH_TIME).contains(&time_left);
+        if is_usual && since_silence >= IDLE_CONNECTION {
             return request;
         }
         let config = request.config().timeout_global(Some(time_left));
         config
-            .max_idle_age(since_trouble.min(IDLE_CONNECTION))
+            .max_idle_age(since_silence.min(IDLE_CONNECTION))
             .build()
     }
 }
@@ -1254,7 +1251,7 @@ fn read_response(mut response: ureq::http::Response<ureq::Body>, method: &str) -
         Ok(body) => read_answer(status, &body),
         Err(error) => Err(Failure {
             reason: format!("HTTP {status}, then {}", describe(&error)),
-            answer_began: true,
+            http_began: true,
             ..Failure::default()
         }),
     }
@@ -1274,7 +1271,7 @@ fn read_answer(status: u16, body: &[u8]) -> ApiResult {
     };
     Err(Failure {
         reason: format!("HTTP {status} with {} bytes, {cause}", body.len()),
-        answer_began: true,
+        http_began: true,
         ..Failure::default()
     })
 }
@@ -1289,7 +1286,9 @@ fn read_refusal(answer: &Value) -> Option<Failure> {
     let parameters = &answer["parameters"];
     let hint = match code {
         401 | 404 => " (is the bot's token right?)",
-        409 if description.contains("ebhook") => " (open <url><token>/deleteWebhook once)",
+        409 if description.to_lowercase().contains("webhook") => {
+            " (open <url><token>/deleteWebhook once)"
+        }
         409 => " (stop the other program that uses this bot)",
         _ => "",
     };
@@ -1297,12 +1296,15 @@ fn read_refusal(answer: &Value) -> Option<Failure> {
     if let Some(id) = parameters["migrate_to_chat_id"].as_i64() {
         reason += &format!(" (its id is now {id}: tell the mote)");
     }
-    let retry_after = seconds(&parameters["retry_after"]);
+    let retry_after = match code {
+        429 => seconds(&parameters["retry_after"]),
+        _ => None,
+    };
     Some(Failure {
         reason,
         error_code: Some(code),
-        retry_in: retry_after.filter(|_| code == 429),
-        answer_began: true,
+        retry_after,
+        http_began: true,
         ..Failure::default()
     })
 }
@@ -1328,15 +1330,15 @@ const NEW_ADDRESSES_TIME: Duration = Duration::from_secs(1);
 #[derive(Debug, Default)]
 struct Addresses {
     look_up: Arc<Mutex<LookUp>>,
-    ended: Arc<Condvar>,
+    changed: Arc<Condvar>,
 }
 
 #[derive(Debug, Default)]
 struct LookUp {
-    /// When the one that runs began.
-    began: Option<Instant>,
-    /// When the last one ended.
-    ended: Option<Instant>,
+    /// When the one that runs began; none if none runs.
+    running_since: Option<Instant>,
+    /// When the last one ended, well or not.
+    ended_at: Option<Instant>,
     /// What the last successful one found. It serves while the name server fails.
     found: Option<ResolvedSocketAddrs>,
 }
@@ -1349,29 +1351,25 @@ impl Resolver for Addresses {
         timeout: NextTimeout,
     ) -> Result<ResolvedSocketAddrs, ureq::Error> {
         let mut look_up = lock(&self.look_up);
-        let mut patience = *timeout.after;
+        let elapsed = |at: Option<Instant>| at.map_or(Duration::ZERO, |at| at.elapsed());
+        let mut patience = *timeout.after; // as a Duration of std
         if let Some(found) = &look_up.found {
-            let age = look_up
-                .ended
-                .map_or(Duration::ZERO, |ended| ended.elapsed());
-            if age < ADDRESSES_HOLD {
+            if elapsed(look_up.ended_at) < ADDRESSES_HOLD {
                 return Ok(found.clone());
             }
-            let waited = look_up
-                .began
-                .map_or(Duration::ZERO, |began| began.elapsed());
+            let waited = elapsed(look_up.running_since);
             patience = patience.min(NEW_ADDRESSES_TIME.saturating_sub(waited));
         }
-        if look_up.began.is_none() {
+        if look_up.running_since.is_none() {
             self.start(uri.clone(), config.clone())?;
-            look_up.began = Some(Instant::now());
+            look_up.running_since = Some(Instant::now());
         }
-        let is_running = |look_up: &mut LookUp| look_up.began.is_some();
-        let waited = self.ended.wait_timeout_while(look_up, patience, is_running);
+        let runs = |look_up: &mut LookUp| look_up.running_since.is_some();
+        let waited = self.changed.wait_timeout_while(look_up, patience, runs);
         let (look_up, _) = waited.unwrap_or_else(PoisonError::into_inner);
         match &look_up.found {
             Some(found) => Ok(found.clone()),
-            None if look_up.began.is_some() => Err(ureq::Error::Timeout(timeout.reason)),
+            None if look_up.running_since.is_some() => Err(ureq::Error::Timeout(timeout.reason)),
             None => Err(ureq::Error::HostNotFound),
         }
     }
@@ -1381,17 +1379,17 @@ impl Addresses {
     /// Starts a look-up. Without a time-out, ureq's resolver starts no thread of its own.
     fn start(&self, uri: Uri, config: ureq::config::Config) -> io::Result<()> {
         let shared = Arc::clone(&self.look_up);
-        let ended = Arc::clone(&self.ended);
+        let changed = Arc::clone(&self.changed);
         let run = move || {
             let resolver = DefaultResolver::default();
             let result = resolver.resolve(&uri, &config, NextTimeout::default());
             let mut look_up = lock(&shared);
-            look_up.began = None;
-            look_up.ended = Some(Instant::now());
+            look_up.running_since = None;
+            look_up.ended_at = Some(Instant::now());
             if let Ok(found) = result {
                 look_up.found = Some(found);
             }
-            ended.notify_all();
+            changed.notify_all();
         };
         thread::Builder::new().spawn(run).map(drop)
     }
@@ -1428,7 +1426,7 @@ struct State {
     users: Vec<User>,
     /// Chats to which nothing is sent until they write again, the latest last.
     removed: Vec<i64>,
-    /// The id of the bot that `offset` belongs to.
+    /// The id of the bot that `offset` belongs to. Without a configured token, no other is served.
     bot: Option<String>,
     /// Bot API, getUpdates: the id of the next update. It may fall, for after a quiet week Telegram
     /// numbers anew.
@@ -1474,6 +1472,7 @@ impl State {
                 State::default()
             }
         };
+        // Nobody is lost for want of a name in the file.
         for index in 0..state.users.len() {
             if state.users[index].name.is_empty() {
                 state.users[index].name = state.free_name("");
@@ -1544,8 +1543,8 @@ impl State {
         Registration::New
     }
 
-    /// Removes a chat, known or not: the firmware may have it built in. Returns the user for the
-    /// log.
+    /// Removes a chat, known or not: the firmware may have it built in. Returns who it was, for
+    /// people.
     fn remove(&mut self, chat: i64) -> String {
         let mut shown = chat.to_string();
         if let Some(index) = self.users.iter().position(|user| user.chat == chat) {
@@ -1567,7 +1566,7 @@ impl State {
             return Some(id);
         }
         if visible_name(meant).is_empty() {
-            return None;
+            return None; // `clean_name` would make a user of it
         }
         let name = clean_name(meant);
         let mut found = self.users.iter().find(|user| user.name == name);
@@ -1595,9 +1594,9 @@ impl State {
     }
 
     /// Returns all that a mote should know: removals first, for they make room; then settings and
-    /// users. Of the removals, the newest that still fit go with them: the firmware has room for
-    /// those of its users that are gone, and the others hold all the same.
-    fn tokens(&self) -> String {
+    /// users. A removal that does not fit any more is not told, but nothing is sent to that chat
+    /// either; the newest are the last to be left out.
+    fn summary(&self) -> String {
         let mut tokens = Vec::new();
         if let Some(minutes) = self.interval {
             tokens.push(format!("i{minutes}"));
@@ -1608,16 +1607,24 @@ impl State {
         for User { name, chat } in &self.users {
             tokens.push(format!("{name}:{chat}"));
         }
-        let mut tokens = tokens.join(";");
+        let mut summary = tokens.join(";");
         for chat in self.removed.iter().rev() {
-            let separator = if tokens.is_empty() { "" } else { ";" };
-            let longer = format!("r{chat}{separator}{tokens}");
+            let separator = if summary.is_empty() { "" } else { ";" };
+            let longer = format!("r{chat}{separator}{summary}");
             if longer.len() > REPLY_MAX {
                 break;
             }
-            tokens = longer;
+            summary = longer;
         }
-        tokens
+        summary
+    }
+}
+
+/// Reads a number as people mean it: Rust would take a leading `+`, too.
+fn parse_number<T: std::str::FromStr>(text: &str) -> Option<T> {
+    match text.starts_with('+') {
+        true => None,
+        false => text.parse().ok(),
     }
 }
 
@@ -1702,9 +1709,9 @@ const MESSAGE_ID_STEP_MAX: u16 = 64;
 struct Motes {
     /// The longest silent one comes first.
     motes: Vec<Mote>,
-    /// The number of the state that was last offered, and its text.
+    /// The number of the summary that was last offered, and its text.
     version: u64,
-    tokens: String,
+    summary: String,
 }
 
 struct Mote {
@@ -1719,18 +1726,18 @@ struct Mote {
 }
 
 impl Motes {
-    /// Returns the version of these tokens: a new one if they are not those that were last offered.
-    fn offer(&mut self, tokens: &str) -> u64 {
-        if self.tokens != tokens {
-            self.tokens = tokens.to_string();
+    /// Returns the version of this summary: a new one if it is not the one that was last offered.
+    fn offer(&mut self, summary: &str) -> u64 {
+        if self.summary != summary {
+            self.summary = summary.to_string();
             self.version += 1;
         }
         self.version
     }
 
     /// Remembers a mote by its request. One whose message ID does not go on from the highest has
-    /// restarted, and knows nothing. A client with a new port for each request counts anew with
-    /// each.
+    /// restarted, and knows nothing. Another port is another client behind the same address, whose
+    /// message IDs say nothing.
     fn note_request(&mut self, peer: SocketAddr, message_id: u16, now: Instant) {
         let address = peer.ip().to_canonical();
         let index = self.motes.iter().position(|mote| mote.address == address);
@@ -1739,22 +1746,22 @@ impl Motes {
             None => Mote {
                 address,
                 port: peer.port(),
-                message_id: message_id.wrapping_sub(1),
+                message_id: message_id.wrapping_sub(1), // so that this one goes on from it
                 message_id_at: now,
                 version: 0,
                 acknowledged_at: now,
             },
         };
-        let ahead = message_id.wrapping_sub(mote.message_id);
-        let behind = mote.message_id.wrapping_sub(message_id);
-        let is_next = (1..=MESSAGE_ID_STEP_MAX).contains(&ahead);
-        let is_late = (1..=MESSAGE_ID_STEP_MAX).contains(&behind)
+        let steps = 1..=MESSAGE_ID_STEP_MAX;
+        let is_same_client = mote.port == peer.port();
+        let is_next = steps.contains(&message_id.wrapping_sub(mote.message_id));
+        let is_late = steps.contains(&mote.message_id.wrapping_sub(message_id))
             && now < mote.message_id_at + coap::MAX_TRANSMIT_WAIT;
-        if mote.port == peer.port() && !is_next && !is_late {
+        if is_same_client && !is_next && !is_late {
             info!("{address} has restarted, its message ID says: it is told everything");
             mote.version = 0;
         }
-        if mote.port != peer.port() || !is_late {
+        if !is_same_client || !is_late {
             mote.port = peer.port();
             mote.message_id = message_id;
             mote.message_id_at = now;
@@ -1793,8 +1800,9 @@ impl Motes {
 // What people write to the bot, and what they are answered. Only ids and the chat's type decide;
 // everything else in a message may be missing or odd.
 
-/// How many messages that hold a password wait for their deletion.
+/// How many messages that hold a password wait for their deletion, and how many chats for an answer.
 const DELETIONS_MAX: usize = 100;
+const ANSWERS_MAX: usize = 100;
 /// How many chats are remembered for their wrong passwords.
 const SUSPECTS_MAX: usize = 256;
 const REGISTERED: &str = "You are registered.";
@@ -1897,12 +1905,12 @@ fn has_media(message: &Value) -> bool {
 /// Those who write to the bot.
 #[derive(Default)]
 struct People {
-    /// What is to be said as soon as it is saved.
-    answers: Vec<Answer>,
+    /// What is to be said as soon as it is saved, the oldest first.
+    answers: VecDeque<Answer>,
     /// What is to be deleted, the oldest first.
     deletions: VecDeque<Deletion>,
-    /// Whether some of both has found no time, and gets a turn of its own.
-    has_leftovers: bool,
+    /// Whether the last fetch left no time for all of them: then they get a turn before the next.
+    get_a_turn: bool,
     /// Who has tried wrong passwords, the latest last.
     suspects: VecDeque<Suspect>,
 }
@@ -1927,6 +1935,10 @@ struct Suspect {
 }
 
 impl People {
+    fn are_waiting(&self) -> bool {
+        !self.answers.is_empty() || !self.deletions.is_empty()
+    }
+
     /// Takes an update in. Progress comes first: one that cannot be understood must not come back.
     fn take(&mut self, update: &Value, state: &mut State, config: &Config) {
         let Some(id) = update["update_id"].as_i64() else {
@@ -1956,57 +1968,55 @@ impl People {
         if command.has_password() || Command::read(&message.caption, config).has_password() {
             self.delete(message);
         }
-        let mut registration = Registration::Known;
-        if !config.registration_by_password && !matches!(command, Command::Leave) {
-            registration = self.register_writer(message, state);
+        if let Command::Leave = command {
+            let who = state.remove(chat);
+            info!("{who} is removed, as asked");
+            return self.say(chat, &removal_notice(config));
+        }
+        let is_newcomer = !state.is_user(chat);
+        let has_left = state.is_removed(&ChatId::Number(chat));
+        let comes_back = !has_left || !message.text.is_empty();
+        if is_newcomer && comes_back && !config.registration_by_password {
+            self.register(&message.chat, state);
         }
         match command {
-            Command::Leave => {
-                let user = state.remove(chat);
-                info!("{user} is removed, as asked");
-                self.say(chat, &removed(config));
-            }
             Command::Config(words) => self.configure(chat, &words, state, config),
-            Command::Register(words) => self.register(message, &words, state, config),
+            Command::Register(words) => self.register_by_password(message, &words, state, config),
             Command::Help => self.say(chat, &help(config)),
-            _ if registration == Registration::New => self.say(chat, &help(config)),
-            _ if config.registration_by_password && !state.is_user(chat) => {
+            _ if is_newcomer && config.registration_by_password => {
                 self.say(chat, HOW_TO_REGISTER);
             }
-            Command::None => {}
-            Command::Unknown if registration == Registration::Full => {}
-            Command::Unknown => {
+            _ if is_newcomer && state.is_user(chat) => self.say(chat, &help(config)),
+            Command::Unknown if !is_newcomer => {
                 self.say(chat, NOT_UNDERSTOOD);
                 self.say(chat, &help(config));
             }
+            _ => {} // a sticker, or the list is full
         }
     }
 
-    /// Registers whoever writes, as long as there is room. Somebody who left comes back by nothing
-    /// but a text.
-    fn register_writer(&mut self, message: &Message, state: &mut State) -> Registration {
-        let chat = &message.chat;
-        if message.text.is_empty() && state.is_removed(&ChatId::Number(chat.id)) {
-            return Registration::Known;
-        }
-        let registration = state.register(chat.id, &chat.name);
-        self.tell_registration(chat.id, registration);
-        registration
-    }
-
-    fn tell_registration(&mut self, chat: i64, registration: Registration) {
-        match registration {
-            Registration::New => self.say(chat, REGISTERED),
-            Registration::Known => {}
-            Registration::Full => self.say(
-                chat,
-                &format!("The list is full: {USERS_MAX} people are registered already."),
-            ),
+    /// Registers a chat as long as there is room, and says so.
+    fn register(&mut self, chat: &Chat, state: &mut State) {
+        match state.register(chat.id, &chat.name) {
+            Registration::New | Registration::Known => self.say(chat.id, REGISTERED),
+            Registration::Full => {
+                let full = "The list is full:";
+                self.say(
+                    chat.id,
+                    &format!("{full} {USERS_MAX} people are registered already."),
+                );
+            }
         }
     }
 
     /// Carries out `register <password>`.
-    fn register(&mut self, message: &Message, words: &[&str], state: &mut State, config: &Config) {
+    fn register_by_password(
+        &mut self,
+        message: &Message,
+        words: &[&str],
+        state: &mut State,
+        config: &Config,
+    ) {
         let chat = message.chat.id;
         if self.is_locked_out(chat) {
             return;
@@ -2014,14 +2024,10 @@ impl People {
         let [_, guess] = *words else {
             return self.say(chat, HOW_TO_REGISTER);
         };
-        if !self.is_right(chat, guess, config) {
-            return;
+        if self.check_password(chat, guess, config) {
+            self.register(&message.chat, state);
+            self.say(chat, &help(config));
         }
-        match state.register(chat, &message.chat.name) {
-            Registration::Known => self.say(chat, REGISTERED),
-            registration => self.tell_registration(chat, registration),
-        }
-        self.say(chat, &help(config));
     }
 
     /// Carries out `config <password> <key> <value>`. Counts as a guess only with at least four
@@ -2034,18 +2040,21 @@ impl People {
         if self.is_locked_out(chat) {
             return;
         }
-        let [_, guess, key, first_value, ..] = *words else {
+        let [_, guess, key, ref values @ ..] = *words else {
             return self.say(chat, &config_form());
         };
-        if !self.is_right(chat, guess, config) {
+        if values.is_empty() {
+            return self.say(chat, &config_form());
+        }
+        if !self.check_password(chat, guess, config) {
             return;
         }
-        let number = match words.len() {
-            4 => read_value(first_value),
+        let number = match values {
+            [value] => parse_number(unquote(value)),
             _ => None,
         };
         let confirmation = match (plain(key).as_str(), number) {
-            ("remove", _) => return self.remove_other(chat, &words[3..].join(" "), state, config),
+            ("remove", _) => return self.remove_other(chat, &values.join(" "), state, config),
             ("interval", Some(minutes @ INTERVAL_MIN..=INTERVAL_MAX)) => {
                 state.interval = Some(minutes);
                 format!("The interval is set to {minutes} minutes.")
@@ -2071,8 +2080,11 @@ impl People {
         info!("chat {chat}: {confirmation}");
         self.say(chat, &confirmation);
         if was_user {
-            let told = format!("Somebody with the password did it: {}", removed(config));
-            self.say(other, &told);
+            let notice = removal_notice(config);
+            self.say(
+                other,
+                &format!("Somebody with the password did it: {notice}"),
+            );
         }
     }
 
@@ -2082,18 +2094,13 @@ impl People {
         locked_until.is_some_and(|until| Instant::now() < until)
     }
 
-    /// Compares the password, and counts a wrong one.
-    fn is_right(&mut self, chat: i64, guess: &str, config: &Config) -> bool {
-        let index = self
-            .suspects
-            .iter()
-            .position(|suspect| suspect.chat == chat);
+    /// Returns whether the password is right. A wrong one is counted and answered.
+    fn check_password(&mut self, chat: i64, guess: &str, config: &Config) -> bool {
+        let is_meant = |suspect: &Suspect| suspect.chat == chat;
+        let index = self.suspects.iter().position(is_meant);
         let suspect = index.and_then(|index| self.suspects.remove(index));
-        if config
-            .password
-            .as_ref()
-            .is_some_and(|password| password.matches(guess))
-        {
+        let password = config.password.as_ref();
+        if password.is_some_and(|password| password.matches(guess)) {
             return true;
         }
         let mut wrong = 1 + suspect.map_or(0, |suspect| suspect.wrong);
@@ -2129,25 +2136,29 @@ impl People {
         self.deletions.push_back(Deletion { chat, message_id });
     }
 
-    /// Adds to what a chat is told at once, each text once.
+    /// Adds to what a chat is told at once, each text once. If too many chats wait, the oldest is
+    /// told nothing.
     fn say(&mut self, chat: i64, text: &str) {
-        let index = self.answers.iter().position(|answer| answer.chat == chat);
-        let index = index.unwrap_or_else(|| {
-            let texts = Vec::new();
-            self.answers.push(Answer { chat, texts });
-            self.answers.len() - 1
-        });
-        let texts = &mut self.answers[index].texts;
-        if !texts.iter().any(|said| said == text) {
-            texts.push(text.to_string());
+        let text = text.to_string();
+        if let Some(answer) = self.answers.iter_mut().find(|answer| answer.chat == chat) {
+            if !answer.texts.contains(&text) {
+                answer.texts.push(text);
+            }
+            return;
         }
+        if self.answers.len() >= ANSWERS_MAX {
+            warn!("no time left: an answer to a person is dropped");
+            self.answers.pop_front();
+        }
+        let texts = vec![text];
+        self.answers.push_back(Answer { chat, texts });
     }
 }
 
 /// What somebody wants. Commands with a password keep their words as they were written.
 enum Command<'a> {
     /// There is no text.
-    None,
+    Nothing,
     Leave,
     Help,
     Config(Vec<&'a str>),
@@ -2160,23 +2171,18 @@ impl<'a> Command<'a> {
     fn read(text: &'a str, config: &Config) -> Command<'a> {
         let mut words: Vec<&str> = text.split_whitespace().collect();
         words.retain(|word| !word.chars().all(is_invisible));
-        let mut phrase = Vec::new();
-        for (index, word) in words.iter().enumerate() {
-            let mut word = plain(word);
-            if index == 0
-                && let Some((command, _bot)) = word.split_once('@')
-            {
-                word = plain(command);
-            }
-            phrase.extend(
-                word.split('_')
-                    .filter(|part| !part.is_empty())
-                    .map(str::to_string),
-            );
+        let Some(first) = words.first() else {
+            return Command::Nothing;
+        };
+        let first = plain(first);
+        let command = first.split('@').next().unwrap_or_default();
+        let mut phrase = plain(command).replace('_', " ");
+        for word in &words[1..] {
+            phrase += " ";
+            phrase += &plain(word).replace('_', " ");
         }
-        let phrase: Vec<&str> = phrase.iter().map(String::as_str).collect();
+        let phrase: Vec<&str> = phrase.split_whitespace().collect();
         match phrase[..] {
-            _ if words.is_empty() => Command::None,
             ["remove", "me"] | ["stop"] => Command::Leave,
             ["help"] | ["start", ..] => Command::Help,
             ["config", ..] => Command::Config(words),
@@ -2209,45 +2215,35 @@ fn unquote(value: &str) -> &str {
         .trim_matches(is_around)
 }
 
-/// Reads the value of a setting. A sign in front of it is no part of a number that is allowed.
-fn read_value(value: &str) -> Option<u8> {
-    let value = unquote(value);
-    match value.starts_with('+') {
-        true => None,
-        false => value.parse().ok(),
-    }
-}
-
 /// Returns what the bot can do with these settings.
 fn help(config: &Config) -> String {
-    let mut lines = vec!["I pass on what the sensors report.".to_string()];
+    let mut help = "I pass on what the sensors report.\n".to_string();
     if config.registration_by_password {
-        lines.push("register <password> - get the messages".to_string());
+        help += "register <password> - get the messages\n";
     }
-    lines.push("remove me - no more messages".to_string());
+    help += "remove me - no more messages\n";
     if config.password.is_some() {
-        lines.extend([
-            format!("config <password> interval <{INTERVAL_MIN}..{INTERVAL_MAX}> - minutes between two reports"),
-            "config <password> feedback <0|1> - LED feedback off or on".to_string(),
-            "config <password> remove <name or id> - no more messages for somebody else".to_string(),
-        ]);
+        help += &config_commands();
     }
-    lines.push("help - this text".to_string());
-    lines.join("\n")
+    help + "help - this text"
 }
 
-fn config_form() -> String {
+fn config_commands() -> String {
     format!(
-        "Allowed is: config <password> interval <{INTERVAL_MIN}..{INTERVAL_MAX}>, \
-        or: config <password> feedback <0|1>, or: config <password> remove <name or id>. \
-        Nothing was changed."
+        "config <password> interval <{INTERVAL_MIN}..{INTERVAL_MAX}> - minutes between two reports\n\
+        config <password> feedback <0|1> - LED feedback off or on\n\
+        config <password> remove <name or id> - no more messages for somebody else\n"
     )
 }
 
-fn removed(config: &Config) -> String {
+fn config_form() -> String {
+    format!("Nothing was changed. Allowed is:\n{}", config_commands())
+}
+
+fn removal_notice(config: &Config) -> String {
     let again = match config.registration_by_password {
-        true => HOW_TO_REGISTER.replace("To register,", "To register again,"),
-        false => "Write anything to register again.".to_string(),
+        true => "To register again, write: register <password>",
+        false => "Write anything to register again.",
     };
     format!("You are removed and get no more messages. {again}")
 }
@@ -2300,14 +2296,14 @@ impl Secret {
     }
 }
 
-/// Where things are.
+/// Says where things are.
 struct Folders {
     config_ini: PathBuf,
     dot_env: PathBuf,
     state: PathBuf,
     log: PathBuf,
     /// Whether the state is an installed service's, and this is not the service.
-    are_a_services: bool,
+    belong_to_the_service: bool,
 }
 
 impl Folders {
@@ -2334,7 +2330,7 @@ impl Folders {
             dot_env: settings.join(dot_env),
             state: folder("STATE_DIRECTORY", INSTALLED_STATE),
             log: folder("LOGS_DIRECTORY", INSTALLED_LOG),
-            are_a_services: uses_installation && named_folder("STATE_DIRECTORY").is_none(),
+            belong_to_the_service: uses_installation && named_folder("STATE_DIRECTORY").is_none(),
         }
     }
 }
@@ -2396,6 +2392,9 @@ impl Config {
             }
         }
         for name in VARIABLES {
+            if let Err(env::VarError::NotUnicode(_)) = env::var(name) {
+                return Err(format!("environment: {name} is not UTF-8 text"));
+            }
             if let Some(value) = variable_of_environment(name) {
                 let origin = "environment".to_string();
                 let name = name.to_string();
@@ -2427,7 +2426,7 @@ impl Config {
         let value = setting.value.as_str();
         let secret = Secret(value.to_string());
         match (setting.name.to_lowercase().as_str(), value) {
-            ("bot_token", "your_telegram_bot_token") => {}
+            ("bot_token", "your_telegram_bot_token") => {} // the template's: not set
             ("bot_token", _) if secret.is_bot_token() => self.token = Some(secret),
             ("bot_token", _) => {
                 return Err(setting.fault("is not a bot token (digits, a colon, letters)"));
@@ -2522,8 +2521,8 @@ impl Setting {
         };
         let name = name.trim().to_string();
         let value = value.trim();
-        let unquote = |quote: char| value.strip_prefix(quote)?.strip_suffix(quote);
-        let value = unquote('"').or(unquote('\'')).unwrap_or(value).to_string();
+        let between = |quote: char| value.strip_prefix(quote)?.strip_suffix(quote);
+        let value = between('"').or(between('\'')).unwrap_or(value).to_string();
         Ok(Setting {
             origin,
             name,
@@ -2584,7 +2583,7 @@ fn variable_of_environment(name: &str) -> Option<String> {
     (!value.is_empty()).then_some(value)
 }
 
-/// The firmware's form has no way to hold white space or `&` in a token.
+/// Whether a mote can present this word: its form has no way to hold white space or `&` in a token.
 fn is_mote_token(value: &str) -> bool {
     let separates = |c: char| c.is_whitespace() || c == '&';
     value.len() <= MOTE_TOKEN_MAX && !value.contains(separates)
@@ -2665,9 +2664,9 @@ fn start_log(path: PathBuf) -> Result<(), String> {
         is_journal: console_is_journal(),
         path,
     };
-    let result = log.append("");
+    let probe = log.append(""); // can it be written?
     log::set_boxed_logger(Box::new(log)).map_err(|error| error.to_string())?;
-    if let Err(error) = result {
+    if let Err(error) = probe {
         warn!("cannot write {name}, so the log goes to the console alone: {error}");
     }
     Ok(())
@@ -2817,7 +2816,7 @@ fn check() -> Result<(), String> {
     print(&escape(&format!("bot: {name} (@{username})")))?;
     print_users(&State::read(&config.state_path).map_err(|error| error.to_string())?)?;
     print("chats with messages not fetched yet (for others see the log):")?;
-    // 1 confirms nothing, and is no offset of the gateway's: Telegram would hold a repeated one.
+    // Offset 1 confirms nothing, and is not the gateway's last one, which Telegram would hold.
     let updates = telegram.get_updates(token, 1, PAGE_LIMIT, deadline);
     let mut printed = Vec::new();
     for update in updates.map_err(fault)? {
@@ -3005,7 +3004,7 @@ mod coap {
         digest: u64,
     }
 
-    /// As the log shows it. Of the path only the start, up to a colon: somebody may have put the
+    /// Shows what the log says. Of the path only the start, up to a colon: somebody may have put the
     /// token there.
     impl fmt::Display for Request {
         fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -3094,7 +3093,7 @@ mod coap {
                     _ => return Err(bad_option(number, "not supported")),
                 };
                 let is_valid = values.iter().all(|value| lengths.contains(&value.len()));
-                if !is_valid || values.len() > 1 && !is_repeatable {
+                if !is_valid || (values.len() > 1 && !is_repeatable) {
                     return Err(bad_option(number, "malformed"));
                 }
             }
@@ -3303,11 +3302,11 @@ mod coap {
             }
         }
 
-        /// Says what a datagram is. It remembers nothing: only what is begun is worth that, for a
-        /// refusal can be judged again.
+        /// Says what a datagram is. It remembers nothing: `promise` and `respond_now` do, for a request
+        /// that was refused may be judged again.
         pub fn receive(&mut self, now: Instant, peer: SocketAddr, datagram: &[u8]) -> Event {
             if peer.ip().is_unspecified() {
-                return Event::Send(Vec::new()); // firmware: it cannot be answered, and comes again
+                return Event::Send(Vec::new()); // the firmware, before it has an address
             }
             let packet = match parse(datagram) {
                 Ok(packet) => packet,
@@ -3431,11 +3430,11 @@ mod coap {
                 return Ok(true);
             };
             let length = request.packet.payload.len();
-            if length > block.size || block.has_more && length < block.size {
+            if length > block.size || (block.has_more && length < block.size) {
                 return Err(Response::bad_request("A block is not of its size"));
             }
             if block.number == 0 && !block.has_more {
-                return Ok(true);
+                return Ok(true); // a body of its own, whatever else is unfinished
             }
             let mut assembly = self.assembly(request, block)?;
             assembly.body.append(&mut request.packet.payload);
@@ -3482,7 +3481,8 @@ mod coap {
             if length != block.number * block.size {
                 return Err(Response::error(incomplete, "A block is missing"));
             }
-            // Without a tag, nobody can tell whose this block is, unless both have begun alike.
+            // Here a replaced body would go on, too: whose the block is, nobody can tell, unless both
+            // have begun alike.
             let digest = self.hasher.hash_one(&assembly.body);
             let is_other = |other: &Replaced| other.length == length && other.digest != digest;
             if assembly.replaced.iter().any(is_other) {
@@ -3493,7 +3493,7 @@ mod coap {
             Ok(assembly)
         }
 
-        /// Adds an unfinished body to those that it has replaced itself.
+        /// Returns what a new body replaces: an unfinished one, and those that this one had replaced.
         fn replaced(&self, known: Assembly) -> Vec<Replaced> {
             let mut replaced = known.replaced;
             let digest = self.hasher.hash_one(&known.body);

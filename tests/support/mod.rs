@@ -44,6 +44,9 @@ pub use proxy::Proxy;
 pub use scene::Scene;
 pub use telegram::{Pace, Refusal};
 
+/// How long an empty page counts: Telegram holds a fetch that repeats its offset before, so it is not asked again.
+pub const EMPTY_PAGE_HOLDS: Duration = Duration::from_secs(3);
+
 /// The bot token of the firmware's datagrams, and of the stand-in unless told otherwise.
 pub const TOKEN: &str = "123456789:AAEaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa";
 
@@ -198,7 +201,7 @@ pub fn poll(mote: &Mote, api: &BotApi) -> String {
 }
 
 /// Polls until the gateway has heard all that people wrote, and returns the last that the mote was told. That takes up to
-/// 3 s: so long an empty page counts, and Telegram is not asked again.
+/// [`EMPTY_PAGE_HOLDS`].
 #[track_caller]
 pub fn hear(mote: &Mote, api: &BotApi) -> String {
     let mut told = "No Updates".to_string();
