@@ -283,15 +283,22 @@ impl Fetches {
     fn succeed(&mut self, seconds: u64, has_news: bool) {
         let now = self.at(seconds);
         if has_news {
-            self.polling.page_read(1, now);
+            self.polling.note_page(1, now);
         }
-        self.polling.page_read(0, now);
-        self.polling.fetched(&secret(TOKEN), has_news, now);
+        self.polling.note_page(0, now);
+        self.polling.note_fetch(&secret(TOKEN), has_news, now);
     }
 
     fn fail(&mut self, seconds: u64, failure: Failure) {
         let began = self.at(seconds);
-        self.polling.failed(&failure, began, began + SECOND / 2);
+        self.polling
+            .note_failed_fetch(&failure, began, began + SECOND / 2);
+    }
+
+    /// A mote's text is sent.
+    fn text(&mut self, seconds: u64, result: ApiResult) {
+        let began = self.at(seconds);
+        self.polling.note_texts(&[result], began, began);
     }
 
     /// Seconds until the next fetch.
@@ -322,15 +329,15 @@ fn timed_out() -> Failure {
 /// An answer began, but nobody can read it: it comes too slowly, or it is a login page.
 fn unreadable() -> Failure {
     Failure {
-        answer_began: true,
+        http_began: true,
         ..unreachable()
     }
 }
 
-fn refused(code: u64, retry_in: Option<Duration>) -> Failure {
+fn refused(code: u64, retry_after: Option<Duration>) -> Failure {
     Failure {
         error_code: Some(code),
-        retry_in,
+        retry_after,
         ..unreadable()
     }
 }
@@ -353,7 +360,7 @@ fn a_fetch_waits_for_a_bot() {
     let now = Instant::now();
     let mut polling = Polling::new(None, now);
     assert_eq!(polling.next_due(), None);
-    polling.fetched(&secret(TOKEN), false, now);
+    polling.note_fetch(&secret(TOKEN), false, now);
     assert_eq!(polling.next_due(), Some(now + 15 * SECOND));
 }
 
@@ -378,18 +385,18 @@ fn a_conversation() {
 #[test]
 fn an_empty_page_counts_for_three_seconds() {
     let mut fetches = Fetches::new();
-    let is_too_soon = |fetches: &Fetches, token: &str, now| {
+    let counts = |fetches: &Fetches, token: &str, now| {
         let token = secret(token);
-        fetches.polling.is_too_soon(&token, now)
+        fetches.polling.last_page_counts(&token, now)
     };
-    assert!(!is_too_soon(&fetches, TOKEN, fetches.start));
+    assert!(!counts(&fetches, TOKEN, fetches.start));
     fetches.succeed(0, true);
-    assert!(is_too_soon(&fetches, TOKEN, fetches.at(3) - MOMENT));
-    assert!(!is_too_soon(&fetches, TOKEN, fetches.at(3)));
-    assert!(!is_too_soon(&fetches, "2:b", fetches.at(1)), "another bot");
+    assert!(counts(&fetches, TOKEN, fetches.at(3) - MOMENT));
+    assert!(!counts(&fetches, TOKEN, fetches.at(3)));
+    assert!(!counts(&fetches, "2:b", fetches.at(1)), "another bot");
     let now = fetches.at(2);
-    fetches.polling.page_read(10, now);
-    assert!(!is_too_soon(&fetches, TOKEN, now), "there may be more");
+    fetches.polling.note_page(10, now);
+    assert!(!counts(&fetches, TOKEN, now), "there may be more");
 }
 
 #[test]
@@ -397,12 +404,12 @@ fn a_failed_fetch_is_followed_in_a_minute() {
     for failure in [unreachable(), refused(401, None), refused(500, None)] {
         let mut fetches = Fetches::new();
         fetches.fail(0, failure);
-        assert!(fetches.polling.fails());
+        assert!(fetches.polling.is_failing);
         assert_eq!(fetches.next(0), 60.5);
         assert_eq!(fetches.time(1), 8.5, "no hang");
         assert_eq!(fetches.polling.page_limit, 10);
         fetches.succeed(61, false);
-        assert!(!fetches.polling.fails());
+        assert!(!fetches.polling.is_failing);
         assert_eq!(fetches.next(61), 15.0);
     }
 }
@@ -413,7 +420,7 @@ fn a_hang() {
     let mut fetches = Fetches::new();
     assert_eq!(fetches.time(0), 8.5);
     fetches.fail(0, timed_out());
-    assert!(fetches.polling.fails());
+    assert!(fetches.polling.is_failing);
     for (seconds, time) in [(5, 2.0), (59, 2.0), (60, 8.5)] {
         assert_eq!(fetches.time(seconds), time, "at {seconds} s");
     }
@@ -427,15 +434,38 @@ fn a_hang() {
     assert_eq!(fetches.time(121), 8.5, "after its end");
 }
 
+/// The texts of one message: all have to time out before an answer began.
 #[test]
-fn texts_that_time_out_are_a_hang() {
+fn what_texts_tell_of_a_hang() {
+    let blocked = || Err(refused(403, None));
+    let sent = || Ok(Value::Null);
+    for (results, is_hang) in [
+        (vec![Err(timed_out())], true),
+        (vec![Err(timed_out()), Err(timed_out())], true),
+        (vec![Err(timed_out()), sent()], false),
+        (vec![Err(timed_out()), blocked()], false),
+        (vec![Err(timed_out()), Err(unreachable())], false),
+        (vec![Err(unreadable())], false),
+        (vec![], false), // to nobody
+    ] {
+        let mut fetches = Fetches::new();
+        fetches.succeed(0, false);
+        let began = fetches.at(1);
+        fetches.polling.note_texts(&results, began, began + SECOND);
+        assert_eq!(fetches.time(2) == 2.0, is_hang, "{}", results.len());
+        assert_eq!(fetches.next(1), if is_hang { 60.0 } else { 14.0 });
+        assert!(!fetches.polling.is_failing, "no fetch has failed yet");
+    }
+}
+
+#[test]
+fn texts_that_time_out_begin_one_minute() {
     let mut fetches = Fetches::new();
-    fetches.succeed(0, false);
-    fetches.polling.timed_out(fetches.at(1));
-    assert_eq!(fetches.time(2), 2.0);
-    assert!(!fetches.polling.fails(), "no fetch has failed yet");
-    fetches.polling.timed_out(fetches.at(30));
-    assert_eq!(fetches.next(30), 31.0, "one full try a minute");
+    fetches.text(0, Err(timed_out()));
+    fetches.text(30, Err(timed_out()));
+    assert_eq!(fetches.next(30), 30.0);
+    fetches.text(60, Err(timed_out()));
+    assert_eq!(fetches.next(60), 60.0, "it had all its time");
 }
 
 /// Somebody has answered.
@@ -451,16 +481,21 @@ fn what_ends_a_hang() {
 
 #[test]
 fn a_text_that_is_answered_ends_the_minute() {
-    for failure in [unreachable(), timed_out(), unreadable()] {
+    for (failure, answer) in [
+        (unreachable(), Ok(Value::Null)),
+        (timed_out(), Ok(Value::Null)),
+        (unreadable(), Err(refused(403, None))),
+    ] {
         let mut fetches = Fetches::new();
         fetches.fail(0, failure);
-        fetches.polling.answered(fetches.at(10));
+        fetches.text(9, Err(unreachable()));
+        fetches.text(10, answer);
         assert_eq!(fetches.next(10), 0.0);
         assert_eq!(fetches.time(10), 8.5);
     }
     let mut fetches = Fetches::new();
     fetches.succeed(0, false);
-    fetches.polling.answered(fetches.at(1));
+    fetches.text(1, Ok(Value::Null));
     assert_eq!(fetches.next(1), 14.0, "nothing had failed");
 }
 
@@ -469,13 +504,13 @@ fn nobody_asks_before_retry_after() {
     let mut fetches = Fetches::new();
     fetches.fail(0, refused(429, Some(100 * SECOND)));
     let end = fetches.start + SECOND / 2 + 100 * SECOND;
-    fetches.polling.answered(fetches.at(10));
+    fetches.text(10, Ok(Value::Null));
     assert_eq!(fetches.polling.next_due(), Some(end));
-    assert_eq!(fetches.polling.pause_left(end - MOMENT), Some(MOMENT));
-    assert_eq!(fetches.polling.pause_left(end), None);
+    assert_eq!(fetches.polling.refused_for(end - MOMENT), Some(MOMENT));
+    assert_eq!(fetches.polling.refused_for(end), None);
     let mut fetches = Fetches::new();
     fetches.fail(0, refused(429, None));
-    assert_eq!(fetches.polling.pause_left(fetches.at(1)), None);
+    assert_eq!(fetches.polling.refused_for(fetches.at(1)), None);
 }
 
 /// The unit of progress fits into the time for it.
@@ -484,7 +519,7 @@ fn one_update_at_a_time_until_a_page_has_come() {
     let mut fetches = Fetches::new();
     fetches.fail(0, timed_out());
     assert_eq!(fetches.polling.page_limit, 1);
-    fetches.polling.page_read(1, fetches.at(60));
+    fetches.polling.note_page(1, fetches.at(60));
     assert_eq!(fetches.polling.page_limit, 10);
 
     fetches.fail(70, unreadable());
@@ -501,7 +536,7 @@ fn one_update_at_a_time_until_a_page_has_come() {
 #[test]
 fn answers_of_the_bot_api() {
     let too_many = r#"{"ok":false,"error_code":429,"description":"Too Many Requests: retry after 7","parameters":{"retry_after":7}}"#;
-    for (status, body, reason, error_code, retry_in) in [
+    for (status, body, reason, error_code, retry_after) in [
         (
             400,
             r#"{"ok":false,"error_code":400,"description":"Bad Request: chat not found"}"#,
@@ -588,14 +623,36 @@ fn answers_of_the_bot_api() {
         assert!(failure.reason.starts_with(reason), "{}", failure.reason);
         assert_eq!(failure.error_code, error_code, "{body}");
         assert_eq!(
-            failure.retry_in,
-            retry_in.map(Duration::from_secs),
+            failure.retry_after,
+            retry_after.map(Duration::from_secs),
             "{body}"
         );
-        assert!(failure.answer_began && !failure.timed_out, "{body}");
+        assert!(failure.http_began && !failure.timed_out, "{body}");
     }
     let page = read_answer(200, br#"{"ok":true,"result":[7]}"#);
     assert!(page.is_ok_and(|result| result == json!([7])));
+}
+
+/// Only what surely had no effect, or was put off, is tried again.
+#[test]
+fn what_is_tried_again() {
+    let no_effect = Failure {
+        had_no_effect: true,
+        ..unreachable()
+    };
+    for (failure, retry_in, is_final) in [
+        (unreachable(), None, false),
+        (timed_out(), None, false),
+        (unreadable(), None, false),
+        (no_effect, Some(SECOND / 2), false),
+        (refused(429, Some(3 * SECOND)), Some(3 * SECOND), false),
+        (refused(429, None), None, false),
+        (refused(400, None), None, true),
+        (refused(500, None), None, true),
+    ] {
+        assert_eq!(failure.retry_in(), retry_in, "{:?}", failure.error_code);
+        assert_eq!(failure.is_final(), is_final, "{:?}", failure.error_code);
+    }
 }
 
 #[test]
@@ -746,7 +803,7 @@ fn settings_and_ten_users_fit() {
     }
     state.interval = Some(120);
     state.feedback = Some(1);
-    let all = state.tokens();
+    let all = state.summary();
     assert_eq!(all.len(), 277);
     for (ids, told) in [
         (&[11, 12, 13][..], "r11;r12;r13;"),
@@ -757,7 +814,7 @@ fn settings_and_ten_users_fit() {
         for id in ids {
             state.remove(*id);
         }
-        assert_eq!(state.tokens(), told.to_string() + &all, "{ids:?}");
+        assert_eq!(state.summary(), told.to_string() + &all, "{ids:?}");
     }
 }
 
@@ -767,9 +824,9 @@ fn removals_alone_fill_a_reply() {
     for id in 100_000_001..=100_000_099 {
         state.remove(id);
     }
-    let tokens = state.tokens();
-    assert_eq!(tokens.len(), 27 * 11 - 1); // one more would be 307
-    assert!(tokens.ends_with("r100000099") && !tokens.contains(";;"));
+    let summary = state.summary();
+    assert_eq!(summary.len(), 27 * 11 - 1); // one more would be 307
+    assert!(summary.ends_with("r100000099") && !summary.contains(";;"));
 }
 
 #[test]
@@ -808,11 +865,11 @@ fn a_name_that_changes_hands() {
     for (chat, name) in [(1, "Ada"), (2, "Bob"), (3, "Cy")] {
         state.register(chat, name);
     }
-    mote.take(&state.tokens());
+    mote.take(&state.summary());
     state.remove(1);
     state.register(4, "Ada");
     state.register(1, "Ada");
-    mote.take(&state.tokens());
+    mote.take(&state.summary());
     assert_eq!(mote.users(), ["Ada:4", "Ada_2:1", "Bob:2", "Cy:3"]);
 }
 
@@ -980,6 +1037,16 @@ fn of_the_deletions_the_oldest_is_given_up() {
     assert!(ids.map(|deletion| deletion.message_id).eq(21..=120));
 }
 
+#[test]
+fn of_the_answers_the_oldest_is_dropped() {
+    let mut town = Town::new();
+    for chat in 1..=120 {
+        town.take(message(chat, "Ada", "config x"));
+    }
+    let chats = town.people.answers.iter().map(|answer| answer.chat);
+    assert!(chats.eq(21..=120));
+}
+
 /// Only ids and the chat's type decide.
 #[test]
 fn what_counts_as_writing() {
@@ -1094,7 +1161,7 @@ fn commands() {
         ("/register@lab_bot", "register"),
     ] {
         let kind = |config: &Config| match Command::read(text, config) {
-            Command::None => "none",
+            Command::Nothing => "none",
             Command::Leave => "leave",
             Command::Help => "help",
             Command::Config(_) => "config",
