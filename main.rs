@@ -1498,7 +1498,10 @@ impl State {
             Err(error) if is_missing(&error) => return Ok(State::default()),
             Err(error) => return Err(fault(error.kind(), &error)),
         };
-        serde_json::from_slice(&content).map_err(|error| fault(ErrorKind::InvalidData, &error))
+        // An array, too, would be a State to serde, with its values in order.
+        let object = serde_json::from_slice::<serde_json::Map<String, Value>>(&content);
+        let state = object.and_then(|object| State::deserialize(Value::Object(object)));
+        state.map_err(|error| fault(ErrorKind::InvalidData, &error))
     }
 
     /// Replaces the file, readable by its owner alone. After a power cut there is the old or the
