@@ -1043,10 +1043,11 @@ fn saved_state(text: &[u8]) {
     let mut config = config(Some(TOKEN));
     config.state_path = scratch.0.join("state.json");
     fs::write(&config.state_path, text).unwrap();
+    let saved = State::read(&config.state_path);
     let Ok(mut state) = State::open(&config) else {
         panic!("it can be read");
     };
-    match serde_json::from_slice::<State>(text) {
+    match saved {
         Ok(saved) => {
             let chat = |user: &User| user.chat;
             assert!(
@@ -1057,6 +1058,7 @@ fn saved_state(text: &[u8]) {
                     .eq(saved.users.iter().map(chat))
             );
             assert!(state.removed == saved.removed && state.interval == saved.interval);
+            assert_eq!(text.trim_ascii().first(), Some(&b'{'));
             let is_same_bot = saved.bot.as_deref() == Some("123456789");
             assert_eq!(state.offset, if is_same_bot { saved.offset } else { 0 });
         }
