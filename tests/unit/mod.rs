@@ -1215,6 +1215,38 @@ fn settings_that_people_make() {
     }
 }
 
+/// Only what begins with a command that takes the password is deleted. A caption is never carried
+/// out.
+#[test]
+fn what_is_deleted_from_its_chat() {
+    let register = format!("register {PASSWORD}");
+    let config = format!("config {PASSWORD} interval 7");
+    for (key, text, by_password, is_deleted) in [
+        ("text", config.as_str(), false, true),
+        ("text", "config", false, true),
+        ("text", &register, true, true),
+        ("text", &register, false, false),
+        ("text", PASSWORD, true, false),
+        ("text", "to config it", false, false),
+        ("caption", &config, false, true),
+        ("caption", &register, true, true),
+        ("caption", "hi", true, false),
+    ] {
+        let mut town = Town::new();
+        town.config.registration_by_password = by_password;
+        let mut message = message(5, "Ada", "");
+        message["photo"] = json!([]);
+        message[key] = json!(text);
+        town.take(message);
+        let is_kept = town.people.deletions.is_empty();
+        assert_eq!(is_kept, !is_deleted, "{text} in a {key}");
+        let is_carried_out = key == "text" && text == config;
+        assert_eq!(town.state.interval.is_some(), is_carried_out, "{text}");
+        let registers = !by_password || key == "text" && text == register;
+        assert_eq!(town.state.is_user(5), registers, "{text} in a {key}");
+    }
+}
+
 // ---------- Tables ----------
 
 #[test]
