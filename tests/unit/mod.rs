@@ -2,7 +2,7 @@
 
 use super::fixtures::firmware::Firmware;
 use super::fixtures::mote::{self, BLOCK1, Kind, Message as Datagram, REQUEST_TAG};
-use super::fixtures::{PASSWORD, TOKEN, config, config_of, message, peer, secret, update};
+use super::fixtures::{PASSWORD, Scratch, TOKEN, config, config_of, message, peer, secret, update};
 use super::*;
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -873,6 +873,43 @@ fn a_name_that_changes_hands() {
     assert_eq!(mote.users(), ["Ada:4", "Ada_2:1", "Bob:2", "Cy:3"]);
 }
 
+/// Neither an update of the program nor a way back loses anybody; what is no state is kept aside.
+#[test]
+fn states_of_other_versions() {
+    let before = r#"{"interval": 5, "feedback": null, "users": [{"name": "Ada", "chat": 5}], "removed": [6],
+        "bot": "123456789", "offset": 7, "ignore_commands_before": null}"#;
+    for (content, summary, offset) in [
+        (before, "r6;i5;Ada:5", 7),
+        ("{}", "", 0),
+        (
+            r#"{"users": [{"chat": 5}, {"name": "", "chat": 6}]}"#,
+            "user:5;user_2:6",
+            0,
+        ),
+        (r#"{"bot": "123456789", "offset": 7, "new": [1]}"#, "", 7),
+        (r#"{"bot": "1", "offset": 7, "interval": 5}"#, "i5", 0),
+        (r#"{"offset": 7}"#, "", 0),
+        (r#"{"users": [{"name": "Ada"}]}"#, "damaged", 0),
+        (r#"[5, null, [], [], null, 7]"#, "damaged", 0),
+        ("", "damaged", 0),
+    ] {
+        let scratch = Scratch::new();
+        let mut config = config(Some(TOKEN));
+        config.state_path = scratch.0.join("state.json");
+        fs::write(&config.state_path, content).unwrap();
+        let Ok(state) = State::open(&config) else {
+            panic!("not opened: {content}");
+        };
+        let aside = fs::read_to_string(scratch.0.join("state.json.damaged"));
+        match summary {
+            "damaged" => assert_eq!(aside.unwrap(), content),
+            _ => assert_eq!(state.summary(), summary, "{content}"),
+        }
+        assert_eq!(state.offset, offset, "{content}");
+        assert_eq!(state.bot.as_deref(), Some("123456789"), "{content}");
+    }
+}
+
 /// A state with users of these names, whose chats are 1, 2, ….
 fn state_of(names: &[&str]) -> State {
     let users = (1..).zip(names).map(|(chat, name)| User {
@@ -1138,6 +1175,7 @@ fn commands() {
         ("/remove_me@lab_bot", "leave"),
         ("/remove@lab_bot me", "leave"),
         ("\u{200b}remove \u{2060}me\u{fe0f} !", "leave"),
+        ("re\u{ad}mo\u{200d}ve me", "leave"),
         ("\"stop\"", "leave"),
         ("/STOP@lab_bot", "leave"),
         ("remove", "unknown"),
@@ -1381,17 +1419,21 @@ fn wrong_lines_of_settings() {
         assert!(fault.starts_with(&expected), "{content:?}: {fault}");
     }
     for (content, expected) in [
-        ("PASSWORD=a b", ":1: PASSWORD holds white space"),
+        ("PASSWORD=geheim b", ":1: PASSWORD holds white space"),
         ("PASSWORD=a\u{a0}b", ":1: PASSWORD holds white space"),
         ("\nCOAP_SERVER_PORT=65536", ":2: COAP_SERVER_PORT is not"),
         ("COAP_SERVER_IP=fe80::1%usb0", ":1: COAP_SERVER_IP is not"),
         ("COAP_SERVER_IP=::", ":1: COAP_SERVER_IP is not one address"),
-        ("HTTPS_PROXY=socks5://127.0.0.1:1", ":1: HTTPS_PROXY is not"),
+        (
+            "HTTPS_PROXY=socks5://a:geheim@127.0.0.1:1",
+            ":1: HTTPS_PROXY is not",
+        ),
         ("PASSWORD=a\nPASSWORD=b", ":2: PASSWORD is set twice"),
     ] {
         let fault = config_of(b"", content.as_bytes()).err().unwrap_or_default();
         let expected = format!(".env{expected}");
         assert!(fault.starts_with(&expected), "{content:?}: {fault}");
+        assert!(!fault.contains("geheim"), "a secret: {fault}");
     }
 }
 
