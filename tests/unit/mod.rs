@@ -533,104 +533,54 @@ fn one_update_at_a_time_until_a_page_has_come() {
 
 // ---------- Telegram ----------
 
+fn refusal(code: u16, description: &str, parameters: Value) -> Failure {
+    let answer = json!({
+        "ok": false, "error_code": code, "description": description, "parameters": parameters
+    });
+    read_answer(code, answer.to_string().as_bytes()).unwrap_err()
+}
+
 #[test]
-fn answers_of_the_bot_api() {
-    let too_many = r#"{"ok":false,"error_code":429,"description":"Too Many Requests: retry after 7","parameters":{"retry_after":7}}"#;
-    for (status, body, reason, error_code, retry_after) in [
-        (
-            400,
-            r#"{"ok":false,"error_code":400,"description":"Bad Request: chat not found"}"#,
-            "400 Bad Request: chat not found",
-            Some(400),
-            None,
-        ),
-        (
-            403,
-            r#"{"ok":false,"error_code":403}"#,
-            "403 no description",
-            Some(403),
-            None,
-        ),
-        (
-            429,
-            too_many,
-            "429 Too Many Requests: retry after 7",
-            Some(429),
-            Some(7),
-        ),
-        (
-            500,
-            r#"{"ok":false,"error_code":500,"parameters":{"retry_after":7}}"#,
-            "500 no description",
-            Some(500),
-            None,
-        ),
-        (
-            400,
-            r#"{"ok":false,"error_code":400,"parameters":{"migrate_to_chat_id":-1001}}"#,
-            "400 no description (its id is now -1001: tell the mote)",
-            Some(400),
-            None,
-        ),
-        // Of something in between.
-        (
-            200,
-            "<html>",
-            "HTTP 200 with 6 bytes, no JSON: expected",
-            None,
-            None,
-        ),
-        (403, "", "HTTP 403 with 0 bytes, no JSON: EOF", None, None),
-        (
-            403,
-            "{}",
-            "HTTP 403 with 2 bytes, JSON, but not the Bot API's",
-            None,
-            None,
-        ),
-        (
-            200,
-            r#"{"ok":"true"}"#,
-            "HTTP 200 with 13 bytes, JSON, but",
-            None,
-            None,
-        ),
-        (
-            502,
-            r#"{"ok":true,"result":[]}"#,
-            "HTTP 502 with 23 bytes, JSON, but",
-            None,
-            None,
-        ),
-        (
-            403,
-            r#"{"ok":true,"error_code":403}"#,
-            "HTTP 403 with 28 bytes, JSON, but",
-            None,
-            None,
-        ),
-        (
-            403,
-            r#"{"ok":false,"error_code":"403"}"#,
-            "HTTP 403 with 31 bytes, JSON, but",
-            None,
-            None,
-        ),
+fn refusals_of_the_bot_api() {
+    let not_found = "Bad Request: chat not found";
+    let failure = refusal(400, not_found, Value::Null);
+    assert_eq!(failure.reason, format!("400 {not_found}"));
+    assert_eq!(failure.error_code, Some(400));
+    assert!(failure.http_began && !failure.timed_out);
+
+    let moved = refusal(400, not_found, json!({"migrate_to_chat_id": -1001}));
+    let told = "(its id is now -1001: tell the mote)";
+    assert!(moved.reason.ends_with(told), "{}", moved.reason);
+
+    for (code, retry_after) in [(429, Some(7 * SECOND)), (500, None)] {
+        let failure = refusal(code, "later", json!({"retry_after": 7}));
+        assert_eq!(failure.retry_after, retry_after, "{code}");
+    }
+}
+
+/// What comes from a proxy or a login page decides nothing.
+#[test]
+fn answers_of_something_in_between() {
+    for (status, body) in [
+        (200, "<html>"),
+        (200, "{}"),
+        (200, r#"{"ok":"true"}"#),
+        (201, r#"{"ok":true,"result":[]}"#),
+        (403, ""),
+        (403, "[]"),
+        (403, r#"{"ok":true,"error_code":403}"#),
+        (403, r#"{"ok":false,"error_code":"403"}"#),
+        (502, r#"{"ok":true,"result":[]}"#),
     ] {
-        let Err(failure) = read_answer(status, body.as_bytes()) else {
-            panic!("a success: {status} {body}");
-        };
-        assert!(failure.reason.starts_with(reason), "{}", failure.reason);
-        assert_eq!(failure.error_code, error_code, "{body}");
-        assert_eq!(
-            failure.retry_after,
-            retry_after.map(Duration::from_secs),
-            "{body}"
-        );
+        let failure = read_answer(status, body.as_bytes()).unwrap_err();
+        let told = format!("HTTP {status} with {} bytes", body.len());
+        assert!(failure.reason.starts_with(&told), "{}", failure.reason);
         assert!(failure.http_began && !failure.timed_out, "{body}");
+        assert_eq!(failure.error_code, None, "{body}");
+        assert_eq!(failure.retry_in(), None, "{body}");
     }
     let page = read_answer(200, br#"{"ok":true,"result":[7]}"#);
-    assert!(page.is_ok_and(|result| result == json!([7])));
+    assert!(page.is_ok_and(|page| page == json!([7])));
 }
 
 /// Only what surely had no effect, or was put off, is tried again.
@@ -693,8 +643,7 @@ fn hints_fit_their_cause() {
         (403, "Forbidden: bot was blocked by the user", ""),
         (500, "Internal Server Error: restart", ""),
     ] {
-        let answer = json!({"ok": false, "error_code": code, "description": description});
-        let reason = read_refusal(&answer).unwrap().reason;
+        let reason = refusal(code, description, Value::Null).reason;
         let hint = reason.replace(&format!("{code} {description}"), "");
         assert_eq!(hint.is_empty(), told.is_empty(), "{reason}");
         assert!(hint.contains(told), "{reason}");
@@ -876,8 +825,8 @@ fn a_name_that_changes_hands() {
 /// Neither an update of the program nor a way back loses anybody; what is no state is kept aside.
 #[test]
 fn states_of_other_versions() {
-    let before = r#"{"interval": 5, "feedback": null, "users": [{"name": "Ada", "chat": 5}], "removed": [6],
-        "bot": "123456789", "offset": 7, "ignore_commands_before": null}"#;
+    let before = r#"{"interval": 5, "feedback": null, "users": [{"name": "Ada", "chat": 5}],
+        "removed": [6], "bot": "123456789", "offset": 7, "ignore_commands_before": null}"#;
     for (content, summary, offset) in [
         (before, "r6;i5;Ada:5", 7),
         ("{}", "", 0),
@@ -1084,67 +1033,67 @@ fn of_the_answers_the_oldest_is_dropped() {
     assert!(chats.eq(21..=120));
 }
 
-/// Only ids and the chat's type decide.
 #[test]
-fn what_counts_as_writing() {
-    let ada = json!({"id": 5, "type": "private", "first_name": "Ada"});
-    let nameless = json!({"id": 5, "type": "private", "first_name": null});
-    for (message, is_heard) in [
-        (json!({"chat": ada, "text": "hi"}), true),
-        (json!({"chat": nameless, "text": "hi", "date": -1}), true),
+fn who_can_register() {
+    for (chat, can_register) in [
         (
-            json!({"chat": {"id": 5, "type": "private", "title": 7}, "text": "hi", "date": 1.5}),
+            json!({"id": 5, "type": "private", "first_name": "Ada"}),
             true,
         ),
-        (json!({"chat": ada, "text": "hi", "from": null}), true),
-        (json!({"chat": ada, "text": null, "caption": "hi"}), true),
-        (json!({"chat": ada, "sticker": {}}), true),
-        (json!({"chat": ada, "photo": []}), true),
-        (json!({"chat": ada}), false),
-        (json!({"chat": ada, "text": null, "caption": ""}), false),
         (
-            json!({"chat": ada, "message_auto_delete_timer_changed": {"message_auto_delete_time": 86400}}),
-            false,
+            json!({"id": 5, "type": "private", "first_name": null}),
+            true,
         ),
-        (
-            json!({"chat": ada, "pinned_message": {"chat": ada, "text": "hi"}}),
-            false,
-        ),
-        (json!({"chat": ada, "gift": {}}), false),
-        (
-            json!({"chat": ada, "text": "hi", "from": {"is_bot": true}}),
-            false,
-        ),
-        (
-            json!({"chat": {"id": 5, "type": "group"}, "text": "hi"}),
-            false,
-        ),
-        (
-            json!({"chat": {"id": -5, "type": "private"}, "text": "hi"}),
-            false,
-        ),
-        (
-            json!({"chat": {"id": 100_000_000_000_i64, "type": "private"}, "text": "hi"}),
-            false,
-        ),
-        (
-            json!({"chat": {"id": "5", "type": "private"}, "text": "hi"}),
-            false,
-        ),
-        (
-            json!({"chat": {"id": 5.5, "type": "private"}, "text": "hi"}),
-            false,
-        ),
-        (json!({"chat": {"id": 5}, "text": "hi"}), false),
-        (json!({"text": "hi"}), false),
+        (json!({"id": 5, "type": "private", "title": 7}), true),
+        (json!({"id": 5, "type": "private"}), true),
+        (json!({"id": 5, "type": "group"}), false),
+        (json!({"id": 5, "type": "channel"}), false),
+        (json!({"id": 5, "type": null}), false),
+        (json!({"id": 5}), false),
+        (json!({"id": "5", "type": "private"}), false),
+        (json!({"id": 5.5, "type": "private"}), false),
+        (json!({"id": -5, "type": "private"}), false),
+        (json!({"id": 99_999_999_999_i64, "type": "private"}), true),
+        (json!({"id": 100_000_000_000_i64, "type": "private"}), false),
         (json!([]), false),
         (Value::Null, false),
     ] {
         let mut town = Town::new();
-        town.take(message.clone());
-        assert_eq!(town.state.is_user(5), is_heard, "{message}");
-        assert_eq!(!town.people.answers.is_empty(), is_heard, "{message}");
-        assert_eq!(town.state.offset, 2, "it would come again: {message}");
+        town.take(json!({"chat": chat, "text": "hi"}));
+        assert_eq!(town.state.users.len(), usize::from(can_register), "{chat}");
+        let is_answered = !town.people.answers.is_empty();
+        assert_eq!(is_answered, can_register, "{chat}");
+        assert_eq!(town.state.offset, 2, "it would come again: {chat}");
+    }
+}
+
+/// Everything but a person's text, caption or media is a service message, or odd.
+#[test]
+fn what_counts_as_writing() {
+    let timer = json!({"message_auto_delete_time": 86_400});
+    for (content, is_writing) in [
+        (json!({"text": "hi"}), true),
+        (json!({"text": "hi", "date": -1}), true),
+        (json!({"text": "hi", "date": 1.5}), true),
+        (json!({"text": "hi", "from": null}), true),
+        (json!({"text": "hi", "from": {"is_bot": true}}), false),
+        (json!({"text": null, "caption": "hi"}), true),
+        (json!({"text": 7, "sticker": {}}), true),
+        (json!({"photo": []}), true),
+        (json!({"photo": null}), false),
+        (json!({"text": null, "caption": ""}), false),
+        (json!({"pinned_message": {"text": "hi"}}), false),
+        (json!({"message_auto_delete_timer_changed": timer}), false),
+        (json!({"gift": {"text": "hi"}}), false),
+        (json!({}), false),
+    ] {
+        let mut town = Town::new();
+        let mut message = content.clone();
+        message["chat"] = json!({"id": 5, "type": "private"});
+        town.take(message);
+        assert_eq!(town.state.is_user(5), is_writing, "{content}");
+        let is_answered = !town.people.answers.is_empty();
+        assert_eq!(is_answered, is_writing, "{content}");
     }
 }
 
