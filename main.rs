@@ -88,6 +88,8 @@ usage: coap_websocket                    serve
                                          send one message through a running gateway
        coap_websocket --help | --version";
 
+const VERSION: &str = concat!("coap_websocket ", env!("CARGO_PKG_VERSION"));
+
 fn main() -> ExitCode {
     let mut arguments = Vec::new();
     for argument in env::args_os().skip(1) {
@@ -105,17 +107,14 @@ fn main() -> ExitCode {
             send(chat, text, Some(uri))
         }
         ["--help" | "-h"] => print(USAGE),
-        ["--version" | "-V"] => print(concat!("coap_websocket ", env!("CARGO_PKG_VERSION"))),
+        ["--version" | "-V"] => print(VERSION),
         _ => {
             let _ = writeln!(io::stderr(), "{USAGE}");
             return ExitCode::from(2);
         }
     };
     if let Err(reason) = outcome {
-        let priority = match console_is_journal() {
-            true => journal_priority(Level::Error),
-            false => "",
-        };
+        let priority = journal_priority(Level::Error);
         let _ = writeln!(io::stderr(), "{priority}coap_websocket: {reason}");
         return ExitCode::FAILURE;
     }
@@ -180,11 +179,8 @@ fn bind(listen: SocketAddr) -> Result<UdpSocket, String> {
     let mut is_told = false;
     loop {
         match UdpSocket::bind(listen) {
-            Ok(socket) => return Ok(socket),
-            Err(error) if error.kind() != ErrorKind::AddrNotAvailable => {
-                return Err(format!("cannot bind {listen}: {error}"));
-            }
-            Err(_) => {}
+            Err(error) if error.kind() == ErrorKind::AddrNotAvailable => {}
+            result => return result.map_err(|error| format!("cannot bind {listen}: {error}")),
         }
         if !is_told {
             let cause = "it is not there, or another host has it too";
@@ -214,11 +210,8 @@ impl Gateway {
     }
 
     fn run(&mut self) -> ! {
-        let version = env!("CARGO_PKG_VERSION");
-        info!(
-            "coap_websocket {version} serves CoAP on {}",
-            self.config.listen
-        );
+        let listen = self.config.listen;
+        info!("{VERSION} serves CoAP on {listen}");
         self.tell_status();
         self.settle(Instant::now()); // tells at once of a disk that cannot be written
         let mut buffer = vec![0; coap::DATAGRAM_MAX];
@@ -314,27 +307,27 @@ impl Gateway {
     /// Answers a request: at once, or with an empty ACK, a call of Telegram, and then a separate
     /// response.
     fn handle(&mut self, mut request: Request) {
+        let peer = request.peer;
         let work = match self.judge(&mut request) {
             Verdict::Work(work) => work,
             Verdict::Reply(response) => {
                 let reply = self.exchanges.respond_now(&request, &response);
-                self.transmit(request.peer, &reply);
-                log_outcome(&request, &response);
-                return;
+                self.transmit(peer, &reply);
+                return log_outcome(&request, &response);
             }
         };
         let acknowledgement = self.exchanges.promise(&request);
-        self.transmit(request.peer, &acknowledgement);
+        self.transmit(peer, &acknowledgement);
+        let id = request.message_id();
         let begin = request.received_at;
-        self.motes
-            .note_request(request.peer, request.message_id(), begin);
+        self.motes.note_request(peer, id, begin);
         let deadline = begin + self.polling.time_for(REQUEST_TIME, begin);
         let response = match work {
             Work::Message(text) => self.deliver(&text, deadline),
-            Work::Update(token) => self.update(&token, request.peer, deadline),
+            Work::Update(token) => self.update(&token, peer, deadline),
         };
         let bytes = self.exchanges.respond(Instant::now(), &request, &response);
-        self.transmit(request.peer, &bytes);
+        self.transmit(peer, &bytes);
         log_outcome(&request, &response);
         self.settle(deadline);
     }
@@ -352,24 +345,24 @@ impl Gateway {
     /// change that a power cut would undo.
     fn settle(&mut self, deadline: Instant) {
         USERS.store(self.state.users.len() as u64, Relaxed);
-        match self.save() {
-            Ok(()) => {
-                self.delete_passwords(deadline);
-                self.answer_people(deadline);
-            }
-            Err(reason) => error!("{reason}"),
+        if let Err(reason) = self.save() {
+            return error!("{reason}");
+        }
+        if let Some(token) = self.polling.token.clone() {
+            self.delete_passwords(&token, deadline);
+            self.answer_people(&token, deadline);
         }
     }
 
     /// Writes `state.json` if it is not what it should be.
     fn save(&mut self) -> Result<(), String> {
-        if self.saved.as_ref() != Some(&self.state) {
-            let path = &self.config.state_path;
-            if let Err(error) = self.state.write(path) {
-                return Err(format!("cannot write {}: {error}", path.display()));
-            }
-            self.saved = Some(self.state.clone());
+        if self.saved.as_ref() == Some(&self.state) {
+            return Ok(());
         }
+        let path = &self.config.state_path;
+        let result = self.state.write(path);
+        result.map_err(|error| format!("cannot write {}: {error}", path.display()))?;
+        self.saved = Some(self.state.clone());
         Ok(())
     }
 
@@ -377,18 +370,15 @@ impl Gateway {
     /// outlives both.
     fn check_address(&mut self) {
         let ip = self.config.listen.ip();
-        let is_gone = match UdpSocket::bind((ip, 0)) {
-            Ok(_) => false,
-            Err(error) => error.kind() == ErrorKind::AddrNotAvailable,
-        };
+        let result = UdpSocket::bind((ip, 0));
+        let is_gone = result.is_err_and(|error| error.kind() == ErrorKind::AddrNotAvailable);
         if is_gone == self.address_is_gone {
             return;
         }
         self.address_is_gone = is_gone;
-        if is_gone {
-            warn!("address {ip} has gone: its link is down, or another host has it too");
-        } else {
-            info!("address {ip} is back");
+        match is_gone {
+            true => warn!("address {ip} has gone: its link is down, or another host has it too"),
+            false => info!("address {ip} is back"),
         }
         self.tell_status();
     }
@@ -407,10 +397,8 @@ impl Gateway {
 }
 
 fn log_outcome(request: &Request, response: &Response) {
-    let level = match response.is_failure() {
-        true => Level::Warn,
-        false => Level::Info,
-    };
+    let failed = response.is_failure();
+    let level = if failed { Level::Warn } else { Level::Info };
     let mut line = format!("{} {request} -> {}", request.peer, response.code());
     line += &format!(" in {} ms", request.received_at.elapsed().as_millis());
     if !response.detail.is_empty() {
@@ -498,9 +486,7 @@ impl Gateway {
         request.check_options()?;
         let path = request.path();
         match path.as_str() {
-            "message" | "update" => {
-                check_formats(request, RequestType::Post, coap::TEXT_PLAIN)?;
-            }
+            "message" | "update" => check_formats(request, RequestType::Post, coap::TEXT_PLAIN)?,
             ".well-known/core" => {
                 check_formats(request, RequestType::Get, coap::LINK_FORMAT)?;
                 let code = ResponseType::Content;
@@ -611,15 +597,9 @@ fn field<'a>(payload: &'a str, key: &str) -> &'a str {
     let Some(start) = payload.find(key) else {
         return "";
     };
-    let mut end = payload.len();
-    for other in KEYS {
-        if let Some(position) = payload.find(other)
-            && position > start
-        {
-            end = end.min(position);
-        }
-    }
-    trim(&payload[start + key.len()..end])
+    let others = KEYS.iter().filter_map(|other| payload.find(other));
+    let end = others.filter(|position| *position > start).min();
+    trim(&payload[start + key.len()..end.unwrap_or(payload.len())])
 }
 
 /// Strips what the firmware puts around its fields: NUL up to a fixed length, and line feeds.
@@ -676,10 +656,10 @@ impl Gateway {
         }
         FORWARDED.fetch_add(sent as u64, Relaxed);
         FAILURES.fetch_add((chats.len() - sent) as u64, Relaxed);
-        let mut response = match sent > 0 || chats.is_empty() {
-            true => Response::text(ResponseType::Content, MESSAGES_SENT),
-            false => Response::failed(),
-        };
+        let mut response = Response::failed();
+        if sent > 0 || chats.is_empty() {
+            response = Response::text(ResponseType::Content, MESSAGES_SENT);
+        }
         response.detail = format!("{sent} of {} chats", text.chats.len());
         response
     }
@@ -688,9 +668,7 @@ impl Gateway {
     /// a text. A group that refuses may have the bot back tomorrow.
     fn note_refusal(&mut self, chat: &ChatId, failure: &Failure) {
         warn!("sendMessage to {chat} failed: {}", failure.reason);
-        let ChatId::Number(id) = *chat else {
-            return;
-        };
+        let ChatId::Number(id) = *chat else { return };
         if failure.error_code == Some(403) && fits_firmware(id) {
             let who = self.state.remove(id);
             info!("{who} is removed: Telegram refuses messages to it");
@@ -729,9 +707,9 @@ impl Gateway {
         }
         let was_failing = self.polling.is_failing;
         let result = self.fetch_pages(token, deadline);
+        let now = Instant::now();
         if let Err(failure) = &result {
-            self.polling
-                .note_failed_fetch(failure, began, Instant::now());
+            self.polling.note_failed_fetch(failure, began, now);
         }
         if self.polling.is_failing != was_failing {
             match &result {
@@ -771,48 +749,33 @@ impl Gateway {
     }
 
     /// Deletes messages that hold a password. One stays on the list until Telegram has decided.
-    fn delete_passwords(&mut self, deadline: Instant) {
-        let Some(token) = self.polling.token.clone() else {
-            return;
-        };
-        for _ in 0..self.people.deletions.len() {
-            let Some(deletion) = self.people.deletions.pop_front() else {
-                return;
-            };
-            if !self.delete_password(&token, &deletion, deadline) {
-                self.people.deletions.push_back(deletion);
+    fn delete_passwords(&mut self, token: &Secret, deadline: Instant) {
+        for deletion in mem::take(&mut self.people.deletions) {
+            let mut is_decided = false;
+            if Instant::now() < deadline {
+                let Deletion { chat, message_id } = deletion;
+                let body = json!({"chat_id": chat, "message_id": message_id});
+                let result = self.telegram.call(token, "deleteMessage", &body, deadline);
+                is_decided = result.as_ref().map_or_else(Failure::is_final, |_| true);
+                if let Err(failure) = result {
+                    warn!("deleteMessage in {chat} failed: {}", failure.reason);
+                }
             }
-        }
-    }
-
-    /// Returns whether Telegram has decided.
-    fn delete_password(&mut self, token: &Secret, deletion: &Deletion, deadline: Instant) -> bool {
-        if Instant::now() >= deadline {
-            return false;
-        }
-        let Deletion { chat, message_id } = deletion;
-        let body = json!({"chat_id": chat, "message_id": message_id});
-        match self.telegram.call(token, "deleteMessage", &body, deadline) {
-            Ok(_) => true,
-            Err(failure) => {
-                warn!("deleteMessage in {chat} failed: {}", failure.reason);
-                failure.is_final()
+            if !is_decided {
+                self.people.deletions.push_back(deletion);
             }
         }
     }
 
     /// Tells people what became of their messages, best effort: each answer is sent once, as soon as
     /// there is time.
-    fn answer_people(&mut self, deadline: Instant) {
-        let Some(token) = self.polling.token.clone() else {
-            return;
-        };
+    fn answer_people(&mut self, token: &Secret, deadline: Instant) {
         while Instant::now() < deadline
             && let Some(Answer { chat, texts }) = self.people.answers.pop_front()
         {
             let text = format!("{:.TEXT_MAX$}", texts.join("\n\n"));
             let body = json!({"chat_id": chat, "text": text});
-            let result = self.telegram.call(&token, "sendMessage", &body, deadline);
+            let result = self.telegram.call(token, "sendMessage", &body, deadline);
             if let Err(failure) = result {
                 warn!("sendMessage to {chat} failed: {}", failure.reason);
             }
@@ -880,18 +843,17 @@ impl Polling {
     /// When the gateway fetches on its own; never before it knows a bot.
     fn next_due(&self) -> Option<Instant> {
         self.token.as_ref()?;
-        match self.refused_until {
-            Some(until) => Some(until.max(self.next_fetch)),
-            None => Some(self.next_fetch),
-        }
+        Some(
+            self.refused_until
+                .unwrap_or(self.next_fetch)
+                .max(self.next_fetch),
+        )
     }
 
     /// Returns the bot's token when a fetch is due.
     fn token_if_due(&self, now: Instant) -> Option<Secret> {
-        match now >= self.next_due()? {
-            true => self.token.clone(),
-            false => None,
-        }
+        let is_due = now >= self.next_due()?;
+        if is_due { self.token.clone() } else { None }
     }
 
     /// Whether the last page of this bot still counts, as nobody had written.
@@ -911,10 +873,8 @@ impl Polling {
     /// How long a call may take that begins now. In a hang 2 s; once a minute a call has its usual
     /// time, to notice the end of the hang.
     fn time_for(&self, usual: Duration, now: Instant) -> Duration {
-        match self.hangs && now < self.next_fetch {
-            true => TIME_IN_A_HANG,
-            false => usual,
-        }
+        let is_short = self.hangs && now < self.next_fetch;
+        if is_short { TIME_IN_A_HANG } else { usual }
     }
 
     /// A page with so many updates has come.
@@ -929,17 +889,16 @@ impl Polling {
         self.is_failing = false;
         self.is_out_of_reach = false;
         self.hangs = false;
-        self.pause = match has_news {
-            true => FETCH_SOON,
-            false => FETCH_EVERY.min(2 * self.pause),
-        };
+        let longer = FETCH_EVERY.min(2 * self.pause);
+        self.pause = if has_news { FETCH_SOON } else { longer };
         self.next_fetch = now + self.pause;
     }
 
     /// A fetch that began then has failed.
     fn note_failed_fetch(&mut self, failure: &Failure, began: Instant, now: Instant) {
         self.is_failing = true;
-        self.is_out_of_reach = failure.error_code.is_none();
+        // A 4xx is about getUpdates itself, such as a webhook: an accepted text tells nothing of it.
+        self.is_out_of_reach = failure.error_code.is_none_or(|code| code >= 500);
         let was_unreadable = failure.http_began && failure.error_code.is_none();
         if failure.timed_out {
             self.note_time_out(began);
@@ -2174,8 +2133,14 @@ impl<'a> Command<'a> {
     fn read(text: &'a str, config: &Config) -> Command<'a> {
         let mut words: Vec<&str> = text.split_whitespace().collect();
         words.retain(|word| !word.chars().all(is_invisible));
-        let Some(first) = words.first() else {
+        if words.is_empty() {
             return Command::Nothing;
+        }
+        // Signs in front are no words; further behind, they may be the password.
+        let signs = words.iter().take_while(|word| plain(word).is_empty());
+        words.drain(..signs.count());
+        let Some(first) = words.first() else {
+            return Command::Unknown;
         };
         let first = plain(first);
         let command = first.split('@').next().unwrap_or_default();
