@@ -595,7 +595,10 @@ fn deletions_are_kept_until_done() {
     // How the first try fails, and how many tries there are.
     let cases = [
         ("a page of the front end", (Fault::Page(502), 2)),
-        ("no HTTP", (Fault::Bytes(b"SSH-2.0-OpenSSH_9.2\r\n".to_vec()), 2)),
+        (
+            "no HTTP",
+            (Fault::Bytes(b"SSH-2.0-OpenSSH_9.2\r\n".to_vec()), 2),
+        ),
         ("closed", (Fault::CloseUnanswered, 2)),
         ("Telegram has decided", (gone, 1)),
     ];
@@ -607,13 +610,19 @@ fn deletions_are_kept_until_done() {
         scene.writes(BOB, "Bob", "hi"); // so that there is a next fetch soon
         scene.catch_up();
         let calls = scene.api.seen().calls;
-        let deletions: Vec<&Call> = calls.iter().filter(|it| it.method == "deleteMessage").collect();
+        let deletions: Vec<&Call> = calls
+            .iter()
+            .filter(|it| it.method == "deleteMessage")
+            .collect();
         assert_eq!(deletions.len(), *tries);
         for deletion in &deletions {
             assert_eq!(deletion.body["message_id"], json!(id));
         }
         let answer = calls.iter().find(|it| it.method == "sendMessage").unwrap();
-        assert!(deletions[0].at < answer.at, "the password is seen longer than needed");
+        assert!(
+            deletions[0].at < answer.at,
+            "the password is seen longer than needed"
+        );
     });
 }
 
