@@ -402,6 +402,7 @@ webhook                             | webhook
 error 500 restart                   | restart
 page 200                            | HTTP 200
 answer 200 {"ok":true,"result":{}}  | getUpdates
+endless                             | larger than request limit
 hang                                | time
 refuse                              | efused
 "#;
