@@ -8,7 +8,6 @@ use std::time::{Duration, Instant};
 use crate::support::*;
 use serde_json::json;
 
-const ADA: i64 = 1_234_567_890;
 const STRANGER: i64 = 7_777_777_777;
 /// Of a loopback that is not slowed down.
 const FAST: usize = 1 << 30;
@@ -95,7 +94,7 @@ fn a_page_that_is_too_slow() {
 }
 
 #[test]
-#[ignore = "takes a minute: cargo test --release field_lines:: -- --ignored"]
+#[ignore = "takes a minute"]
 fn a_line_of_4_megabits() {
     let text = "🙂".repeat(4096);
     let start = Instant::now();
@@ -104,7 +103,7 @@ fn a_line_of_4_megabits() {
 }
 
 #[test]
-#[ignore = "takes two minutes, see above"]
+#[ignore = "takes two minutes"]
 fn a_line_of_64_kilobits() {
     let text = "ä".repeat(4096);
     let start = Instant::now();
@@ -200,7 +199,7 @@ fn dead_connections_are_not_used_up_one_by_one() {
 
 /// The field's pattern: the own fetch meets the dead connection, and the next texts meet none.
 #[test]
-#[ignore = "takes half a minute: cargo test field_lines:: -- --ignored"]
+#[ignore = "takes half a minute"]
 fn the_own_fetch_meets_a_dead_connection() {
     after_a_failure("5,6,7", |behind, _| {
         let has_failed = || {
@@ -280,7 +279,7 @@ fn a_silent_name_server() {
 }
 
 #[test]
-#[ignore = "takes a minute: cargo test field_lines:: -- --ignored"]
+#[ignore = "takes a minute"]
 fn a_silent_name_server_and_patient_settings() {
     if !in_namespaces(a_silent_name_server_and_patient_settings) {
         return;
@@ -319,7 +318,7 @@ fn a_late_name_server_from_the_start() {
 
 /// Telegram moves, and the name server takes its time to say so.
 #[test]
-#[ignore = "takes two minutes: cargo test field_lines:: -- --ignored"]
+#[ignore = "takes two minutes"]
 fn a_new_address_of_a_late_name_server_is_followed() {
     if !in_namespaces(a_new_address_of_a_late_name_server_is_followed) {
         return;

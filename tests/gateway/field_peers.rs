@@ -7,10 +7,6 @@ use std::time::{Duration, Instant};
 
 use crate::support::*;
 
-const SENT: &str = "Messages sent successfully";
-const NOTHING: &str = "No Updates";
-const ADA: i64 = 1_234_567_890;
-
 /// A gateway on 127.0.0.1, so that each mote has an address of its own.
 fn start_ipv4() -> (BotApi, Gateway) {
     let api = BotApi::start();

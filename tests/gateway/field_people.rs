@@ -5,9 +5,6 @@ use std::time::{Duration, Instant};
 use crate::support::*;
 use serde_json::{Value, json};
 
-const NOTHING: &str = "No Updates";
-const ADA: i64 = 1_234_567_890;
-const BOB: i64 = 2_345_678_901;
 /// Chats of a table's cases are counted from here.
 const FIRST: i64 = 3_000_000_000;
 const REGISTERED: &str = "You are registered.";
@@ -1113,7 +1110,7 @@ fn a_conversation() {
 
 /// After a page with messages the own fetches come in 3, 6, 12 and 15 s.
 #[test]
-#[ignore = "takes a minute: cargo test field_people:: -- --ignored"]
+#[ignore = "takes a minute"]
 fn the_pace_of_fetches() {
     let scene = Scene::new();
     let start = Instant::now();

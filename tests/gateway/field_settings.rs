@@ -11,10 +11,6 @@ use std::{fs, thread};
 use crate::support::*;
 use serde_json::{Value, json};
 
-const SENT: &str = "Messages sent successfully";
-const ADA: i64 = 1_234_567_890;
-const ADA_TOKEN: &str = "Ada:1234567890";
-
 /// The start has ended with one line that holds these words.
 #[track_caller]
 fn assert_refused(finished: &Finished, words: &[&str]) {
@@ -209,7 +205,7 @@ fn an_address_that_another_host_has() {
 
 /// The link goes down and up again, as when a dongle is replugged: told once each, and serving goes on.
 #[test]
-#[ignore = "takes two minutes: cargo test field_settings:: -- --ignored"]
+#[ignore = "takes two minutes"]
 fn an_address_that_goes_and_comes_back() {
     if !in_namespaces(an_address_that_goes_and_comes_back) {
         return;

@@ -470,23 +470,6 @@ fn emulates_a_distance() {
     }
 }
 
-/// A thousand messages in a second or so, so that it is never the stand-in that a measurement shows.
-#[test]
-fn is_fast() {
-    let api = BotApi::start();
-    let client = Client::new(&api);
-    let start = Instant::now();
-    for number in 0..1000 {
-        client.send(number % 10).expect(200, "");
-    }
-    assert!(
-        start.elapsed() < Duration::from_secs(5),
-        "took {:?}",
-        start.elapsed()
-    );
-    assert_eq!(api.seen().sent.len(), 1000);
-}
-
 #[test]
 fn the_proxy_leads_one_name_only() {
     let names = vec!["api.telegram.org".to_string()];
