@@ -88,6 +88,8 @@ usage: coap_websocket                    serve
                                          send one message through a running gateway
        coap_websocket --help | --version";
 
+const VERSION: &str = concat!("coap_websocket ", env!("CARGO_PKG_VERSION"));
+
 fn main() -> ExitCode {
     let mut arguments = Vec::new();
     for argument in env::args_os().skip(1) {
@@ -105,17 +107,14 @@ fn main() -> ExitCode {
             send(chat, text, Some(uri))
         }
         ["--help" | "-h"] => print(USAGE),
-        ["--version" | "-V"] => print(concat!("coap_websocket ", env!("CARGO_PKG_VERSION"))),
+        ["--version" | "-V"] => print(VERSION),
         _ => {
             let _ = writeln!(io::stderr(), "{USAGE}");
             return ExitCode::from(2);
         }
     };
     if let Err(reason) = outcome {
-        let priority = match console_is_journal() {
-            true => journal_priority(Level::Error),
-            false => "",
-        };
+        let priority = journal_priority(Level::Error);
         let _ = writeln!(io::stderr(), "{priority}coap_websocket: {reason}");
         return ExitCode::FAILURE;
     }
@@ -180,11 +179,8 @@ fn bind(listen: SocketAddr) -> Result<UdpSocket, String> {
     let mut is_told = false;
     loop {
         match UdpSocket::bind(listen) {
-            Ok(socket) => return Ok(socket),
-            Err(error) if error.kind() != ErrorKind::AddrNotAvailable => {
-                return Err(format!("cannot bind {listen}: {error}"));
-            }
-            Err(_) => {}
+            Err(error) if error.kind() == ErrorKind::AddrNotAvailable => {}
+            result => return result.map_err(|error| format!("cannot bind {listen}: {error}")),
         }
         if !is_told {
             let cause = "it is not there, or another host has it too";
@@ -214,11 +210,8 @@ impl Gateway {
     }
 
     fn run(&mut self) -> ! {
-        let version = env!("CARGO_PKG_VERSION");
-        info!(
-            "coap_websocket {version} serves CoAP on {}",
-            self.config.listen
-        );
+        let listen = self.config.listen;
+        info!("{VERSION} serves CoAP on {listen}");
         self.tell_status();
         self.settle(Instant::now()); // tells at once of a disk that cannot be written
         let mut buffer = vec![0; coap::DATAGRAM_MAX];
@@ -314,27 +307,27 @@ impl Gateway {
     /// Answers a request: at once, or with an empty ACK, a call of Telegram, and then a separate
     /// response.
     fn handle(&mut self, mut request: Request) {
+        let peer = request.peer;
         let work = match self.judge(&mut request) {
             Verdict::Work(work) => work,
             Verdict::Reply(response) => {
                 let reply = self.exchanges.respond_now(&request, &response);
-                self.transmit(request.peer, &reply);
-                log_outcome(&request, &response);
-                return;
+                self.transmit(peer, &reply);
+                return log_outcome(&request, &response);
             }
         };
         let acknowledgement = self.exchanges.promise(&request);
-        self.transmit(request.peer, &acknowledgement);
+        self.transmit(peer, &acknowledgement);
+        let id = request.message_id();
         let begin = request.received_at;
-        self.motes
-            .note_request(request.peer, request.message_id(), begin);
+        self.motes.note_request(peer, id, begin);
         let deadline = begin + self.polling.time_for(REQUEST_TIME, begin);
         let response = match work {
             Work::Message(text) => self.deliver(&text, deadline),
-            Work::Update(token) => self.update(&token, request.peer, deadline),
+            Work::Update(token) => self.update(&token, peer, deadline),
         };
         let bytes = self.exchanges.respond(Instant::now(), &request, &response);
-        self.transmit(request.peer, &bytes);
+        self.transmit(peer, &bytes);
         log_outcome(&request, &response);
         self.settle(deadline);
     }
@@ -352,24 +345,24 @@ impl Gateway {
     /// change that a power cut would undo.
     fn settle(&mut self, deadline: Instant) {
         USERS.store(self.state.users.len() as u64, Relaxed);
-        match self.save() {
-            Ok(()) => {
-                self.delete_passwords(deadline);
-                self.answer_people(deadline);
-            }
-            Err(reason) => error!("{reason}"),
+        if let Err(reason) = self.save() {
+            return error!("{reason}");
+        }
+        if let Some(token) = self.polling.token.clone() {
+            self.delete_passwords(&token, deadline);
+            self.answer_people(&token, deadline);
         }
     }
 
     /// Writes `state.json` if it is not what it should be.
     fn save(&mut self) -> Result<(), String> {
-        if self.saved.as_ref() != Some(&self.state) {
-            let path = &self.config.state_path;
-            if let Err(error) = self.state.write(path) {
-                return Err(format!("cannot write {}: {error}", path.display()));
-            }
-            self.saved = Some(self.state.clone());
+        if self.saved.as_ref() == Some(&self.state) {
+            return Ok(());
         }
+        let path = &self.config.state_path;
+        let result = self.state.write(path);
+        result.map_err(|error| format!("cannot write {}: {error}", path.display()))?;
+        self.saved = Some(self.state.clone());
         Ok(())
     }
 
@@ -377,18 +370,15 @@ impl Gateway {
     /// outlives both.
     fn check_address(&mut self) {
         let ip = self.config.listen.ip();
-        let is_gone = match UdpSocket::bind((ip, 0)) {
-            Ok(_) => false,
-            Err(error) => error.kind() == ErrorKind::AddrNotAvailable,
-        };
+        let result = UdpSocket::bind((ip, 0));
+        let is_gone = result.is_err_and(|error| error.kind() == ErrorKind::AddrNotAvailable);
         if is_gone == self.address_is_gone {
             return;
         }
         self.address_is_gone = is_gone;
-        if is_gone {
-            warn!("address {ip} has gone: its link is down, or another host has it too");
-        } else {
-            info!("address {ip} is back");
+        match is_gone {
+            true => warn!("address {ip} has gone: its link is down, or another host has it too"),
+            false => info!("address {ip} is back"),
         }
         self.tell_status();
     }
@@ -407,10 +397,8 @@ impl Gateway {
 }
 
 fn log_outcome(request: &Request, response: &Response) {
-    let level = match response.is_failure() {
-        true => Level::Warn,
-        false => Level::Info,
-    };
+    let failed = response.is_failure();
+    let level = if failed { Level::Warn } else { Level::Info };
     let mut line = format!("{} {request} -> {}", request.peer, response.code());
     line += &format!(" in {} ms", request.received_at.elapsed().as_millis());
     if !response.detail.is_empty() {
@@ -498,9 +486,7 @@ impl Gateway {
         request.check_options()?;
         let path = request.path();
         match path.as_str() {
-            "message" | "update" => {
-                check_formats(request, RequestType::Post, coap::TEXT_PLAIN)?;
-            }
+            "message" | "update" => check_formats(request, RequestType::Post, coap::TEXT_PLAIN)?,
             ".well-known/core" => {
                 check_formats(request, RequestType::Get, coap::LINK_FORMAT)?;
                 let code = ResponseType::Content;
@@ -611,15 +597,9 @@ fn field<'a>(payload: &'a str, key: &str) -> &'a str {
     let Some(start) = payload.find(key) else {
         return "";
     };
-    let mut end = payload.len();
-    for other in KEYS {
-        if let Some(position) = payload.find(other)
-            && position > start
-        {
-            end = end.min(position);
-        }
-    }
-    trim(&payload[start + key.len()..end])
+    let others = KEYS.iter().filter_map(|other| payload.find(other));
+    let end = others.filter(|position| *position > start).min();
+    trim(&payload[start + key.len()..end.unwrap_or(payload.len())])
 }
 
 /// Strips what the firmware puts around its fields: NUL up to a fixed length, and line feeds.
@@ -676,10 +656,10 @@ impl Gateway {
         }
         FORWARDED.fetch_add(sent as u64, Relaxed);
         FAILURES.fetch_add((chats.len() - sent) as u64, Relaxed);
-        let mut response = match sent > 0 || chats.is_empty() {
-            true => Response::text(ResponseType::Content, MESSAGES_SENT),
-            false => Response::failed(),
-        };
+        let mut response = Response::failed();
+        if sent > 0 || chats.is_empty() {
+            response = Response::text(ResponseType::Content, MESSAGES_SENT);
+        }
         response.detail = format!("{sent} of {} chats", text.chats.len());
         response
     }
@@ -688,9 +668,7 @@ impl Gateway {
     /// a text. A group that refuses may have the bot back tomorrow.
     fn note_refusal(&mut self, chat: &ChatId, failure: &Failure) {
         warn!("sendMessage to {chat} failed: {}", failure.reason);
-        let ChatId::Number(id) = *chat else {
-            return;
-        };
+        let ChatId::Number(id) = *chat else { return };
         if failure.error_code == Some(403) && fits_firmware(id) {
             let who = self.state.remove(id);
             info!("{who} is removed: Telegram refuses messages to it");
@@ -729,9 +707,9 @@ impl Gateway {
         }
         let was_failing = self.polling.is_failing;
         let result = self.fetch_pages(token, deadline);
+        let now = Instant::now();
         if let Err(failure) = &result {
-            self.polling
-                .note_failed_fetch(failure, began, Instant::now());
+            self.polling.note_failed_fetch(failure, began, now);
         }
         if self.polling.is_failing != was_failing {
             match &result {
@@ -771,48 +749,33 @@ impl Gateway {
     }
 
     /// Deletes messages that hold a password. One stays on the list until Telegram has decided.
-    fn delete_passwords(&mut self, deadline: Instant) {
-        let Some(token) = self.polling.token.clone() else {
-            return;
-        };
-        for _ in 0..self.people.deletions.len() {
-            let Some(deletion) = self.people.deletions.pop_front() else {
-                return;
-            };
-            if !self.delete_password(&token, &deletion, deadline) {
-                self.people.deletions.push_back(deletion);
+    fn delete_passwords(&mut self, token: &Secret, deadline: Instant) {
+        for deletion in mem::take(&mut self.people.deletions) {
+            let mut is_decided = false;
+            if Instant::now() < deadline {
+                let Deletion { chat, message_id } = deletion;
+                let body = json!({"chat_id": chat, "message_id": message_id});
+                is_decided = true;
+                if let Err(failure) = self.telegram.call(token, "deleteMessage", &body, deadline) {
+                    warn!("deleteMessage in {chat} failed: {}", failure.reason);
+                    is_decided = failure.is_final();
+                }
             }
-        }
-    }
-
-    /// Returns whether Telegram has decided.
-    fn delete_password(&mut self, token: &Secret, deletion: &Deletion, deadline: Instant) -> bool {
-        if Instant::now() >= deadline {
-            return false;
-        }
-        let Deletion { chat, message_id } = deletion;
-        let body = json!({"chat_id": chat, "message_id": message_id});
-        match self.telegram.call(token, "deleteMessage", &body, deadline) {
-            Ok(_) => true,
-            Err(failure) => {
-                warn!("deleteMessage in {chat} failed: {}", failure.reason);
-                failure.is_final()
+            if !is_decided {
+                self.people.deletions.push_back(deletion);
             }
         }
     }
 
     /// Tells people what became of their messages, best effort: each answer is sent once, as soon as
     /// there is time.
-    fn answer_people(&mut self, deadline: Instant) {
-        let Some(token) = self.polling.token.clone() else {
-            return;
-        };
+    fn answer_people(&mut self, token: &Secret, deadline: Instant) {
         while Instant::now() < deadline
             && let Some(Answer { chat, texts }) = self.people.answers.pop_front()
         {
             let text = format!("{:.TEXT_MAX$}", texts.join("\n\n"));
             let body = json!({"chat_id": chat, "text": text});
-            let result = self.telegram.call(&token, "sendMessage", &body, deadline);
+            let result = self.telegram.call(token, "sendMessage", &body, deadline);
             if let Err(failure) = result {
                 warn!("sendMessage to {chat} failed: {}", failure.reason);
             }
@@ -880,18 +843,17 @@ impl Polling {
     /// When the gateway fetches on its own; never before it knows a bot.
     fn next_due(&self) -> Option<Instant> {
         self.token.as_ref()?;
-        match self.refused_until {
-            Some(until) => Some(until.max(self.next_fetch)),
-            None => Some(self.next_fetch),
-        }
+        Some(
+            self.refused_until
+                .unwrap_or(self.next_fetch)
+                .max(self.next_fetch),
+        )
     }
 
     /// Returns the bot's token when a fetch is due.
     fn token_if_due(&self, now: Instant) -> Option<Secret> {
-        match now >= self.next_due()? {
-            true => self.token.clone(),
-            false => None,
-        }
+        let is_due = now >= self.next_due()?;
+        if is_due { self.token.clone() } else { None }
     }
 
     /// Whether the last page of this bot still counts, as nobody had written.
@@ -911,10 +873,8 @@ impl Polling {
     /// How long a call may take that begins now. In a hang 2 s; once a minute a call has its usual
     /// time, to notice the end of the hang.
     fn time_for(&self, usual: Duration, now: Instant) -> Duration {
-        match self.hangs && now < self.next_fetch {
-            true => TIME_IN_A_HANG,
-            false => usual,
-        }
+        let is_short = self.hangs && now < self.next_fetch;
+        if is_short { TIME_IN_A_HANG } else { usual }
     }
 
     /// A page with so many updates has come.
@@ -929,10 +889,8 @@ impl Polling {
         self.is_failing = false;
         self.is_out_of_reach = false;
         self.hangs = false;
-        self.pause = match has_news {
-            true => FETCH_SOON,
-            false => FETCH_EVERY.min(2 * self.pause),
-        };
+        let longer = FETCH_EVERY.min(2 * self.pause);
+        self.pause = if has_news { FETCH_SOON } else { longer };
         self.next_fetch = now + self.pause;
     }
 
@@ -999,10 +957,8 @@ const CONNECT_TIME: Duration = Duration::from_secs(4);
 /// How often a call is tried, and how long to wait between.
 const ATTEMPTS: u32 = 3;
 const ATTEMPT_PAUSE: Duration = Duration::from_millis(500);
-/// How many bytes a page of updates may have: ten of the longest take about half of that.
-const PAGE_BYTES_MAX: u64 = 1 << 20;
-/// How many bytes any other answer may have: a `Message` of 4,096 characters, all escaped, fits.
-const ANSWER_BYTES_MAX: u64 = 64 << 10;
+/// How many bytes an answer may have: a page of ten updates of the longest takes about half of that.
+const ANSWER_MAX: u64 = 1 << 20;
 /// How much less than the usual time still counts as that.
 const TIME_LEFT_SLACK: Duration = Duration::from_millis(100);
 /// How many characters of the reason of a failed call are kept.
@@ -1050,6 +1006,15 @@ impl Failure {
     fn new(reason: String) -> Failure {
         Failure {
             reason,
+            ..Failure::default()
+        }
+    }
+
+    /// An answer came that is not what it should be.
+    fn unreadable(reason: String) -> Failure {
+        Failure {
+            reason,
+            http_began: true,
             ..Failure::default()
         }
     }
@@ -1105,11 +1070,9 @@ impl Telegram {
         let body = json!({"offset": offset, "limit": limit, "allowed_updates": ["message"]});
         match self.call(token, "getUpdates", &body, deadline)? {
             Value::Array(page) => Ok(page),
-            _ => Err(Failure {
-                reason: "getUpdates: the result is no list".to_string(),
-                http_began: true,
-                ..Failure::default()
-            }),
+            _ => Err(Failure::unreadable(
+                "the result of getUpdates is no list".to_string(),
+            )),
         }
     }
 
@@ -1192,7 +1155,7 @@ impl Telegram {
             .header("accept-encoding", "identity");
         let request = self.with_limits(request, deadline);
         let mut failure = match request.send(ureq::SendBody::from_reader(&mut unread)) {
-            Ok(response) => match read_response(response, method) {
+            Ok(response) => match read_response(response) {
                 Ok(result) => return Ok(result),
                 Err(failure) => failure,
             },
@@ -1215,13 +1178,12 @@ impl Telegram {
         let since_silence = self.silent_at.map_or(IDLE_CONNECTION, |at| at.elapsed());
         // Without limits of its own, as the first fetch, a request makes ureq keep the TLS settings.
         let is_usual = (FETCH_TIME - TIME_LEFT_SLACK..=FETCH_TIME).contains(&time_left);
-        if is_usual && since_silence >= IDLE_CONNECTION {
+        let idle_age = since_silence.min(IDLE_CONNECTION);
+        if is_usual && idle_age == IDLE_CONNECTION {
             return request;
         }
         let config = request.config().timeout_global(Some(time_left));
-        config
-            .max_idle_age(since_silence.min(IDLE_CONNECTION))
-            .build()
+        config.max_idle_age(idle_age).build()
     }
 }
 
@@ -1241,19 +1203,15 @@ fn describe(error: &ureq::Error) -> String {
     error.to_string()
 }
 
-fn read_response(mut response: ureq::http::Response<ureq::Body>, method: &str) -> ApiResult {
+fn read_response(mut response: ureq::http::Response<ureq::Body>) -> ApiResult {
     let status = response.status().as_u16();
-    let limit = match method {
-        "getUpdates" => PAGE_BYTES_MAX,
-        _ => ANSWER_BYTES_MAX,
-    };
-    match response.body_mut().with_config().limit(limit).read_to_vec() {
+    let body = response.body_mut().with_config().limit(ANSWER_MAX);
+    match body.read_to_vec() {
         Ok(body) => read_answer(status, &body),
-        Err(error) => Err(Failure {
-            reason: format!("HTTP {status}, then {}", describe(&error)),
-            http_began: true,
-            ..Failure::default()
-        }),
+        Err(error) => {
+            let reason = format!("HTTP {status}, then {}", describe(&error));
+            Err(Failure::unreadable(reason))
+        }
     }
 }
 
@@ -1269,11 +1227,10 @@ fn read_answer(status: u16, body: &[u8]) -> ApiResult {
         },
         Err(error) => format!("no JSON: {error}"),
     };
-    Err(Failure {
-        reason: format!("HTTP {status} with {} bytes, {cause}", body.len()),
-        http_began: true,
-        ..Failure::default()
-    })
+    let length = body.len();
+    Err(Failure::unreadable(format!(
+        "HTTP {status} with {length} bytes, {cause}"
+    )))
 }
 
 /// Reads what the Bot API says when it refuses a call, and adds what to do about it.
@@ -1283,12 +1240,11 @@ fn read_refusal(answer: &Value) -> Option<Failure> {
         return None;
     }
     let description = answer["description"].as_str().unwrap_or("no description");
+    let has_webhook = description.to_lowercase().contains("webhook");
     let parameters = &answer["parameters"];
     let hint = match code {
         401 | 404 => " (is the bot's token right?)",
-        409 if description.to_lowercase().contains("webhook") => {
-            " (open <url><token>/deleteWebhook once)"
-        }
+        409 if has_webhook => " (open <url><token>/deleteWebhook once)",
         409 => " (stop the other program that uses this bot)",
         _ => "",
     };
@@ -1296,17 +1252,12 @@ fn read_refusal(answer: &Value) -> Option<Failure> {
     if let Some(id) = parameters["migrate_to_chat_id"].as_i64() {
         reason += &format!(" (its id is now {id}: tell the mote)");
     }
-    let retry_after = match code {
-        429 => seconds(&parameters["retry_after"]),
-        _ => None,
-    };
-    Some(Failure {
-        reason,
-        error_code: Some(code),
-        retry_after,
-        http_began: true,
-        ..Failure::default()
-    })
+    let mut failure = Failure::unreadable(reason);
+    failure.error_code = Some(code);
+    if code == 429 {
+        failure.retry_after = seconds(&parameters["retry_after"]);
+    }
+    Some(failure)
 }
 
 /// Reads a number of seconds: an integer, a fraction, or either as a string.
@@ -1572,14 +1523,13 @@ impl State {
             return None; // `clean_name` would make a user of it
         }
         let name = clean_name(meant);
-        let mut found = self.users.iter().find(|user| user.name == name);
-        if found.is_none() {
-            let name = name.to_lowercase();
-            found = self
-                .users
-                .iter()
-                .find(|user| user.name.to_lowercase() == name);
+        let mut users = self.users.iter();
+        if let Some(user) = users.find(|user| user.name == name) {
+            return Some(user.chat);
         }
+        let name = name.to_lowercase();
+        let mut users = self.users.iter();
+        let found = users.find(|user| user.name.to_lowercase() == name);
         found.map(|user| user.chat)
     }
 
@@ -1784,12 +1734,9 @@ impl Motes {
 
     /// Whether a mote knows this version, and not for so long that it may have restarted since.
     fn has_acknowledged(&mut self, peer: SocketAddr, version: u64, now: Instant) -> bool {
-        match self.find(peer) {
-            Some(mote) => {
-                mote.version == version && now < mote.acknowledged_at + ACKNOWLEDGED_HOLDS
-            }
-            None => false,
-        }
+        self.find(peer).is_some_and(|mote| {
+            mote.version == version && now < mote.acknowledged_at + ACKNOWLEDGED_HOLDS
+        })
     }
 
     fn find(&mut self, peer: SocketAddr) -> Option<&mut Mote> {
@@ -1877,32 +1824,16 @@ impl Message {
 /// Whether somebody has sent something, Bot API, Message. Whatever else comes without a text is a
 /// service message: it tells what happened in the chat.
 fn has_media(message: &Value) -> bool {
-    let is_media = |key: &str| {
-        matches!(
-            key,
-            "animation"
-                | "audio"
-                | "checklist"
-                | "contact"
-                | "dice"
-                | "document"
-                | "game"
-                | "invoice"
-                | "live_photo"
-                | "location"
-                | "paid_media"
-                | "photo"
-                | "poll"
-                | "sticker"
-                | "story"
-                | "venue"
-                | "video"
-                | "video_note"
-                | "voice"
-        )
-    };
-    let mut content = message.as_object().into_iter().flatten();
-    content.any(|(key, value)| is_media(key) && !value.is_null())
+    for (key, value) in message.as_object().into_iter().flatten() {
+        match key.as_str() {
+            _ if value.is_null() => {}
+            "animation" | "audio" | "checklist" | "contact" | "dice" | "document" | "game"
+            | "invoice" | "live_photo" | "location" | "paid_media" | "photo" | "poll"
+            | "sticker" | "story" | "venue" | "video" | "video_note" | "voice" => return true,
+            _ => {}
+        }
+    }
+    false
 }
 
 /// Those who write to the bot.
@@ -1984,7 +1915,7 @@ impl People {
         }
         match command {
             Command::Config(words) => self.configure(chat, &words, state, config),
-            Command::Register(words) => self.register_by_password(message, &words, state, config),
+            Command::Register(words) => self.on_register(&message.chat, &words, state, config),
             Command::Help => self.say(chat, &help(config)),
             _ if is_newcomer && config.registration_by_password => {
                 self.say(chat, HOW_TO_REGISTER);
@@ -2000,36 +1931,24 @@ impl People {
 
     /// Registers a chat as long as there is room, and says so.
     fn register(&mut self, chat: &Chat, state: &mut State) {
+        let full = format!("The list is full: {USERS_MAX} people are registered already.");
         match state.register(chat.id, &chat.name) {
+            Registration::Full => self.say(chat.id, &full),
             Registration::New | Registration::Known => self.say(chat.id, REGISTERED),
-            Registration::Full => {
-                let full = "The list is full:";
-                self.say(
-                    chat.id,
-                    &format!("{full} {USERS_MAX} people are registered already."),
-                );
-            }
         }
     }
 
     /// Carries out `register <password>`.
-    fn register_by_password(
-        &mut self,
-        message: &Message,
-        words: &[&str],
-        state: &mut State,
-        config: &Config,
-    ) {
-        let chat = message.chat.id;
-        if self.is_locked_out(chat) {
+    fn on_register(&mut self, chat: &Chat, words: &[&str], state: &mut State, config: &Config) {
+        if self.is_locked_out(chat.id) {
             return;
         }
         let [_, guess] = *words else {
-            return self.say(chat, HOW_TO_REGISTER);
+            return self.say(chat.id, HOW_TO_REGISTER);
         };
-        if self.check_password(chat, guess, config) {
-            self.register(&message.chat, state);
-            self.say(chat, &help(config));
+        if self.check_password(chat.id, guess, config) {
+            self.register(chat, state);
+            self.say(chat.id, &help(config));
         }
     }
 
@@ -2043,21 +1962,16 @@ impl People {
         if self.is_locked_out(chat) {
             return;
         }
-        let [_, guess, key, ref values @ ..] = *words else {
+        let [_, guess, key, _, ..] = *words else {
             return self.say(chat, &config_form());
         };
-        if values.is_empty() {
-            return self.say(chat, &config_form());
-        }
         if !self.check_password(chat, guess, config) {
             return;
         }
-        let number = match values {
-            [value] => parse_number(unquote(value)),
-            _ => None,
-        };
+        let value = words[3..].join(" ");
+        let number = parse_number(unquote(&value));
         let confirmation = match (plain(key).as_str(), number) {
-            ("remove", _) => return self.remove_other(chat, &values.join(" "), state, config),
+            ("remove", _) => return self.remove_other(chat, &value, state, config),
             ("interval", Some(minutes @ INTERVAL_MIN..=INTERVAL_MAX)) => {
                 state.interval = Some(minutes);
                 format!("The interval is set to {minutes} minutes.")
@@ -2084,10 +1998,8 @@ impl People {
         self.say(chat, &confirmation);
         if was_user {
             let notice = removal_notice(config);
-            self.say(
-                other,
-                &format!("Somebody with the password did it: {notice}"),
-            );
+            let notice = format!("Somebody with the password did it: {notice}");
+            self.say(other, &notice);
         }
     }
 
@@ -2099,8 +2011,7 @@ impl People {
 
     /// Returns whether the password is right. A wrong one is counted and answered.
     fn check_password(&mut self, chat: i64, guess: &str, config: &Config) -> bool {
-        let is_meant = |suspect: &Suspect| suspect.chat == chat;
-        let index = self.suspects.iter().position(is_meant);
+        let index = self.suspects.iter().position(|known| known.chat == chat);
         let suspect = index.and_then(|index| self.suspects.remove(index));
         let password = config.password.as_ref();
         if password.is_some_and(|password| password.matches(guess)) {
