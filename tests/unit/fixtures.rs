@@ -30,7 +30,7 @@ fn folders(folder: &Path) -> Folders {
         dot_env: folder.join(".env"),
         state: folder.into(),
         log: folder.into(),
-        are_a_services: false,
+        belong_to_the_service: false,
     }
 }
 

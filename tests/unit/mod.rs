@@ -2,7 +2,7 @@
 
 use super::fixtures::firmware::Firmware;
 use super::fixtures::mote::{self, BLOCK1, Kind, Message as Datagram, REQUEST_TAG};
-use super::fixtures::{PASSWORD, TOKEN, config, config_of, message, peer, secret, update};
+use super::fixtures::{PASSWORD, Scratch, TOKEN, config, config_of, message, peer, secret, update};
 use super::*;
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -283,15 +283,22 @@ impl Fetches {
     fn succeed(&mut self, seconds: u64, has_news: bool) {
         let now = self.at(seconds);
         if has_news {
-            self.polling.page_read(1, now);
+            self.polling.note_page(1, now);
         }
-        self.polling.page_read(0, now);
-        self.polling.fetched(&secret(TOKEN), has_news, now);
+        self.polling.note_page(0, now);
+        self.polling.note_fetch(&secret(TOKEN), has_news, now);
     }
 
     fn fail(&mut self, seconds: u64, failure: Failure) {
         let began = self.at(seconds);
-        self.polling.failed(&failure, began, began + SECOND / 2);
+        self.polling
+            .note_failed_fetch(&failure, began, began + SECOND / 2);
+    }
+
+    /// A mote's text is sent.
+    fn text(&mut self, seconds: u64, result: ApiResult) {
+        let began = self.at(seconds);
+        self.polling.note_texts(&[result], began, began);
     }
 
     /// Seconds until the next fetch.
@@ -322,15 +329,15 @@ fn timed_out() -> Failure {
 /// An answer began, but nobody can read it: it comes too slowly, or it is a login page.
 fn unreadable() -> Failure {
     Failure {
-        answer_began: true,
+        http_began: true,
         ..unreachable()
     }
 }
 
-fn refused(code: u64, retry_in: Option<Duration>) -> Failure {
+fn refused(code: u64, retry_after: Option<Duration>) -> Failure {
     Failure {
         error_code: Some(code),
-        retry_in,
+        retry_after,
         ..unreadable()
     }
 }
@@ -353,7 +360,7 @@ fn a_fetch_waits_for_a_bot() {
     let now = Instant::now();
     let mut polling = Polling::new(None, now);
     assert_eq!(polling.next_due(), None);
-    polling.fetched(&secret(TOKEN), false, now);
+    polling.note_fetch(&secret(TOKEN), false, now);
     assert_eq!(polling.next_due(), Some(now + 15 * SECOND));
 }
 
@@ -378,18 +385,18 @@ fn a_conversation() {
 #[test]
 fn an_empty_page_counts_for_three_seconds() {
     let mut fetches = Fetches::new();
-    let is_too_soon = |fetches: &Fetches, token: &str, now| {
+    let counts = |fetches: &Fetches, token: &str, now| {
         let token = secret(token);
-        fetches.polling.is_too_soon(&token, now)
+        fetches.polling.last_page_counts(&token, now)
     };
-    assert!(!is_too_soon(&fetches, TOKEN, fetches.start));
+    assert!(!counts(&fetches, TOKEN, fetches.start));
     fetches.succeed(0, true);
-    assert!(is_too_soon(&fetches, TOKEN, fetches.at(3) - MOMENT));
-    assert!(!is_too_soon(&fetches, TOKEN, fetches.at(3)));
-    assert!(!is_too_soon(&fetches, "2:b", fetches.at(1)), "another bot");
+    assert!(counts(&fetches, TOKEN, fetches.at(3) - MOMENT));
+    assert!(!counts(&fetches, TOKEN, fetches.at(3)));
+    assert!(!counts(&fetches, "2:b", fetches.at(1)), "another bot");
     let now = fetches.at(2);
-    fetches.polling.page_read(10, now);
-    assert!(!is_too_soon(&fetches, TOKEN, now), "there may be more");
+    fetches.polling.note_page(10, now);
+    assert!(!counts(&fetches, TOKEN, now), "there may be more");
 }
 
 #[test]
@@ -397,12 +404,12 @@ fn a_failed_fetch_is_followed_in_a_minute() {
     for failure in [unreachable(), refused(401, None), refused(500, None)] {
         let mut fetches = Fetches::new();
         fetches.fail(0, failure);
-        assert!(fetches.polling.fails());
+        assert!(fetches.polling.is_failing);
         assert_eq!(fetches.next(0), 60.5);
         assert_eq!(fetches.time(1), 8.5, "no hang");
         assert_eq!(fetches.polling.page_limit, 10);
         fetches.succeed(61, false);
-        assert!(!fetches.polling.fails());
+        assert!(!fetches.polling.is_failing);
         assert_eq!(fetches.next(61), 15.0);
     }
 }
@@ -413,7 +420,7 @@ fn a_hang() {
     let mut fetches = Fetches::new();
     assert_eq!(fetches.time(0), 8.5);
     fetches.fail(0, timed_out());
-    assert!(fetches.polling.fails());
+    assert!(fetches.polling.is_failing);
     for (seconds, time) in [(5, 2.0), (59, 2.0), (60, 8.5)] {
         assert_eq!(fetches.time(seconds), time, "at {seconds} s");
     }
@@ -427,15 +434,38 @@ fn a_hang() {
     assert_eq!(fetches.time(121), 8.5, "after its end");
 }
 
+/// The texts of one message: all have to time out before an answer began.
 #[test]
-fn texts_that_time_out_are_a_hang() {
+fn what_texts_tell_of_a_hang() {
+    let blocked = || Err(refused(403, None));
+    let sent = || Ok(Value::Null);
+    for (results, is_hang) in [
+        (vec![Err(timed_out())], true),
+        (vec![Err(timed_out()), Err(timed_out())], true),
+        (vec![Err(timed_out()), sent()], false),
+        (vec![Err(timed_out()), blocked()], false),
+        (vec![Err(timed_out()), Err(unreachable())], false),
+        (vec![Err(unreadable())], false),
+        (vec![], false), // to nobody
+    ] {
+        let mut fetches = Fetches::new();
+        fetches.succeed(0, false);
+        let began = fetches.at(1);
+        fetches.polling.note_texts(&results, began, began + SECOND);
+        assert_eq!(fetches.time(2) == 2.0, is_hang, "{}", results.len());
+        assert_eq!(fetches.next(1), if is_hang { 60.0 } else { 14.0 });
+        assert!(!fetches.polling.is_failing, "no fetch has failed yet");
+    }
+}
+
+#[test]
+fn texts_that_time_out_begin_one_minute() {
     let mut fetches = Fetches::new();
-    fetches.succeed(0, false);
-    fetches.polling.timed_out(fetches.at(1));
-    assert_eq!(fetches.time(2), 2.0);
-    assert!(!fetches.polling.fails(), "no fetch has failed yet");
-    fetches.polling.timed_out(fetches.at(30));
-    assert_eq!(fetches.next(30), 31.0, "one full try a minute");
+    fetches.text(0, Err(timed_out()));
+    fetches.text(30, Err(timed_out()));
+    assert_eq!(fetches.next(30), 30.0);
+    fetches.text(60, Err(timed_out()));
+    assert_eq!(fetches.next(60), 60.0, "it had all its time");
 }
 
 /// Somebody has answered.
@@ -451,16 +481,21 @@ fn what_ends_a_hang() {
 
 #[test]
 fn a_text_that_is_answered_ends_the_minute() {
-    for failure in [unreachable(), timed_out(), unreadable()] {
+    for (failure, answer) in [
+        (unreachable(), Ok(Value::Null)),
+        (timed_out(), Ok(Value::Null)),
+        (unreadable(), Err(refused(403, None))),
+    ] {
         let mut fetches = Fetches::new();
         fetches.fail(0, failure);
-        fetches.polling.answered(fetches.at(10));
+        fetches.text(9, Err(unreachable()));
+        fetches.text(10, answer);
         assert_eq!(fetches.next(10), 0.0);
         assert_eq!(fetches.time(10), 8.5);
     }
     let mut fetches = Fetches::new();
     fetches.succeed(0, false);
-    fetches.polling.answered(fetches.at(1));
+    fetches.text(1, Ok(Value::Null));
     assert_eq!(fetches.next(1), 14.0, "nothing had failed");
 }
 
@@ -469,13 +504,13 @@ fn nobody_asks_before_retry_after() {
     let mut fetches = Fetches::new();
     fetches.fail(0, refused(429, Some(100 * SECOND)));
     let end = fetches.start + SECOND / 2 + 100 * SECOND;
-    fetches.polling.answered(fetches.at(10));
+    fetches.text(10, Ok(Value::Null));
     assert_eq!(fetches.polling.next_due(), Some(end));
-    assert_eq!(fetches.polling.pause_left(end - MOMENT), Some(MOMENT));
-    assert_eq!(fetches.polling.pause_left(end), None);
+    assert_eq!(fetches.polling.refused_for(end - MOMENT), Some(MOMENT));
+    assert_eq!(fetches.polling.refused_for(end), None);
     let mut fetches = Fetches::new();
     fetches.fail(0, refused(429, None));
-    assert_eq!(fetches.polling.pause_left(fetches.at(1)), None);
+    assert_eq!(fetches.polling.refused_for(fetches.at(1)), None);
 }
 
 /// The unit of progress fits into the time for it.
@@ -484,7 +519,7 @@ fn one_update_at_a_time_until_a_page_has_come() {
     let mut fetches = Fetches::new();
     fetches.fail(0, timed_out());
     assert_eq!(fetches.polling.page_limit, 1);
-    fetches.polling.page_read(1, fetches.at(60));
+    fetches.polling.note_page(1, fetches.at(60));
     assert_eq!(fetches.polling.page_limit, 10);
 
     fetches.fail(70, unreadable());
@@ -498,104 +533,76 @@ fn one_update_at_a_time_until_a_page_has_come() {
 
 // ---------- Telegram ----------
 
+fn refusal(code: u16, description: &str, parameters: Value) -> Failure {
+    let answer = json!({
+        "ok": false, "error_code": code, "description": description, "parameters": parameters
+    });
+    read_answer(code, answer.to_string().as_bytes()).unwrap_err()
+}
+
 #[test]
-fn answers_of_the_bot_api() {
-    let too_many = r#"{"ok":false,"error_code":429,"description":"Too Many Requests: retry after 7","parameters":{"retry_after":7}}"#;
-    for (status, body, reason, error_code, retry_in) in [
-        (
-            400,
-            r#"{"ok":false,"error_code":400,"description":"Bad Request: chat not found"}"#,
-            "400 Bad Request: chat not found",
-            Some(400),
-            None,
-        ),
-        (
-            403,
-            r#"{"ok":false,"error_code":403}"#,
-            "403 no description",
-            Some(403),
-            None,
-        ),
-        (
-            429,
-            too_many,
-            "429 Too Many Requests: retry after 7",
-            Some(429),
-            Some(7),
-        ),
-        (
-            500,
-            r#"{"ok":false,"error_code":500,"parameters":{"retry_after":7}}"#,
-            "500 no description",
-            Some(500),
-            None,
-        ),
-        (
-            400,
-            r#"{"ok":false,"error_code":400,"parameters":{"migrate_to_chat_id":-1001}}"#,
-            "400 no description (its id is now -1001: tell the mote)",
-            Some(400),
-            None,
-        ),
-        // Of something in between.
-        (
-            200,
-            "<html>",
-            "HTTP 200 with 6 bytes, no JSON: expected",
-            None,
-            None,
-        ),
-        (403, "", "HTTP 403 with 0 bytes, no JSON: EOF", None, None),
-        (
-            403,
-            "{}",
-            "HTTP 403 with 2 bytes, JSON, but not the Bot API's",
-            None,
-            None,
-        ),
-        (
-            200,
-            r#"{"ok":"true"}"#,
-            "HTTP 200 with 13 bytes, JSON, but",
-            None,
-            None,
-        ),
-        (
-            502,
-            r#"{"ok":true,"result":[]}"#,
-            "HTTP 502 with 23 bytes, JSON, but",
-            None,
-            None,
-        ),
-        (
-            403,
-            r#"{"ok":true,"error_code":403}"#,
-            "HTTP 403 with 28 bytes, JSON, but",
-            None,
-            None,
-        ),
-        (
-            403,
-            r#"{"ok":false,"error_code":"403"}"#,
-            "HTTP 403 with 31 bytes, JSON, but",
-            None,
-            None,
-        ),
+fn refusals_of_the_bot_api() {
+    let not_found = "Bad Request: chat not found";
+    let failure = refusal(400, not_found, Value::Null);
+    assert_eq!(failure.reason, format!("400 {not_found}"));
+    assert_eq!(failure.error_code, Some(400));
+    assert!(failure.http_began && !failure.timed_out);
+
+    let moved = refusal(400, not_found, json!({"migrate_to_chat_id": -1001}));
+    let told = "(its id is now -1001: tell the mote)";
+    assert!(moved.reason.ends_with(told), "{}", moved.reason);
+
+    for (code, retry_after) in [(429, Some(7 * SECOND)), (500, None)] {
+        let failure = refusal(code, "later", json!({"retry_after": 7}));
+        assert_eq!(failure.retry_after, retry_after, "{code}");
+    }
+}
+
+/// What comes from a proxy or a login page decides nothing.
+#[test]
+fn answers_of_something_in_between() {
+    for (status, body) in [
+        (200, "<html>"),
+        (200, "{}"),
+        (200, r#"{"ok":"true"}"#),
+        (201, r#"{"ok":true,"result":[]}"#),
+        (403, ""),
+        (403, "[]"),
+        (403, r#"{"ok":true,"error_code":403}"#),
+        (403, r#"{"ok":false,"error_code":"403"}"#),
+        (502, r#"{"ok":true,"result":[]}"#),
     ] {
-        let Err(failure) = read_answer(status, body.as_bytes()) else {
-            panic!("a success: {status} {body}");
-        };
-        assert!(failure.reason.starts_with(reason), "{}", failure.reason);
-        assert_eq!(failure.error_code, error_code, "{body}");
-        assert_eq!(
-            failure.retry_in,
-            retry_in.map(Duration::from_secs),
-            "{body}"
-        );
-        assert!(failure.answer_began && !failure.timed_out, "{body}");
+        let failure = read_answer(status, body.as_bytes()).unwrap_err();
+        let told = format!("HTTP {status} with {} bytes", body.len());
+        assert!(failure.reason.starts_with(&told), "{}", failure.reason);
+        assert!(failure.http_began && !failure.timed_out, "{body}");
+        assert_eq!(failure.error_code, None, "{body}");
+        assert_eq!(failure.retry_in(), None, "{body}");
     }
     let page = read_answer(200, br#"{"ok":true,"result":[7]}"#);
-    assert!(page.is_ok_and(|result| result == json!([7])));
+    assert!(page.is_ok_and(|page| page == json!([7])));
+}
+
+/// Only what surely had no effect, or was put off, is tried again.
+#[test]
+fn what_is_tried_again() {
+    let no_effect = Failure {
+        had_no_effect: true,
+        ..unreachable()
+    };
+    for (failure, retry_in, is_final) in [
+        (unreachable(), None, false),
+        (timed_out(), None, false),
+        (unreadable(), None, false),
+        (no_effect, Some(SECOND / 2), false),
+        (refused(429, Some(3 * SECOND)), Some(3 * SECOND), false),
+        (refused(429, None), None, false),
+        (refused(400, None), None, true),
+        (refused(500, None), None, true),
+    ] {
+        assert_eq!(failure.retry_in(), retry_in, "{:?}", failure.error_code);
+        assert_eq!(failure.is_final(), is_final, "{:?}", failure.error_code);
+    }
 }
 
 #[test]
@@ -636,8 +643,7 @@ fn hints_fit_their_cause() {
         (403, "Forbidden: bot was blocked by the user", ""),
         (500, "Internal Server Error: restart", ""),
     ] {
-        let answer = json!({"ok": false, "error_code": code, "description": description});
-        let reason = read_refusal(&answer).unwrap().reason;
+        let reason = refusal(code, description, Value::Null).reason;
         let hint = reason.replace(&format!("{code} {description}"), "");
         assert_eq!(hint.is_empty(), told.is_empty(), "{reason}");
         assert!(hint.contains(told), "{reason}");
@@ -746,7 +752,7 @@ fn settings_and_ten_users_fit() {
     }
     state.interval = Some(120);
     state.feedback = Some(1);
-    let all = state.tokens();
+    let all = state.summary();
     assert_eq!(all.len(), 277);
     for (ids, told) in [
         (&[11, 12, 13][..], "r11;r12;r13;"),
@@ -757,7 +763,7 @@ fn settings_and_ten_users_fit() {
         for id in ids {
             state.remove(*id);
         }
-        assert_eq!(state.tokens(), told.to_string() + &all, "{ids:?}");
+        assert_eq!(state.summary(), told.to_string() + &all, "{ids:?}");
     }
 }
 
@@ -767,9 +773,9 @@ fn removals_alone_fill_a_reply() {
     for id in 100_000_001..=100_000_099 {
         state.remove(id);
     }
-    let tokens = state.tokens();
-    assert_eq!(tokens.len(), 27 * 11 - 1); // one more would be 307
-    assert!(tokens.ends_with("r100000099") && !tokens.contains(";;"));
+    let summary = state.summary();
+    assert_eq!(summary.len(), 27 * 11 - 1); // one more would be 307
+    assert!(summary.ends_with("r100000099") && !summary.contains(";;"));
 }
 
 #[test]
@@ -808,12 +814,49 @@ fn a_name_that_changes_hands() {
     for (chat, name) in [(1, "Ada"), (2, "Bob"), (3, "Cy")] {
         state.register(chat, name);
     }
-    mote.take(&state.tokens());
+    mote.take(&state.summary());
     state.remove(1);
     state.register(4, "Ada");
     state.register(1, "Ada");
-    mote.take(&state.tokens());
+    mote.take(&state.summary());
     assert_eq!(mote.users(), ["Ada:4", "Ada_2:1", "Bob:2", "Cy:3"]);
+}
+
+/// Neither an update of the program nor a way back loses anybody; what is no state is kept aside.
+#[test]
+fn states_of_other_versions() {
+    let before = r#"{"interval": 5, "feedback": null, "users": [{"name": "Ada", "chat": 5}],
+        "removed": [6], "bot": "123456789", "offset": 7, "ignore_commands_before": null}"#;
+    for (content, summary, offset) in [
+        (before, "r6;i5;Ada:5", 7),
+        ("{}", "", 0),
+        (
+            r#"{"users": [{"chat": 5}, {"name": "", "chat": 6}]}"#,
+            "user:5;user_2:6",
+            0,
+        ),
+        (r#"{"bot": "123456789", "offset": 7, "new": [1]}"#, "", 7),
+        (r#"{"bot": "1", "offset": 7, "interval": 5}"#, "i5", 0),
+        (r#"{"offset": 7}"#, "", 0),
+        (r#"{"users": [{"name": "Ada"}]}"#, "damaged", 0),
+        (r#"[5, null, [], [], null, 7]"#, "damaged", 0),
+        ("", "damaged", 0),
+    ] {
+        let scratch = Scratch::new();
+        let mut config = config(Some(TOKEN));
+        config.state_path = scratch.0.join("state.json");
+        fs::write(&config.state_path, content).unwrap();
+        let Ok(state) = State::open(&config) else {
+            panic!("not opened: {content}");
+        };
+        let aside = fs::read_to_string(scratch.0.join("state.json.damaged"));
+        match summary {
+            "damaged" => assert_eq!(aside.unwrap(), content),
+            _ => assert_eq!(state.summary(), summary, "{content}"),
+        }
+        assert_eq!(state.offset, offset, "{content}");
+        assert_eq!(state.bot.as_deref(), Some("123456789"), "{content}");
+    }
 }
 
 /// A state with users of these names, whose chats are 1, 2, ….
@@ -980,67 +1023,77 @@ fn of_the_deletions_the_oldest_is_given_up() {
     assert!(ids.map(|deletion| deletion.message_id).eq(21..=120));
 }
 
-/// Only ids and the chat's type decide.
 #[test]
-fn what_counts_as_writing() {
-    let ada = json!({"id": 5, "type": "private", "first_name": "Ada"});
-    let nameless = json!({"id": 5, "type": "private", "first_name": null});
-    for (message, is_heard) in [
-        (json!({"chat": ada, "text": "hi"}), true),
-        (json!({"chat": nameless, "text": "hi", "date": -1}), true),
+fn of_the_answers_the_oldest_is_dropped() {
+    let mut town = Town::new();
+    for chat in 1..=120 {
+        town.take(message(chat, "Ada", "config x"));
+    }
+    let chats = town.people.answers.iter().map(|answer| answer.chat);
+    assert!(chats.eq(21..=120));
+}
+
+#[test]
+fn who_can_register() {
+    for (chat, can_register) in [
         (
-            json!({"chat": {"id": 5, "type": "private", "title": 7}, "text": "hi", "date": 1.5}),
+            json!({"id": 5, "type": "private", "first_name": "Ada"}),
             true,
         ),
-        (json!({"chat": ada, "text": "hi", "from": null}), true),
-        (json!({"chat": ada, "text": null, "caption": "hi"}), true),
-        (json!({"chat": ada, "sticker": {}}), true),
-        (json!({"chat": ada, "photo": []}), true),
-        (json!({"chat": ada}), false),
-        (json!({"chat": ada, "text": null, "caption": ""}), false),
         (
-            json!({"chat": ada, "message_auto_delete_timer_changed": {"message_auto_delete_time": 86400}}),
-            false,
+            json!({"id": 5, "type": "private", "first_name": null}),
+            true,
         ),
-        (
-            json!({"chat": ada, "pinned_message": {"chat": ada, "text": "hi"}}),
-            false,
-        ),
-        (json!({"chat": ada, "gift": {}}), false),
-        (
-            json!({"chat": ada, "text": "hi", "from": {"is_bot": true}}),
-            false,
-        ),
-        (
-            json!({"chat": {"id": 5, "type": "group"}, "text": "hi"}),
-            false,
-        ),
-        (
-            json!({"chat": {"id": -5, "type": "private"}, "text": "hi"}),
-            false,
-        ),
-        (
-            json!({"chat": {"id": 100_000_000_000_i64, "type": "private"}, "text": "hi"}),
-            false,
-        ),
-        (
-            json!({"chat": {"id": "5", "type": "private"}, "text": "hi"}),
-            false,
-        ),
-        (
-            json!({"chat": {"id": 5.5, "type": "private"}, "text": "hi"}),
-            false,
-        ),
-        (json!({"chat": {"id": 5}, "text": "hi"}), false),
-        (json!({"text": "hi"}), false),
+        (json!({"id": 5, "type": "private", "title": 7}), true),
+        (json!({"id": 5, "type": "private"}), true),
+        (json!({"id": 5, "type": "group"}), false),
+        (json!({"id": 5, "type": "channel"}), false),
+        (json!({"id": 5, "type": null}), false),
+        (json!({"id": 5}), false),
+        (json!({"id": "5", "type": "private"}), false),
+        (json!({"id": 5.5, "type": "private"}), false),
+        (json!({"id": -5, "type": "private"}), false),
+        (json!({"id": 99_999_999_999_i64, "type": "private"}), true),
+        (json!({"id": 100_000_000_000_i64, "type": "private"}), false),
         (json!([]), false),
         (Value::Null, false),
     ] {
         let mut town = Town::new();
-        town.take(message.clone());
-        assert_eq!(town.state.is_user(5), is_heard, "{message}");
-        assert_eq!(!town.people.answers.is_empty(), is_heard, "{message}");
-        assert_eq!(town.state.offset, 2, "it would come again: {message}");
+        town.take(json!({"chat": chat, "text": "hi"}));
+        assert_eq!(town.state.users.len(), usize::from(can_register), "{chat}");
+        let is_answered = !town.people.answers.is_empty();
+        assert_eq!(is_answered, can_register, "{chat}");
+        assert_eq!(town.state.offset, 2, "it would come again: {chat}");
+    }
+}
+
+/// Everything but a person's text, caption or media is a service message, or odd.
+#[test]
+fn what_counts_as_writing() {
+    let timer = json!({"message_auto_delete_time": 86_400});
+    for (content, is_writing) in [
+        (json!({"text": "hi"}), true),
+        (json!({"text": "hi", "date": -1}), true),
+        (json!({"text": "hi", "date": 1.5}), true),
+        (json!({"text": "hi", "from": null}), true),
+        (json!({"text": "hi", "from": {"is_bot": true}}), false),
+        (json!({"text": null, "caption": "hi"}), true),
+        (json!({"text": 7, "sticker": {}}), true),
+        (json!({"photo": []}), true),
+        (json!({"photo": null}), false),
+        (json!({"text": null, "caption": ""}), false),
+        (json!({"pinned_message": {"text": "hi"}}), false),
+        (json!({"message_auto_delete_timer_changed": timer}), false),
+        (json!({"gift": {"text": "hi"}}), false),
+        (json!({}), false),
+    ] {
+        let mut town = Town::new();
+        let mut message = content.clone();
+        message["chat"] = json!({"id": 5, "type": "private"});
+        town.take(message);
+        assert_eq!(town.state.is_user(5), is_writing, "{content}");
+        let is_answered = !town.people.answers.is_empty();
+        assert_eq!(is_answered, is_writing, "{content}");
     }
 }
 
@@ -1071,6 +1124,7 @@ fn commands() {
         ("/remove_me@lab_bot", "leave"),
         ("/remove@lab_bot me", "leave"),
         ("\u{200b}remove \u{2060}me\u{fe0f} !", "leave"),
+        ("re\u{ad}mo\u{200d}ve me", "leave"),
         ("\"stop\"", "leave"),
         ("/STOP@lab_bot", "leave"),
         ("remove", "unknown"),
@@ -1094,7 +1148,7 @@ fn commands() {
         ("/register@lab_bot", "register"),
     ] {
         let kind = |config: &Config| match Command::read(text, config) {
-            Command::None => "none",
+            Command::Nothing => "none",
             Command::Leave => "leave",
             Command::Help => "help",
             Command::Config(_) => "config",
@@ -1145,6 +1199,38 @@ fn settings_that_people_make() {
             "{text:?}: {answer}"
         );
         assert_eq!(town.people.deletions.len(), 1, "{text:?}");
+    }
+}
+
+/// Only what begins with a command that takes the password is deleted. A caption is never carried
+/// out.
+#[test]
+fn what_is_deleted_from_its_chat() {
+    let register = format!("register {PASSWORD}");
+    let config = format!("config {PASSWORD} interval 7");
+    for (key, text, by_password, is_deleted) in [
+        ("text", config.as_str(), false, true),
+        ("text", "config", false, true),
+        ("text", &register, true, true),
+        ("text", &register, false, false),
+        ("text", PASSWORD, true, false),
+        ("text", "to config it", false, false),
+        ("caption", &config, false, true),
+        ("caption", &register, true, true),
+        ("caption", "hi", true, false),
+    ] {
+        let mut town = Town::new();
+        town.config.registration_by_password = by_password;
+        let mut message = message(5, "Ada", "");
+        message["photo"] = json!([]);
+        message[key] = json!(text);
+        town.take(message);
+        let is_kept = town.people.deletions.is_empty();
+        assert_eq!(is_kept, !is_deleted, "{text} in a {key}");
+        let is_carried_out = key == "text" && text == config;
+        assert_eq!(town.state.interval.is_some(), is_carried_out, "{text}");
+        let registers = !by_password || key == "text" && text == register;
+        assert_eq!(town.state.is_user(5), registers, "{text} in a {key}");
     }
 }
 
@@ -1282,17 +1368,21 @@ fn wrong_lines_of_settings() {
         assert!(fault.starts_with(&expected), "{content:?}: {fault}");
     }
     for (content, expected) in [
-        ("PASSWORD=a b", ":1: PASSWORD holds white space"),
+        ("PASSWORD=geheim b", ":1: PASSWORD holds white space"),
         ("PASSWORD=a\u{a0}b", ":1: PASSWORD holds white space"),
         ("\nCOAP_SERVER_PORT=65536", ":2: COAP_SERVER_PORT is not"),
         ("COAP_SERVER_IP=fe80::1%usb0", ":1: COAP_SERVER_IP is not"),
         ("COAP_SERVER_IP=::", ":1: COAP_SERVER_IP is not one address"),
-        ("HTTPS_PROXY=socks5://127.0.0.1:1", ":1: HTTPS_PROXY is not"),
+        (
+            "HTTPS_PROXY=socks5://a:geheim@127.0.0.1:1",
+            ":1: HTTPS_PROXY is not",
+        ),
         ("PASSWORD=a\nPASSWORD=b", ":2: PASSWORD is set twice"),
     ] {
         let fault = config_of(b"", content.as_bytes()).err().unwrap_or_default();
         let expected = format!(".env{expected}");
         assert!(fault.starts_with(&expected), "{content:?}: {fault}");
+        assert!(!fault.contains("geheim"), "a secret: {fault}");
     }
 }
 
