@@ -957,8 +957,10 @@ const CONNECT_TIME: Duration = Duration::from_secs(4);
 /// How often a call is tried, and how long to wait between.
 const ATTEMPTS: u32 = 3;
 const ATTEMPT_PAUSE: Duration = Duration::from_millis(500);
-/// How many bytes an answer may have: a page of ten updates of the longest takes about half of that.
-const ANSWER_MAX: u64 = 1 << 20;
+/// How many bytes a page of updates may have: ten of the longest take about half of that.
+const PAGE_MAX: u64 = 1 << 20;
+/// How many bytes any other answer may have: a `Message` of 4,096 characters, all escaped, fits.
+const ANSWER_MAX: u64 = 64 << 10;
 /// How much less than the usual time still counts as that.
 const TIME_LEFT_SLACK: Duration = Duration::from_millis(100);
 /// How many characters of the reason of a failed call are kept.
@@ -1111,9 +1113,7 @@ impl Telegram {
 
     /// Remembers when a call got no HTTP answer at all.
     fn note_silence(&mut self, result: &ApiResult) {
-        if let Err(failure) = result
-            && !failure.http_began
-        {
+        if result.as_ref().is_err_and(|failure| !failure.http_began) {
             self.silent_at = Some(Instant::now());
         }
     }
@@ -1155,7 +1155,7 @@ impl Telegram {
             .header("accept-encoding", "identity");
         let request = self.with_limits(request, deadline);
         let mut failure = match request.send(ureq::SendBody::from_reader(&mut unread)) {
-            Ok(response) => match read_response(response) {
+            Ok(response) => match read_response(response, method) {
                 Ok(result) => return Ok(result),
                 Err(failure) => failure,
             },
@@ -1203,10 +1203,11 @@ fn describe(error: &ureq::Error) -> String {
     error.to_string()
 }
 
-fn read_response(mut response: ureq::http::Response<ureq::Body>) -> ApiResult {
+fn read_response(mut response: ureq::http::Response<ureq::Body>, method: &str) -> ApiResult {
     let status = response.status().as_u16();
-    let body = response.body_mut().with_config().limit(ANSWER_MAX);
-    match body.read_to_vec() {
+    let is_page = method == "getUpdates";
+    let limit = if is_page { PAGE_MAX } else { ANSWER_MAX };
+    match response.body_mut().with_config().limit(limit).read_to_vec() {
         Ok(body) => read_answer(status, &body),
         Err(error) => {
             let reason = format!("HTTP {status}, then {}", describe(&error));
@@ -1575,10 +1576,8 @@ impl State {
 
 /// Reads a number as people mean it: Rust would take a leading `+`, too.
 fn parse_number<T: std::str::FromStr>(text: &str) -> Option<T> {
-    match text.starts_with('+') {
-        true => None,
-        false => text.parse().ok(),
-    }
+    let is_strange = text.starts_with('+');
+    if is_strange { None } else { text.parse().ok() }
 }
 
 /// Whether there is no such file, maybe for want of its folder.
@@ -2115,18 +2114,16 @@ impl<'a> Command<'a> {
 fn plain(word: &str) -> String {
     let mut visible = word.to_lowercase();
     visible.retain(|c| !is_invisible(c));
-    visible
-        .trim_matches(|c: char| !c.is_alphanumeric())
-        .to_string()
+    let word = visible.trim_matches(|c: char| !c.is_alphanumeric());
+    word.to_string()
 }
 
 /// Strips what people put around a value: quotes, brackets, and the end of a sentence.
 fn unquote(value: &str) -> &str {
     let is_around = |c: char| "\"'“”„‘’«»<>()[]`".contains(c) || is_invisible(c);
     let value = value.trim_matches(is_around);
-    value
-        .trim_end_matches(['.', ',', ';', ':', '!', '?'])
-        .trim_matches(is_around)
+    let value = value.trim_end_matches(['.', ',', ';', ':', '!', '?']);
+    value.trim_matches(is_around)
 }
 
 /// Returns what the bot can do with these settings.
@@ -2322,15 +2319,13 @@ impl Config {
         for setting in &of_ini {
             config.check_with_the_rest(setting)?;
         }
-        let file = folders.config_ini.display();
+        let ini = folders.config_ini.display();
+        let env = folders.dot_env.display();
         if config.token.is_none() {
-            warn!(
-                "no bot_token is set in {file}: /message serves any token, /update the first bot"
-            );
+            warn!("no bot_token is set in {ini}: /message serves any token, /update the first bot");
         }
-        let file = folders.dot_env.display();
         if config.password.is_none() {
-            warn!("no PASSWORD is set in {file}: every `config` is refused");
+            warn!("no PASSWORD is set in {env}: every `config` is refused");
         }
         Ok(config)
     }
@@ -2339,26 +2334,23 @@ impl Config {
     fn set_ini(&mut self, setting: &Setting) -> Result<(), String> {
         let value = setting.value.as_str();
         let secret = Secret(value.to_string());
+        let refuse = |rule: &str| Err(setting.fault(rule));
+        let word = format!("is not a word of at most {MOTE_TOKEN_MAX} bytes without &");
         match (setting.name.to_lowercase().as_str(), value) {
             ("bot_token", "your_telegram_bot_token") => {} // the template's: not set
             ("bot_token", _) if secret.is_bot_token() => self.token = Some(secret),
-            ("bot_token", _) => {
-                return Err(setting.fault("is not a bot token (digits, a colon, letters)"));
-            }
+            ("bot_token", _) => return refuse("is not a bot token (digits, a colon, letters)"),
             ("mote_token", _) if is_mote_token(value) => self.mote_token = Some(secret),
-            ("mote_token", _) => {
-                let rule = format!("is not a word of at most {MOTE_TOKEN_MAX} bytes without &");
-                return Err(setting.fault(&rule));
-            }
+            ("mote_token", _) => return refuse(&word),
             ("registration", "open") => self.registration_by_password = false,
             ("registration", "password") => self.registration_by_password = true,
-            ("registration", _) => return Err(setting.fault("is neither open nor password")),
+            ("registration", _) => return refuse("is neither open nor password"),
             ("url", _) if is_https_url(value) => self.url = value.to_string(),
-            ("url", _) => return Err(setting.fault("is not of the form https://host/bot")),
+            ("url", _) => return refuse("is not of the form https://host/bot"),
             ("ip_family", "any") => self.ip_family = IpFamily::Any,
             ("ip_family", "ipv4") => self.ip_family = IpFamily::Ipv4Only,
             ("ip_family", "ipv6") => self.ip_family = IpFamily::Ipv6Only,
-            ("ip_family", _) => return Err(setting.fault("is none of any, ipv4, ipv6")),
+            ("ip_family", _) => return refuse("is none of any, ipv4, ipv6"),
             _ => warn!("{}", setting.fault("is unknown and ignored")),
         }
         Ok(())
@@ -2367,22 +2359,20 @@ impl Config {
     /// Sets what stands in `.env` or in the environment.
     fn set_variable(&mut self, setting: &Setting) -> Result<(), String> {
         let value = setting.value.as_str();
+        let refuse = |rule: &str| Err(setting.fault(rule));
         match setting.name.as_str() {
             "PASSWORD" if value.contains(char::is_whitespace) => {
-                return Err(setting.fault("holds white space, which nobody could send"));
+                return refuse("holds white space, which nobody could send");
             }
             "PASSWORD" => self.password = Some(Secret(value.to_string())),
             "COAP_SERVER_IP" => match value.parse() {
                 Ok(ip) if is_one_address(ip) => self.listen.set_ip(ip),
-                Ok(_) => {
-                    let rule = "is not one address: name the one that the motes send to";
-                    return Err(setting.fault(rule));
-                }
-                Err(_) => return Err(setting.fault("is not an IP address (without a zone)")),
+                Ok(_) => return refuse("is not one address: name the one that the motes send to"),
+                Err(_) => return refuse("is not an IP address (without a zone)"),
             },
             "COAP_SERVER_PORT" => match value.parse() {
                 Ok(port) => self.listen.set_port(port),
-                Err(_) => return Err(setting.fault("is not a port (0 to 65535)")),
+                Err(_) => return refuse("is not a port (0 to 65535)"),
             },
             "SSL_CERT_FILE" => {
                 self.roots = read_roots(value).map_err(|reason| setting.fault(&reason))?;
@@ -2478,10 +2468,8 @@ fn read_settings(path: &Path, section: Option<&str>) -> Result<Vec<Setting>, Str
             return Err(format!("{origin}: no section yet; put [telegram] above it"));
         } else if current == section {
             let setting = Setting::read(origin, line)?;
-            if settings
-                .iter()
-                .any(|other| other.name.eq_ignore_ascii_case(&setting.name))
-            {
+            let is_same = |other: &Setting| other.name.eq_ignore_ascii_case(&setting.name);
+            if settings.iter().any(is_same) {
                 return Err(setting.fault("is set twice; remove one of them"));
             }
             settings.push(setting);
@@ -2560,7 +2548,6 @@ static USERS: AtomicU64 = AtomicU64::new(0);
 /// Writes what simple_logger writes to the console to a file, too.
 struct Log {
     console: SimpleLogger,
-    is_journal: bool,
     path: PathBuf,
 }
 
@@ -2573,11 +2560,8 @@ fn console(level: LevelFilter) -> SimpleLogger {
 
 fn start_log(path: PathBuf) -> Result<(), String> {
     let name = path.display().to_string();
-    let log = Log {
-        console: console(LevelFilter::Info),
-        is_journal: console_is_journal(),
-        path,
-    };
+    let console = console(LevelFilter::Info);
+    let log = Log { console, path };
     let probe = log.append(""); // can it be written?
     log::set_boxed_logger(Box::new(log)).map_err(|error| error.to_string())?;
     if let Err(error) = probe {
@@ -2611,28 +2595,25 @@ impl log::Log for Log {
         }
         let text = escape(&record.args().to_string());
         let mut out = io::stdout().lock(); // so that the priority stays with its line
-        if self.is_journal {
-            let _ = write!(out, "{}", journal_priority(record.level()));
-        }
-        let mut escaped = log::Record::builder();
-        escaped.metadata(record.metadata().clone());
-        self.console
-            .log(&escaped.args(format_args!("{text}")).build());
-        let time = utc(unix_now());
-        let _ = self.append(&format!("{time} [{}] {text}\n", record.level()));
+        let level = record.level();
+        let _ = write!(out, "{}", journal_priority(level));
+        let mut copy = log::Record::builder();
+        copy.metadata(record.metadata().clone());
+        self.console.log(&copy.args(format_args!("{text}")).build());
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        let time = utc(now.unwrap_or_default().as_secs());
+        let _ = self.append(&format!("{time} [{level}] {text}\n"));
     }
 
     fn flush(&self) {}
 }
 
-/// Whether the console is the journal. A terminal may have inherited its variable.
-fn console_is_journal() -> bool {
-    env::var_os("JOURNAL_STREAM").is_some() && !io::stderr().is_terminal()
-}
-
-/// Returns what tells the journal the priority of a line, sd-daemon(3).
+/// Returns what tells the journal the priority of a line, sd-daemon(3); nothing where the console is
+/// not the journal. A terminal may have inherited its variable.
 fn journal_priority(level: Level) -> &'static str {
+    let is_journal = env::var_os("JOURNAL_STREAM").is_some() && !io::stderr().is_terminal();
     match level {
+        _ if !is_journal => "",
         Level::Error => "<3>",
         Level::Warn => "<4>",
         _ => "<6>",
@@ -2650,11 +2631,6 @@ fn escape(text: &str) -> String {
         }
     }
     escaped
-}
-
-fn unix_now() -> u64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH);
-    now.map_or(0, |now| now.as_secs())
 }
 
 /// Returns `2026-01-31 12:00:00` for Unix seconds: H. Hinnant's `civil_from_days`, with his names
@@ -2712,8 +2688,7 @@ fn notify(message: &str) {
 
 fn check_settings() -> Result<(), String> {
     start_console()?;
-    Config::load(&Folders::find())?;
-    Ok(())
+    Config::load(&Folders::find()).map(drop)
 }
 
 fn check() -> Result<(), String> {
@@ -3067,11 +3042,9 @@ mod coap {
 
         pub fn content(code: ResponseType, format: u16, payload: &str) -> Response {
             let mut response = Response::new(code);
-            let format = OptionValueU16(format);
-            response
-                .packet
-                .add_option_as(CoapOption::ContentFormat, format);
-            response.packet.payload = payload.as_bytes().to_vec();
+            let packet = &mut response.packet;
+            packet.add_option_as(CoapOption::ContentFormat, OptionValueU16(format));
+            packet.payload = payload.as_bytes().to_vec();
             response
         }
 
@@ -3123,9 +3096,8 @@ mod coap {
 
     impl Memory {
         fn find(&self, digest: u64, now: Instant) -> Option<&Seen> {
-            self.0
-                .iter()
-                .find(|seen| seen.digest == digest && now < seen.expires)
+            let mut all = self.0.iter();
+            all.find(|seen| seen.digest == digest && now < seen.expires)
         }
 
         fn remember(&mut self, request: &Request, reply: &[u8]) {
@@ -3136,9 +3108,11 @@ mod coap {
             if self.0.len() >= SEEN_MAX {
                 self.0.pop_front();
             }
-            let lifetime = match request.is_confirmable() {
-                true => EXCHANGE_LIFETIME,
-                false => NON_LIFETIME,
+            let is_con = request.is_confirmable();
+            let lifetime = if is_con {
+                EXCHANGE_LIFETIME
+            } else {
+                NON_LIFETIME
             };
             self.0.push_back(Seen {
                 digest: request.digest,
@@ -3248,9 +3222,8 @@ mod coap {
         }
 
         /// Ends the retransmission of a response, and returns its ticket.
-        fn close(&mut self, peer: SocketAddr, message_id: u16) -> Option<u64> {
-            let is_meant =
-                |open: &Unacknowledged| open.peer == peer && open.message_id == message_id;
+        fn close(&mut self, peer: SocketAddr, id: u16) -> Option<u64> {
+            let is_meant = |open: &Unacknowledged| open.peer == peer && open.message_id == id;
             let index = self.unacknowledged.iter().position(is_meant)?;
             self.unacknowledged.remove(index)?.ticket
         }
@@ -3472,11 +3445,8 @@ mod coap {
         let mut packet = response.packet.clone();
         // RFC 7959 §2.3: a response to a block says which one.
         if let Some(block) = request.block_value(CoapOption::Block1) {
-            let more = if response.is(ResponseType::Continue) {
-                MORE
-            } else {
-                0
-            };
+            let goes_on = response.is(ResponseType::Continue);
+            let more = if goes_on { MORE } else { 0 };
             let value = OptionValueU32(block & !MORE | more);
             packet.add_option_as(CoapOption::Block1, value);
         }
