@@ -549,18 +549,15 @@ impl Gateway {
             return Err(forbidden("url"));
         }
         let presented = field(payload, TOKEN);
-        let Some(own) = &self.config.token else {
-            let token = Secret(presented.to_string());
-            return match token.is_bot_token() {
-                true => Ok(token),
-                false => Err(Response::bad_request("Malformed token")),
-            };
-        };
+        let token = Secret(presented.to_string());
         let mote_token = self.config.mote_token.as_ref();
-        if own.matches(presented) || mote_token.is_some_and(|word| word.matches(presented)) {
-            return Ok(own.clone());
+        let is_word = mote_token.is_some_and(|word| word.matches(presented));
+        match &self.config.token {
+            Some(own) if is_word || own.matches(presented) => Ok(own.clone()),
+            Some(_) => Err(forbidden("token")),
+            None if token.is_bot_token() => Ok(token),
+            None => Err(Response::bad_request("Malformed token")),
         }
-        Err(forbidden("token"))
     }
 }
 
@@ -918,12 +915,9 @@ impl Polling {
 
     /// A text has been sent that began then. It may show that Telegram hangs, or answers again.
     fn note_texts(&mut self, results: &[ApiResult], began: Instant, now: Instant) {
-        let is_decided = |result: &ApiResult| match result {
-            Ok(_) => true,
-            Err(failure) => failure.error_code.is_some(),
-        };
+        let is_open = |result: &ApiResult| result.as_ref().is_err_and(|f| f.error_code.is_none());
         let timed_out = |result: &ApiResult| result.as_ref().is_err_and(|f| f.timed_out);
-        if results.iter().any(is_decided) {
+        if !results.iter().all(is_open) {
             if self.hangs || self.is_out_of_reach {
                 self.next_fetch = now;
             }
@@ -1154,21 +1148,20 @@ impl Telegram {
             // Nothing here can unpack: a delivered text would look refused.
             .header("accept-encoding", "identity");
         let request = self.with_limits(request, deadline);
-        let mut failure = match request.send(ureq::SendBody::from_reader(&mut unread)) {
-            Ok(response) => match read_response(response, method) {
-                Ok(result) => return Ok(result),
-                Err(failure) => failure,
-            },
-            Err(error) => Failure {
+        let result = match request.send(ureq::SendBody::from_reader(&mut unread)) {
+            Ok(response) => read_response(response, method),
+            Err(error) => Err(Failure {
                 reason: describe(&error),
                 had_no_effect: unread.len() == body.len(),
                 timed_out: matches!(error, ureq::Error::Timeout(_)),
                 ..Failure::default()
-            },
+            }),
         };
-        let reason = failure.reason.replace(&token.0, "<token>");
-        failure.reason = format!("{}: {reason:.REASON_MAX$}", self.url);
-        Err(failure)
+        result.map_err(|failure| {
+            let reason = failure.reason.replace(&token.0, "<token>");
+            let reason = format!("{}: {reason:.REASON_MAX$}", self.url);
+            Failure { reason, ..failure }
+        })
     }
 
     /// Sets the limits of a request that differ from the agent's: the time, and the age of connections
@@ -1412,18 +1405,15 @@ impl State {
     /// read ends the start and stays as it is: it may hold everybody.
     fn open(config: &Config) -> Result<State, String> {
         let path = &config.state_path;
-        let mut state = match State::read(path) {
-            Ok(state) => state,
-            Err(error) if error.kind() != ErrorKind::InvalidData => return Err(error.to_string()),
-            Err(error) => {
-                let aside = beside(path, ".damaged");
-                match fs::rename(path, &aside) {
-                    Ok(()) => error!("{error}; starting anew, it is kept as {}", aside.display()),
-                    Err(fault) => error!("{error}; starting anew, it cannot be kept: {fault}"),
-                }
-                State::default()
+        let content = read_file(path)?;
+        let mut state = State::parse(path, content).unwrap_or_else(|reason| {
+            let aside = beside(path, ".damaged");
+            match fs::rename(path, &aside) {
+                Ok(()) => error!("{reason}; starting anew, it is kept as {}", aside.display()),
+                Err(error) => error!("{reason}; starting anew, it cannot be kept: {error}"),
             }
-        };
+            State::default()
+        });
         // Nobody is lost for want of a name in the file.
         for index in 0..state.users.len() {
             if state.users[index].name.is_empty() {
@@ -1440,20 +1430,15 @@ impl State {
         Ok(state)
     }
 
-    /// Reads the file, if there is one. `InvalidData` means that it was read and is no state.
-    fn read(path: &Path) -> io::Result<State> {
-        let fault = |kind, error: &dyn fmt::Display| {
-            io::Error::new(kind, format!("cannot read {}: {error}", path.display()))
-        };
-        let content = match fs::read(path) {
-            Ok(content) => content,
-            Err(error) if is_missing(&error) => return Ok(State::default()),
-            Err(error) => return Err(fault(error.kind(), &error)),
+    /// Reads the content of the file, if there is one.
+    fn parse(path: &Path, content: Option<Vec<u8>>) -> Result<State, String> {
+        let Some(content) = content else {
+            return Ok(State::default());
         };
         // An array, too, would be a State to serde, with its values in order.
         let object = serde_json::from_slice::<serde_json::Map<String, Value>>(&content);
         let state = object.and_then(|object| State::deserialize(Value::Object(object)));
-        state.map_err(|error| fault(ErrorKind::InvalidData, &error))
+        state.map_err(|error| format!("cannot read {}: {error}", path.display()))
     }
 
     /// Replaces the file, readable by its owner alone. After a power cut there is the old or the
@@ -1580,9 +1565,14 @@ fn parse_number<T: std::str::FromStr>(text: &str) -> Option<T> {
     if is_strange { None } else { text.parse().ok() }
 }
 
-/// Whether there is no such file, maybe for want of its folder.
-fn is_missing(error: &io::Error) -> bool {
-    matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory)
+/// Reads a file, if there is one. An error names it.
+fn read_file(path: &Path) -> Result<Option<Vec<u8>>, String> {
+    match fs::read(path) {
+        Ok(content) => Ok(Some(content)),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(error) if error.kind() == ErrorKind::NotADirectory => Ok(None),
+        Err(error) => Err(format!("cannot read {}: {error}", path.display())),
+    }
 }
 
 fn beside(path: &Path, suffix: &str) -> PathBuf {
@@ -1787,16 +1777,12 @@ impl fmt::Display for Chat {
 impl Chat {
     /// None without an id or a type. People have first names, groups have titles.
     fn read(chat: &Value) -> Option<Chat> {
-        let mut name = "";
-        for key in ["first_name", "title", "username"] {
-            if name.is_empty() {
-                name = chat[key].as_str().unwrap_or_default();
-            }
-        }
+        let text = |key: &str| chat[key].as_str().filter(|text| !text.is_empty());
+        let name = text("first_name").or(text("title")).or(text("username"));
         Some(Chat {
             id: chat["id"].as_i64()?,
             kind: chat["type"].as_str()?.to_string(),
-            name: name.to_string(),
+            name: name.unwrap_or_default().to_string(),
         })
     }
 }
@@ -2226,30 +2212,23 @@ impl Folders {
         let is_inside = env::current_dir().is_ok_and(|here| here == Path::new(INSTALLED_SETTINGS));
         let has_settings = Path::new("config.ini").exists() || Path::new(".env").exists();
         let uses_installation = is_installed && (is_inside || !has_settings);
-        let folder = |variable: &str, installed: &str| match named_folder(variable) {
-            Some(folder) => folder,
+        let folder = |variable: &str, installed: &str| match variable_of_environment(variable) {
+            Some(folder) => PathBuf::from(folder),
             None if uses_installation => installed.into(),
             None => PathBuf::new(),
         };
         let settings = folder("CREDENTIALS_DIRECTORY", INSTALLED_SETTINGS);
-        let dot_env = match named_folder("CREDENTIALS_DIRECTORY") {
-            Some(_) => "env", // a credential's name has no dot in front
-            None => ".env",
-        };
+        let are_credentials = variable_of_environment("CREDENTIALS_DIRECTORY").is_some();
+        let dot_env = if are_credentials { "env" } else { ".env" };
+        let is_service = variable_of_environment("STATE_DIRECTORY").is_some();
         Folders {
             config_ini: settings.join("config.ini"),
             dot_env: settings.join(dot_env),
             state: folder("STATE_DIRECTORY", INSTALLED_STATE),
             log: folder("LOGS_DIRECTORY", INSTALLED_LOG),
-            belong_to_the_service: uses_installation && named_folder("STATE_DIRECTORY").is_none(),
+            belong_to_the_service: uses_installation && !is_service,
         }
     }
-}
-
-/// Returns the folder that systemd names; of several, the first.
-fn named_folder(variable: &str) -> Option<PathBuf> {
-    let value = variable_of_environment(variable)?;
-    value.split(':').next().map(PathBuf::from)
 }
 
 /// What the operator has set, checked.
@@ -2388,15 +2367,13 @@ impl Config {
 
     /// Refuses what works only together with something that is not set.
     fn check_with_the_rest(&self, setting: &Setting) -> Result<(), String> {
-        match setting.name.to_lowercase().as_str() {
-            "mote_token" if self.token.is_none() => {
-                Err(setting.fault("does not work without bot_token"))
-            }
-            "registration" if self.registration_by_password && self.password.is_none() => {
-                Err(setting.fault("does not work without PASSWORD, which .env sets"))
-            }
-            _ => Ok(()),
-        }
+        let needs_password = self.registration_by_password && self.password.is_none();
+        let missing = match setting.name.to_lowercase().as_str() {
+            "mote_token" if self.token.is_none() => "bot_token",
+            "registration" if needs_password => "PASSWORD, which .env sets",
+            _ => return Ok(()),
+        };
+        Err(setting.fault(&format!("does not work without {missing}")))
     }
 
     /// Returns the token for the commands that cannot do without.
@@ -2442,11 +2419,7 @@ impl Setting {
 /// Reads the settings of a file, if there is one: of a section, or of a file without sections. What
 /// is set to nothing is not set.
 fn read_settings(path: &Path, section: Option<&str>) -> Result<Vec<Setting>, String> {
-    let content = match fs::read(path) {
-        Ok(content) => content,
-        Err(error) if is_missing(&error) => return Ok(Vec::new()),
-        Err(error) => return Err(format!("cannot read {}: {error}", path.display())),
-    };
+    let content = read_file(path)?.unwrap_or_default();
     let content = content.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&content);
     let mut current = None;
     let mut settings: Vec<Setting> = Vec::new();
@@ -2703,7 +2676,8 @@ fn check() -> Result<(), String> {
     let name = bot["first_name"].as_str().unwrap_or("?");
     let username = bot["username"].as_str().unwrap_or("?");
     print(&escape(&format!("bot: {name} (@{username})")))?;
-    print_users(&State::read(&config.state_path).map_err(|error| error.to_string())?)?;
+    let saved = read_file(&config.state_path)?;
+    print_users(&State::parse(&config.state_path, saved)?)?;
     print("chats with messages not fetched yet (for others see the log):")?;
     // Offset 1 confirms nothing, and is not the gateway's last one, which Telegram would hold.
     let updates = telegram.get_updates(token, 1, PAGE_LIMIT, deadline);
@@ -2768,11 +2742,9 @@ fn send(chat: &str, text: &str, uri: Option<&str>) -> Result<(), String> {
 fn address_of(uri: &str) -> Option<SocketAddr> {
     let host = uri.strip_prefix("coap://")?.trim_end_matches('/');
     let with_port = format!("{host}:{}", coap::PORT);
-    let mut found = match host.to_socket_addrs() {
-        Ok(found) => found,
-        Err(_) => with_port.to_socket_addrs().ok()?,
-    };
-    found.next()
+    let found = host.to_socket_addrs();
+    let found = found.or_else(|_| with_port.to_socket_addrs());
+    found.ok()?.next()
 }
 
 /// Plays a client's side of one exchange, RFC 7252 §4.2. `None`: nobody answers.
