@@ -63,8 +63,7 @@ use ureq::unversioned::transport::{DefaultConnector, NextTimeout};
 /// How long Telegram may take for one request. RIOT's nanocoap_sock waits 10 s after the empty ACK;
 /// we promise 9 s and keep half a second for ourselves.
 const REQUEST_TIME: Duration = Duration::from_millis(8500);
-/// How many people can be registered: the firmware keeps 10, and names at most as many chats in a
-/// request.
+/// How many people can be registered: the firmware keeps 10, and names no more chats in a request.
 const USERS_MAX: usize = 10;
 /// The longest text in characters. Bot API, sendMessage.
 const TEXT_MAX: usize = 4096;
@@ -268,14 +267,10 @@ impl Gateway {
 
     /// When the next retransmission or fetch is due; within the next tick if nothing else is.
     fn next_due(&self) -> Instant {
-        let mut due = Instant::now() + TICK;
-        if let Some(retransmission) = self.exchanges.next_due() {
-            due = due.min(retransmission);
-        }
-        if let Some(fetch) = self.polling.next_due() {
-            due = due.min(fetch);
-        }
-        due
+        let tick = Instant::now() + TICK;
+        let retransmission = self.exchanges.next_due().unwrap_or(tick);
+        let fetch = self.polling.next_due().unwrap_or(tick);
+        tick.min(retransmission).min(fetch)
     }
 
     /// Retransmits and fetches, if that is due. What found no time after the last fetch gets a turn
@@ -304,8 +299,7 @@ impl Gateway {
         }
     }
 
-    /// Answers a request: at once, or with an empty ACK, a call of Telegram, and then a separate
-    /// response.
+    /// Answers a request: at once, or with an empty ACK, a call of Telegram, a separate response.
     fn handle(&mut self, mut request: Request) {
         let peer = request.peer;
         let work = match self.judge(&mut request) {
@@ -332,8 +326,7 @@ impl Gateway {
         self.settle(deadline);
     }
 
-    /// Sends a datagram, if there is one. One that cannot be sent is one that was lost: CoAP
-    /// retransmits.
+    /// Sends a datagram, if there is one. One that cannot be sent counts as lost: CoAP retransmits.
     fn transmit(&self, peer: SocketAddr, bytes: &[u8]) {
         if !bytes.is_empty() {
             let _ = self.socket.send_to(bytes, peer);
@@ -366,8 +359,7 @@ impl Gateway {
         Ok(())
     }
 
-    /// Tells when this host has lost the address, or has it back. Serving just goes on: the socket
-    /// outlives both.
+    /// Tells when this host has lost the address, or has it back. The socket outlives both.
     fn check_address(&mut self) {
         let ip = self.config.listen.ip();
         let result = UdpSocket::bind((ip, 0));
@@ -397,7 +389,7 @@ impl Gateway {
 }
 
 fn log_outcome(request: &Request, response: &Response) {
-    let failed = response.is_failure();
+    let failed = response.is(ResponseType::InternalServerError);
     let level = if failed { Level::Warn } else { Level::Info };
     let mut line = format!("{} {request} -> {}", request.peer, response.code());
     line += &format!(" in {} ms", request.received_at.elapsed().as_millis());
@@ -594,8 +586,8 @@ fn field<'a>(payload: &'a str, key: &str) -> &'a str {
     let Some(start) = payload.find(key) else {
         return "";
     };
-    let others = KEYS.iter().filter_map(|other| payload.find(other));
-    let end = others.filter(|position| *position > start).min();
+    let starts = KEYS.iter().filter_map(|other| payload.find(other));
+    let end = starts.filter(|other| *other > start).min();
     trim(&payload[start + key.len()..end.unwrap_or(payload.len())])
 }
 
@@ -764,8 +756,7 @@ impl Gateway {
         }
     }
 
-    /// Tells people what became of their messages, best effort: each answer is sent once, as soon as
-    /// there is time.
+    /// Tells people what became of their messages. An answer is sent once, when there is time.
     fn answer_people(&mut self, token: &Secret, deadline: Instant) {
         while Instant::now() < deadline
             && let Some(Answer { chat, texts }) = self.people.answers.pop_front()
@@ -927,8 +918,7 @@ impl Polling {
         }
     }
 
-    /// A call that began then got no answer in time. The minute until the next try begins with the
-    /// first such call, and with each try.
+    /// A call that began then got no answer in time. The first one and each try begin a new minute.
     fn note_time_out(&mut self, began: Instant) {
         let was_try = began >= self.next_fetch;
         if was_try || !self.hangs {
@@ -1008,11 +998,9 @@ impl Failure {
 
     /// An answer came that is not what it should be.
     fn unreadable(reason: String) -> Failure {
-        Failure {
-            reason,
-            http_began: true,
-            ..Failure::default()
-        }
+        let mut failure = Failure::new(reason);
+        failure.http_began = true;
+        failure
     }
 
     /// The pause before another attempt, if that cannot do anything twice.
@@ -1072,8 +1060,7 @@ impl Telegram {
         }
     }
 
-    /// Sends a text to every chat at the same time; results are in the order of the chats. The
-    /// first chat needs no thread.
+    /// Sends a text to every chat at the same time. The first needs no thread. Results are in order.
     fn send_to_all(&mut self, text: &Text, chats: &[ChatId], deadline: Instant) -> Vec<ApiResult> {
         let telegram = &*self;
         let send = |chat: &ChatId| {
@@ -1269,9 +1256,8 @@ fn seconds(value: &Value) -> Option<Duration> {
 const ADDRESSES_HOLD: Duration = Duration::from_secs(60);
 const NEW_ADDRESSES_TIME: Duration = Duration::from_secs(1);
 
-/// Keeps the addresses of the host (the Bot API's, or the proxy's), for ureq asks for them on each
-/// call. There is one look-up at a time, in a thread of its own, and its answer counts whenever it
-/// comes.
+/// Keeps the addresses of the Bot API or the proxy, for ureq asks for them on each call. There is one
+/// look-up at a time, in a thread of its own, and its answer counts whenever it comes.
 #[derive(Debug, Default)]
 struct Addresses {
     look_up: Arc<Mutex<LookUp>>,
@@ -1353,8 +1339,7 @@ fn lock(look_up: &Mutex<LookUp>) -> MutexGuard<'_, LookUp> {
 const REMOVED_MAX: usize = 100;
 /// How many bytes of a user's name the firmware keeps.
 const NAME_MAX: usize = 14;
-/// The largest chat id that the firmware keeps whole: 11 characters. It cuts longer ones, so that
-/// they name another chat.
+/// The largest chat id that the firmware keeps whole. A longer one it cuts: that is another chat.
 const CHAT_ID_MAX: i64 = 99_999_999_999;
 /// The longest reply in bytes that the firmware takes. A longer one is thrown away whole.
 const REPLY_MAX: usize = 302;
@@ -1373,8 +1358,7 @@ struct State {
     removed: Vec<i64>,
     /// The id of the bot that `offset` belongs to. Without a configured token, no other is served.
     bot: Option<String>,
-    /// Bot API, getUpdates: the id of the next update. It may fall, for after a quiet week Telegram
-    /// numbers anew.
+    /// Bot API, getUpdates: the next update's id. It may fall: Telegram numbers anew after a week.
     offset: i64,
 }
 
@@ -1441,8 +1425,7 @@ impl State {
         state.map_err(|error| format!("cannot read {}: {error}", path.display()))
     }
 
-    /// Replaces the file, readable by its owner alone. After a power cut there is the old or the
-    /// new one.
+    /// Replaces the file, readable by its owner alone. A power cut leaves the old or the new one.
     fn write(&self, path: &Path) -> io::Result<()> {
         let new = beside(path, ".new");
         let mut options = OpenOptions::new();
@@ -1483,8 +1466,7 @@ impl State {
         Registration::New
     }
 
-    /// Removes a chat, known or not: the firmware may have it built in. Returns who it was, for
-    /// people.
+    /// Removes a chat, known or not: the firmware may have it built in. Returns who it was.
     fn remove(&mut self, chat: i64) -> String {
         let mut shown = chat.to_string();
         if let Some(index) = self.users.iter().position(|user| user.chat == chat) {
@@ -1581,8 +1563,7 @@ fn beside(path: &Path, suffix: &str) -> PathBuf {
     name.into()
 }
 
-/// Whether the firmware can hold this chat whole, and remove it: it removes only ids that begin
-/// with a digit.
+/// Whether the firmware keeps this id whole, and can remove it: for that it begins with a digit.
 fn fits_firmware(chat: i64) -> bool {
     (1..=CHAT_ID_MAX).contains(&chat)
 }
@@ -1678,8 +1659,7 @@ impl Motes {
     }
 
     /// Remembers a mote by its request. One whose message ID does not go on from the highest has
-    /// restarted, and knows nothing. Another port is another client behind the same address, whose
-    /// message IDs say nothing.
+    /// restarted, and knows nothing. Another port is another client, whose message IDs say nothing.
     fn note_request(&mut self, peer: SocketAddr, message_id: u16, now: Instant) {
         let address = peer.ip().to_canonical();
         let index = self.motes.iter().position(|mote| mote.address == address);
@@ -1870,8 +1850,7 @@ impl People {
         }
     }
 
-    /// Carries out what somebody has written. Whoever writes is registered, unless that takes the
-    /// password.
+    /// Carries out what somebody has written, and registers them unless that takes the password.
     fn hear(&mut self, message: &Message, state: &mut State, config: &Config) {
         let chat = message.chat.id;
         if message.is_by_a_bot {
@@ -1937,9 +1916,8 @@ impl People {
         }
     }
 
-    /// Carries out `config <password> <key> <value>`. Counts as a guess only with at least four
-    /// words. Key and value are looked at after the password, so that nobody learns anything
-    /// without it.
+    /// Carries out `config <password> <key> <value>`. Only four words or more are a guess. Key and
+    /// value are looked at after the password, so that nobody learns anything without it.
     fn configure(&mut self, chat: i64, words: &[&str], state: &mut State, config: &Config) {
         if config.password.is_none() {
             return self.say(chat, "No password is set, so nothing can be changed.");
@@ -2025,9 +2003,7 @@ impl People {
 
     /// Keeps a message for deletion. If there are too many, the oldest stays in its chat.
     fn delete(&mut self, message: &Message) {
-        let Some(message_id) = message.id else {
-            return;
-        };
+        let Some(message_id) = message.id else { return };
         if self.deletions.len() >= DELETIONS_MAX {
             self.deletions.pop_front();
         }
@@ -2035,8 +2011,7 @@ impl People {
         self.deletions.push_back(Deletion { chat, message_id });
     }
 
-    /// Adds to what a chat is told at once, each text once. If too many chats wait, the oldest is
-    /// told nothing.
+    /// Adds a text to what a chat is told, once. If too many chats wait, the oldest is told nothing.
     fn say(&mut self, chat: i64, text: &str) {
         let text = text.to_string();
         if let Some(answer) = self.answers.iter_mut().find(|answer| answer.chat == chat) {
@@ -2095,8 +2070,7 @@ impl<'a> Command<'a> {
     }
 }
 
-/// Returns a word as it is compared: lower-case, without invisible characters and without anything
-/// around it that is neither letter nor digit.
+/// Returns a word for comparison: lower-case, visible, from the first to the last letter or digit.
 fn plain(word: &str) -> String {
     let mut visible = word.to_lowercase();
     visible.retain(|c| !is_invisible(c));
@@ -2169,8 +2143,7 @@ const VARIABLES: [&str; 5] = [
 struct Secret(String);
 
 impl Secret {
-    /// Whether this is `<bot id>:<letters, digits, _ and ->`, so that it can stand in a URL as it
-    /// is.
+    /// Whether this is `<bot id>:<letters, digits, _ and ->`: it stands in a URL as it is.
     fn is_bot_token(&self) -> bool {
         let (id, key) = self.0.split_once(':').unwrap_or_default();
         let is_id = (1..=20).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_digit());
@@ -2219,7 +2192,7 @@ impl Folders {
         };
         let settings = folder("CREDENTIALS_DIRECTORY", INSTALLED_SETTINGS);
         let are_credentials = variable_of_environment("CREDENTIALS_DIRECTORY").is_some();
-        let dot_env = if are_credentials { "env" } else { ".env" };
+        let dot_env = if are_credentials { "env" } else { ".env" }; // systemd wants no dot there
         let is_service = variable_of_environment("STATE_DIRECTORY").is_some();
         Folders {
             config_ini: settings.join("config.ini"),
@@ -2416,8 +2389,7 @@ impl Setting {
     }
 }
 
-/// Reads the settings of a file, if there is one: of a section, or of a file without sections. What
-/// is set to nothing is not set.
+/// Reads the settings of a file or of a section of it. What is set to nothing is not set.
 fn read_settings(path: &Path, section: Option<&str>) -> Result<Vec<Setting>, String> {
     let content = read_file(path)?.unwrap_or_default();
     let content = content.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&content);
@@ -2581,8 +2553,8 @@ impl log::Log for Log {
     fn flush(&self) {}
 }
 
-/// Returns what tells the journal the priority of a line, sd-daemon(3); nothing where the console is
-/// not the journal. A terminal may have inherited its variable.
+/// Returns what tells the journal the priority of a line, sd-daemon(3). A console that is no journal
+/// is told nothing; a terminal may have inherited the variable.
 fn journal_priority(level: Level) -> &'static str {
     let is_journal = env::var_os("JOURNAL_STREAM").is_some() && !io::stderr().is_terminal();
     match level {
@@ -2865,8 +2837,7 @@ mod coap {
         digest: u64,
     }
 
-    /// Shows what the log says. Of the path only the start, up to a colon: somebody may have put the
-    /// token there.
+    /// Shows what the log says. The path ends at a colon: somebody may have put the token there.
     impl fmt::Display for Request {
         fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
             let method = match self.code() {
@@ -2899,8 +2870,7 @@ mod coap {
             self.packet.get_option(option).into_iter().flatten()
         }
 
-        /// Returns the path as in a URI: segments joined with `/`, and one inside a segment
-        /// encoded. RFC 7252 §6.5.
+        /// Returns the path as in a URI: with `/` between segments, encoded inside. RFC 7252 §6.5.
         pub fn path(&self) -> String {
             let mut path = Vec::new();
             for segment in self.values(CoapOption::UriPath) {
@@ -2989,8 +2959,7 @@ mod coap {
             }
         }
 
-        /// An error with a diagnostic payload, RFC 7252 §5.5.2, which leaves only inside an ACK:
-        /// see `encode`.
+        /// An error with a diagnostic payload, RFC 7252 §5.5.2. `encode` drops it outside an ACK.
         pub fn error(code: ResponseType, reason: &str) -> Response {
             let mut response = Response::new(code);
             response.packet.payload = reason.as_bytes().to_vec();
@@ -3024,17 +2993,8 @@ mod coap {
             Response::content(code, TEXT_PLAIN, payload)
         }
 
-        fn is(&self, code: ResponseType) -> bool {
+        pub fn is(&self, code: ResponseType) -> bool {
             self.code() == MessageClass::Response(code)
-        }
-
-        /// Whether the gateway has failed, not the client.
-        pub fn is_failure(&self) -> bool {
-            self.is(ResponseType::InternalServerError)
-        }
-
-        fn is_success(&self) -> bool {
-            u8::from(self.code()) >> 5 == 2
         }
 
         /// Shown as in `2.05`.
@@ -3074,10 +3034,8 @@ mod coap {
 
         fn remember(&mut self, request: &Request, reply: &[u8]) {
             let now = request.received_at;
-            while self.0.front().is_some_and(|oldest| oldest.expires <= now) {
-                self.0.pop_front();
-            }
-            if self.0.len() >= SEEN_MAX {
+            let has_expired = |seen: &Seen| seen.expires <= now;
+            while self.0.len() >= SEEN_MAX || self.0.front().is_some_and(has_expired) {
                 self.0.pop_front();
             }
             let is_con = request.is_confirmable();
@@ -3121,8 +3079,7 @@ mod coap {
         }
     }
 
-    /// The start of a body that another one has replaced. Its sender may go on: its next block begins
-    /// at this length.
+    /// The start of a body that another has replaced. Its sender may go on where this one ends.
     #[derive(PartialEq)]
     struct Replaced {
         length: usize,
@@ -3145,8 +3102,7 @@ mod coap {
         hasher: RandomState,
         /// Requests that were promised a response: they had a token.
         begun: Memory,
-        /// Blocks that were answered 2.31. Apart from the others, for it takes no token to send
-        /// many of them.
+        /// Blocks that were answered 2.31; apart, for it takes no token to send many of them.
         continued: Memory,
         /// The oldest comes first.
         unacknowledged: VecDeque<Unacknowledged>,
@@ -3279,8 +3235,7 @@ mod coap {
 
         // ----- Block1 -----
 
-        /// Returns whether the request is whole; then it has its whole body. `Err` refuses the
-        /// block.
+        /// Returns whether the request has its whole body now. `Err` refuses the block.
         pub fn assemble(&mut self, request: &mut Request) -> Result<bool, Response> {
             let now = request.received_at;
             self.assemblies
@@ -3304,14 +3259,11 @@ mod coap {
                 request.packet.payload = assembly.body;
                 return Ok(true);
             }
-            let mut size = assembly.size();
-            for other in &self.assemblies {
-                size += other.size();
-            }
+            self.assemblies.push(assembly);
+            let mut size: usize = self.assemblies.iter().map(Assembly::size).sum();
             while size > ASSEMBLIES_MAX {
                 size -= self.assemblies.remove(0).size();
             }
-            self.assemblies.push(assembly);
             Ok(false)
         }
 
@@ -3340,8 +3292,7 @@ mod coap {
             if length != block.number * block.size {
                 return Err(Response::error(incomplete, "A block is missing"));
             }
-            // Here a replaced body would go on, too: whose the block is, nobody can tell, unless both
-            // have begun alike.
+            // If a replaced body goes on here, too, this may be its block, unless both began alike.
             let digest = self.hasher.hash_one(&assembly.body);
             let is_other = |other: &Replaced| other.length == length && other.digest != digest;
             if assembly.replaced.iter().any(is_other) {
@@ -3411,8 +3362,7 @@ mod coap {
         to_bytes(&packet)
     }
 
-    /// Encodes a response. The firmware takes payloads outside an ACK for configuration, so an
-    /// error there has none.
+    /// Encodes a response. Outside an ACK, the firmware would take an error's payload for settings.
     fn encode(kind: MessageType, id: u16, request: &Request, response: &Response) -> Vec<u8> {
         let mut packet = response.packet.clone();
         // RFC 7959 §2.3: a response to a block says which one.
@@ -3422,7 +3372,8 @@ mod coap {
             let value = OptionValueU32(block & !MORE | more);
             packet.add_option_as(CoapOption::Block1, value);
         }
-        if kind != MessageType::Acknowledgement && !response.is_success() {
+        let is_success = u8::from(response.code()) >> 5 == 2;
+        if kind != MessageType::Acknowledgement && !is_success {
             packet.payload.clear();
         }
         packet.header.set_type(kind);

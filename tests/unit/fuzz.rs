@@ -1046,7 +1046,7 @@ fn saved_state(text: &[u8]) {
     let mut config = config(Some(TOKEN));
     config.state_path = scratch.0.join("state.json");
     fs::write(&config.state_path, text).unwrap();
-    let saved = State::read(&config.state_path);
+    let saved = State::parse(&config.state_path, Some(text.to_vec()));
     let Ok(mut state) = State::open(&config) else {
         panic!("it can be read");
     };
