@@ -885,7 +885,8 @@ impl Polling {
     /// A fetch that began then has failed.
     fn note_failed_fetch(&mut self, failure: &Failure, began: Instant, now: Instant) {
         self.is_failing = true;
-        self.is_out_of_reach = failure.error_code.is_none();
+        // A 4xx is about getUpdates itself, such as a webhook: an accepted text tells nothing of it.
+        self.is_out_of_reach = failure.error_code.is_none_or(|code| code >= 500);
         let was_unreadable = failure.http_began && failure.error_code.is_none();
         if failure.timed_out {
             self.note_time_out(began);
@@ -996,9 +997,9 @@ impl Failure {
         }
     }
 
-    /// An answer came that is not what it should be.
-    fn unreadable(reason: String) -> Failure {
-        let mut failure = Failure::new(reason);
+    /// A failure with an HTTP answer.
+    fn with_answer(reason: impl Into<String>) -> Failure {
+        let mut failure = Failure::new(reason.into());
         failure.http_began = true;
         failure
     }
@@ -1054,9 +1055,7 @@ impl Telegram {
         let body = json!({"offset": offset, "limit": limit, "allowed_updates": ["message"]});
         match self.call(token, "getUpdates", &body, deadline)? {
             Value::Array(page) => Ok(page),
-            _ => Err(Failure::unreadable(
-                "the result of getUpdates is no list".to_string(),
-            )),
+            _ => Err(Failure::with_answer("getUpdates: the result is no list")),
         }
     }
 
@@ -1191,7 +1190,7 @@ fn read_response(mut response: ureq::http::Response<ureq::Body>, method: &str) -
         Ok(body) => read_answer(status, &body),
         Err(error) => {
             let reason = format!("HTTP {status}, then {}", describe(&error));
-            Err(Failure::unreadable(reason))
+            Err(Failure::with_answer(reason))
         }
     }
 }
@@ -1209,9 +1208,8 @@ fn read_answer(status: u16, body: &[u8]) -> ApiResult {
         Err(error) => format!("no JSON: {error}"),
     };
     let length = body.len();
-    Err(Failure::unreadable(format!(
-        "HTTP {status} with {length} bytes, {cause}"
-    )))
+    let reason = format!("HTTP {status} with {length} bytes, {cause}");
+    Err(Failure::with_answer(reason))
 }
 
 /// Reads what the Bot API says when it refuses a call, and adds what to do about it.
@@ -1233,7 +1231,7 @@ fn read_refusal(answer: &Value) -> Option<Failure> {
     if let Some(id) = parameters["migrate_to_chat_id"].as_i64() {
         reason += &format!(" (its id is now {id}: tell the mote)");
     }
-    let mut failure = Failure::unreadable(reason);
+    let mut failure = Failure::with_answer(reason);
     failure.error_code = Some(code);
     if code == 429 {
         failure.retry_after = seconds(&parameters["retry_after"]);
@@ -2045,8 +2043,14 @@ impl<'a> Command<'a> {
     fn read(text: &'a str, config: &Config) -> Command<'a> {
         let mut words: Vec<&str> = text.split_whitespace().collect();
         words.retain(|word| !word.chars().all(is_invisible));
-        let Some(first) = words.first() else {
+        if words.is_empty() {
             return Command::Nothing;
+        }
+        // Signs in front are no words; further behind, they may be the password.
+        let signs = words.iter().take_while(|word| plain(word).is_empty());
+        words.drain(..signs.count());
+        let Some(first) = words.first() else {
+            return Command::Unknown;
         };
         let first = plain(first);
         let command = first.split('@').next().unwrap_or_default();
