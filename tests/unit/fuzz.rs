@@ -717,8 +717,12 @@ impl Town {
             let is_told = answer.chat == writer.chat;
             assert!(is_told || writer.is_obeyed && has_left(answer.chat));
         }
-        let is_answered = answers.iter().any(|answer| answer.chat == writer.chat);
-        assert!(is_answered || writer.is_locked || writer.letters.is_empty());
+        let is_answered = |chat| answers.iter().any(|answer| answer.chat == chat);
+        assert!(is_answered(writer.chat) || writer.is_locked || writer.letters.is_empty());
+        for User { chat, .. } in &before.users {
+            let stays = self.state.is_user(*chat);
+            assert!(stays || is_answered(*chat), "removed without a word");
+        }
     }
 
     /// The password is never said, nor logged, unless somebody makes it their name.

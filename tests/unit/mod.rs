@@ -481,21 +481,24 @@ fn what_ends_a_hang() {
 
 #[test]
 fn a_text_that_is_answered_ends_the_minute() {
-    for (failure, answer) in [
-        (unreachable(), Ok(Value::Null)),
-        (timed_out(), Ok(Value::Null)),
-        (unreadable(), Err(refused(403, None))),
+    let sent = || Ok(Value::Null);
+    for (failure, answer, next) in [
+        (unreachable(), sent(), 0.0),
+        (timed_out(), sent(), 0.0),
+        (unreadable(), Err(refused(403, None)), 0.0),
+        (refused(500, None), sent(), 0.0),
+        (refused(409, None), sent(), 50.5), // a webhook is still there
     ] {
         let mut fetches = Fetches::new();
         fetches.fail(0, failure);
         fetches.text(9, Err(unreachable()));
         fetches.text(10, answer);
-        assert_eq!(fetches.next(10), 0.0);
+        assert_eq!(fetches.next(10), next);
         assert_eq!(fetches.time(10), 8.5);
     }
     let mut fetches = Fetches::new();
     fetches.succeed(0, false);
-    fetches.text(1, Ok(Value::Null));
+    fetches.text(1, sent());
     assert_eq!(fetches.next(1), 14.0, "nothing had failed");
 }
 
@@ -1168,6 +1171,7 @@ fn settings_that_people_make() {
         ("config geheim interval 7", Some(7), None),
         ("/config@lab_bot geheim INTERVAL: \"120\".", Some(120), None),
         ("Config\ngeheim  interval\t<1>", Some(1), None),
+        ("- / config geheim interval 7", Some(7), None),
         ("config geheim feedback 0!", None, Some(0)),
         ("config geheim feedback (1)", None, Some(1)),
         ("config geheim interval 0", None, None),
@@ -1199,6 +1203,37 @@ fn settings_that_people_make() {
             "{text:?}: {answer}"
         );
         assert_eq!(town.people.deletions.len(), 1, "{text:?}");
+    }
+}
+
+#[test]
+fn whom_the_owner_removes() {
+    for (command, gone) in [
+        ("config geheim remove Ada", Some(1)),
+        ("/config@lab_bot geheim REMOVE \"ada.\"", Some(1)),
+        ("config geheim remove Grace Hopper", Some(2)),
+        ("config geheim remove 2!", Some(2)),
+        ("config geheim remove 7", Some(7)), // the firmware may have it built in
+        ("config geheim remove Eve", None),
+        ("config geheim remove", None),
+        ("config x remove Ada", None),
+    ] {
+        let mut town = Town::new();
+        town.state = state_of(&["Ada", "Grace Hopper"]);
+        let shown = match gone {
+            Some(chat @ 1..=2) => town.state.users[chat as usize - 1].to_string(),
+            _ => "7".to_string(),
+        };
+        let answer = town.write(9, command);
+        let confirmation = format!("{shown} is removed.");
+        assert_eq!(answer.contains(&confirmation), gone.is_some(), "{answer}");
+        assert_eq!(town.state.removed, Vec::from_iter(gone), "{command}");
+        for chat in 1..=2 {
+            let is_gone = gone == Some(chat);
+            assert_eq!(town.state.is_user(chat), !is_gone, "{command}");
+            let told = town.answer(chat);
+            assert_eq!(told.contains("You are removed"), is_gone, "{told}");
+        }
     }
 }
 
