@@ -99,11 +99,9 @@ fn main() -> ExitCode {
         [] => serve(),
         ["check"] => check(),
         ["check", "--settings"] => check_settings(),
-        ["send", "-i", chat, "-m", text] | ["send", "-m", text, "-i", chat] => {
-            send(chat, text, None)
-        }
-        ["send", "-i", chat, "-m", text, "-u", uri] if uri.starts_with("coap://") => {
-            send(chat, text, Some(uri))
+        ["send", "-i", id, "-m", text] | ["send", "-m", text, "-i", id] => send(id, text, None),
+        ["send", "-i", id, "-m", text, "-u", uri] if uri.starts_with("coap://") => {
+            send(id, text, Some(uri))
         }
         ["--help" | "-h"] => print(USAGE),
         ["--version" | "-V"] => print(VERSION),
@@ -1432,11 +1430,8 @@ impl State {
         file.write_all(&serde_json::to_vec_pretty(self)?)?;
         file.sync_all()?;
         fs::rename(&new, path)?;
-        let folder = match path.parent() {
-            Some(folder) if !folder.as_os_str().is_empty() => folder,
-            _ => Path::new("."),
-        };
-        File::open(folder)?.sync_all()
+        let whole = Path::new(".").join(path); // a bare name has no folder
+        File::open(whole.parent().unwrap_or(&whole))?.sync_all()
     }
 
     fn is_user(&self, chat: i64) -> bool {
@@ -1480,22 +1475,15 @@ impl State {
 
     /// Finds the chat that somebody means by an id or by a user's name.
     fn find(&self, meant: &str) -> Option<i64> {
-        if let Some(id) = parse_number(meant)
-            && fits_firmware(id)
-        {
-            return Some(id);
-        }
-        if visible_name(meant).is_empty() {
-            return None; // `clean_name` would make a user of it
+        let id = parse_number(meant).filter(|id| fits_firmware(*id));
+        if id.is_some() || visible_name(meant).is_empty() {
+            return id; // of no name at all, `clean_name` would make one
         }
         let name = clean_name(meant);
-        let mut users = self.users.iter();
-        if let Some(user) = users.find(|user| user.name == name) {
-            return Some(user.chat);
-        }
-        let name = name.to_lowercase();
-        let mut users = self.users.iter();
-        let found = users.find(|user| user.name.to_lowercase() == name);
+        let lower = name.to_lowercase();
+        let is_like = |user: &&User| user.name.to_lowercase() == lower;
+        let exact = self.users.iter().find(|user| user.name == name);
+        let found = exact.or_else(|| self.users.iter().find(is_like));
         found.map(|user| user.chat)
     }
 
@@ -1517,12 +1505,8 @@ impl State {
     /// either; the newest are the last to be left out.
     fn summary(&self) -> String {
         let mut tokens = Vec::new();
-        if let Some(minutes) = self.interval {
-            tokens.push(format!("i{minutes}"));
-        }
-        if let Some(on) = self.feedback {
-            tokens.push(format!("f{on}"));
-        }
+        tokens.extend(self.interval.map(|minutes| format!("i{minutes}")));
+        tokens.extend(self.feedback.map(|on| format!("f{on}")));
         for User { name, chat } in &self.users {
             tokens.push(format!("{name}:{chat}"));
         }
@@ -1879,9 +1863,7 @@ impl People {
             Command::Config(words) => self.configure(chat, &words, state, config),
             Command::Register(words) => self.on_register(&message.chat, &words, state, config),
             Command::Help => self.say(chat, &help(config)),
-            _ if is_newcomer && config.registration_by_password => {
-                self.say(chat, HOW_TO_REGISTER);
-            }
+            _ if is_newcomer && config.registration_by_password => self.say(chat, HOW_TO_REGISTER),
             _ if is_newcomer && state.is_user(chat) => self.say(chat, &help(config)),
             Command::Unknown if !is_newcomer => {
                 self.say(chat, NOT_UNDERSTOOD);
@@ -2693,13 +2675,12 @@ fn print_users(state: &State) -> Result<(), String> {
 fn send(chat: &str, text: &str, uri: Option<&str>) -> Result<(), String> {
     let config = Config::load(&Folders::find())?;
     let token = config.required_token()?;
-    let token = config.mote_token.as_ref().unwrap_or(token);
+    let Secret(token) = config.mote_token.as_ref().unwrap_or(token);
     let peer = match uri {
         Some(uri) => address_of(uri).ok_or_else(|| format!("cannot resolve {}", escape(uri)))?,
         None => config.listen,
     };
     let url = &config.url;
-    let token = &token.0;
     let form = format!("url={url}&token={token}&chat_ids={chat}&text={text}");
     let answer = match exchange(peer, &coap::post("message", &form)) {
         Ok(Some(answer)) => answer,
@@ -2806,8 +2787,8 @@ mod coap {
     pub const ASSEMBLY_LIFETIME: Duration = Duration::from_secs(60);
     /// How many replaced bodies of one sender are told apart.
     const REPLACED_MAX: usize = 8;
-    /// What an assembly takes beside its body and its tags, at most about.
-    const ASSEMBLY_OVERHEAD: usize = 384;
+    /// What an assembly takes beside its body, at most about.
+    const ASSEMBLY_OVERHEAD: usize = 256;
 
     /// Content formats, RFC 7252 §12.3.
     pub const TEXT_PLAIN: u16 = 0;
@@ -2944,6 +2925,7 @@ mod coap {
     // ----- Responses -----
 
     /// A response. Its type, message ID and token come from the exchange.
+    #[derive(Default)]
     pub struct Response {
         packet: Packet,
         /// Comes back with its ACK, if it is separate.
@@ -2954,13 +2936,9 @@ mod coap {
 
     impl Response {
         fn new(code: ResponseType) -> Response {
-            let mut packet = Packet::new();
-            packet.header.code = MessageClass::Response(code);
-            Response {
-                packet,
-                ticket: None,
-                detail: String::new(),
-            }
+            let mut response = Response::default();
+            response.packet.header.code = MessageClass::Response(code);
+            response
         }
 
         /// An error with a diagnostic payload, RFC 7252 §5.5.2. `encode` drops it outside an ACK.
@@ -3069,7 +3047,8 @@ mod coap {
 
     /// What has come of a request in blocks. RFC 7959 §2.5.
     struct Assembly {
-        key: AssemblyKey,
+        /// Of peer, path and Request-Tag, which tell bodies apart. RFC 9175 §3.3.
+        key: u64,
         body: Vec<u8>,
         touched: Instant,
         /// The bodies with the same key whose place this one took.
@@ -3078,8 +3057,7 @@ mod coap {
 
     impl Assembly {
         fn size(&self) -> usize {
-            let tags: usize = self.key.tags.iter().map(|tag| tag.len() + 24).sum();
-            ASSEMBLY_OVERHEAD + self.body.len() + tags
+            ASSEMBLY_OVERHEAD + self.body.len()
         }
     }
 
@@ -3088,15 +3066,6 @@ mod coap {
     struct Replaced {
         length: usize,
         digest: u64,
-    }
-
-    /// What tells bodies apart.
-    #[derive(PartialEq)]
-    struct AssemblyKey {
-        peer: SocketAddr,
-        path: String,
-        /// Values of Request-Tag. RFC 9175 §3.3.
-        tags: Vec<Vec<u8>>,
     }
 
     /// Everything about message types, message IDs and time.
@@ -3273,11 +3242,8 @@ mod coap {
 
         /// Takes out the body to which a block belongs, or begins one.
         fn assembly(&mut self, request: &Request, block: Block) -> Result<Assembly, Response> {
-            let key = AssemblyKey {
-                peer: request.peer,
-                path: request.path(),
-                tags: request.values(REQUEST_TAG).cloned().collect(),
-            };
+            let tags: Vec<&Vec<u8>> = request.values(REQUEST_TAG).collect();
+            let key = self.hasher.hash_one((request.peer, request.path(), tags));
             let index = self.assemblies.iter().position(|known| known.key == key);
             let known = index.map(|index| self.assemblies.remove(index));
             if block.number == 0 {
