@@ -39,7 +39,7 @@ use std::os::unix::net::{SocketAddr as UnixAddress, UnixDatagram};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use std::{env, fmt, mem, thread};
 
@@ -249,18 +249,15 @@ impl Gateway {
         let patience = due_in.max(Duration::from_millis(1)); // std refuses zero
         let _ = self.socket.set_read_timeout(Some(patience));
         match self.socket.recv_from(buffer) {
-            Ok((length, peer)) => {
-                self.take_datagram(peer, &buffer[..length]);
-                false
-            }
-            Err(error) if error.kind() == ErrorKind::WouldBlock => true,
-            Err(error) if error.kind() == ErrorKind::Interrupted => false,
+            Ok((length, peer)) => self.take_datagram(peer, &buffer[..length]),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return true,
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
             Err(error) => {
                 warn!("cannot receive: {error}");
                 thread::sleep(TICK);
-                true
             }
         }
+        false
     }
 
     /// When the next retransmission or fetch is due; within the next tick if nothing else is.
@@ -836,7 +833,6 @@ impl Polling {
         )
     }
 
-    /// Returns the bot's token when a fetch is due.
     fn token_if_due(&self, now: Instant) -> Option<Secret> {
         let is_due = now >= self.next_due()?;
         if is_due { self.token.clone() } else { None }
@@ -863,7 +859,6 @@ impl Polling {
         if is_short { TIME_IN_A_HANG } else { usual }
     }
 
-    /// A page with so many updates has come.
     fn note_page(&mut self, updates: usize, now: Instant) {
         self.page_limit = PAGE_LIMIT;
         self.empty_page_at = (updates == 0).then_some(now);
@@ -974,9 +969,8 @@ type ApiResult = Result<Value, Failure>;
 struct Failure {
     /// Tells a person what failed and why. It never holds the token.
     reason: String,
-    /// Bot API, `error_code`.
+    /// Both are the Bot API's.
     error_code: Option<u64>,
-    /// Bot API, `retry_after`.
     retry_after: Option<Duration>,
     /// Telegram surely has not acted on it.
     had_no_effect: bool,
@@ -1277,7 +1271,7 @@ impl Resolver for Addresses {
         config: &ureq::config::Config,
         timeout: NextTimeout,
     ) -> Result<ResolvedSocketAddrs, ureq::Error> {
-        let mut look_up = lock(&self.look_up);
+        let mut look_up = self.look_up.lock().expect("no thread panics");
         let elapsed = |at: Option<Instant>| at.map_or(Duration::ZERO, |at| at.elapsed());
         let mut patience = *timeout.after; // as a Duration of std
         if let Some(found) = &look_up.found {
@@ -1293,7 +1287,7 @@ impl Resolver for Addresses {
         }
         let runs = |look_up: &mut LookUp| look_up.running_since.is_some();
         let waited = self.changed.wait_timeout_while(look_up, patience, runs);
-        let (look_up, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        let (look_up, _) = waited.expect("no thread panics");
         match &look_up.found {
             Some(found) => Ok(found.clone()),
             None if look_up.running_since.is_some() => Err(ureq::Error::Timeout(timeout.reason)),
@@ -1310,7 +1304,7 @@ impl Addresses {
         let run = move || {
             let resolver = DefaultResolver::default();
             let result = resolver.resolve(&uri, &config, NextTimeout::default());
-            let mut look_up = lock(&shared);
+            let mut look_up = shared.lock().expect("no thread panics");
             look_up.running_since = None;
             look_up.ended_at = Some(Instant::now());
             if let Ok(found) = result {
@@ -1320,10 +1314,6 @@ impl Addresses {
         };
         thread::Builder::new().spawn(run).map(drop)
     }
-}
-
-fn lock(look_up: &Mutex<LookUp>) -> MutexGuard<'_, LookUp> {
-    look_up.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 // ---------- State ----------
@@ -1369,15 +1359,6 @@ impl fmt::Display for User {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} ({})", self.name, self.chat)
     }
-}
-
-/// What has become of somebody who wants to be registered.
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum Registration {
-    New,
-    Known,
-    /// As many are registered as the firmware can keep.
-    Full,
 }
 
 impl State {
@@ -1442,21 +1423,19 @@ impl State {
         self.removed.iter().any(|id| ChatId::Number(*id) == *chat)
     }
 
-    /// Registers a chat as long as there is room. A name is given once and kept: names that change
-    /// their owners between two polls would leave the firmware with one user doubled and one lost.
-    fn register(&mut self, chat: i64, name: &str) -> Registration {
-        if self.is_user(chat) {
-            return Registration::Known;
-        }
-        if self.users.len() >= USERS_MAX {
-            return Registration::Full;
+    /// Registers a chat if there is room, and returns whether it is registered. A name is given once
+    /// and kept: names that change their owners between two polls would leave the firmware with one
+    /// user doubled and one lost.
+    fn register(&mut self, chat: i64, name: &str) -> bool {
+        if self.is_user(chat) || self.users.len() >= USERS_MAX {
+            return self.is_user(chat);
         }
         self.removed.retain(|removed| *removed != chat);
         let name = self.free_name(name);
         let user = User { name, chat };
         info!("{user} is registered");
         self.users.push(user);
-        Registration::New
+        true
     }
 
     /// Removes a chat, known or not: the firmware may have it built in. Returns who it was.
@@ -1713,7 +1692,7 @@ const WRONG_PASSWORD: &str = "Wrong password. Nothing was changed.";
 const TOO_MANY_WRONG_PASSWORDS: &str =
     "Wrong password. Your config and register messages are ignored for an hour.";
 
-/// Bot API, `Message`: what is needed of it.
+/// What is needed of the Bot API's `Message`.
 struct Message {
     id: Option<i64>,
     chat: Chat,
@@ -1723,7 +1702,6 @@ struct Message {
     has_media: bool,
 }
 
-/// Bot API, `Chat`.
 struct Chat {
     id: i64,
     kind: String,
@@ -1783,7 +1761,6 @@ fn has_media(message: &Value) -> bool {
     false
 }
 
-/// Those who write to the bot.
 #[derive(Default)]
 struct People {
     /// What is to be said as soon as it is saved, the oldest first.
@@ -1876,10 +1853,8 @@ impl People {
     /// Registers a chat as long as there is room, and says so.
     fn register(&mut self, chat: &Chat, state: &mut State) {
         let full = format!("The list is full: {USERS_MAX} people are registered already.");
-        match state.register(chat.id, &chat.name) {
-            Registration::Full => self.say(chat.id, &full),
-            Registration::New | Registration::Known => self.say(chat.id, REGISTERED),
-        }
+        let is_registered = state.register(chat.id, &chat.name);
+        self.say(chat.id, if is_registered { REGISTERED } else { &full });
     }
 
     /// Carries out `register <password>`.
@@ -2152,7 +2127,6 @@ impl Secret {
     }
 }
 
-/// Says where things are.
 struct Folders {
     config_ini: PathBuf,
     dot_env: PathBuf,
@@ -2190,7 +2164,6 @@ impl Folders {
     }
 }
 
-/// What the operator has set, checked.
 struct Config {
     /// The only Bot API url that is served and connected to.
     url: String,
@@ -3196,7 +3169,6 @@ mod coap {
             again
         }
 
-        /// When the next retransmission is due.
         pub fn next_due(&self) -> Option<Instant> {
             self.unacknowledged.iter().map(|open| open.due).min()
         }
