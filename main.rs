@@ -12,10 +12,10 @@
 //!
 //! One thread owns everything ([`Gateway`]) and does one thing at a time: it receives a datagram,
 //! sends the empty ACK, calls Telegram, sends the separate response, and only then writes to the
-//! disk and to people. What comes meanwhile waits in the socket. Nothing is shared, so nothing is
-//! locked. Three kinds of threads help it: the heartbeat logs a line now and then; a text to several
-//! chats has a thread for each while it is sent; a look-up of Telegram's address has one, for it
-//! cannot be interrupted.
+//! disk and to people. What comes meanwhile waits in the socket. Nothing is shared or locked but
+//! what is known of the way to Telegram, for three kinds of threads help it: the heartbeat logs a
+//! line now and then; a text to several chats has a thread for each while it is sent; a look-up of
+//! Telegram's address has one, for it cannot be interrupted.
 //!
 //! The way of a datagram: `run` → `receive` → `handle` → `judge`, which either refuses it (the
 //! answer goes inside the ACK) or says what is to be done → `deliver` or `update` → the separate
@@ -826,11 +826,8 @@ impl Polling {
     /// When the gateway fetches on its own; never before it knows a bot.
     fn next_due(&self) -> Option<Instant> {
         self.token.as_ref()?;
-        Some(
-            self.refused_until
-                .unwrap_or(self.next_fetch)
-                .max(self.next_fetch),
-        )
+        let refused_until = self.refused_until.unwrap_or(self.next_fetch);
+        Some(refused_until.max(self.next_fetch))
     }
 
     fn token_if_due(&self, now: Instant) -> Option<Secret> {
@@ -951,7 +948,7 @@ struct Telegram {
     url: String,
     /// When a call last ended without any HTTP answer. Connections that were idle then are not used
     /// any more: a router that has forgotten one has forgotten all.
-    silent_at: Option<Instant>,
+    silent_at: Mutex<Option<Instant>>,
 }
 
 /// What a call returns: the Bot API's `result`.
@@ -1032,13 +1029,13 @@ impl Telegram {
         Telegram {
             agent: ureq::Agent::with_parts(settings, connector, Addresses::default()),
             url: config.url.clone(),
-            silent_at: None,
+            silent_at: Mutex::default(),
         }
     }
 
     /// Returns the updates from `offset` on, at most `limit`; those before are confirmed.
     fn get_updates(
-        &mut self,
+        &self,
         token: &Secret,
         offset: i64,
         limit: usize,
@@ -1052,13 +1049,12 @@ impl Telegram {
     }
 
     /// Sends a text to every chat at the same time. The first needs no thread. Results are in order.
-    fn send_to_all(&mut self, text: &Text, chats: &[ChatId], deadline: Instant) -> Vec<ApiResult> {
-        let telegram = &*self;
+    fn send_to_all(&self, text: &Text, chats: &[ChatId], deadline: Instant) -> Vec<ApiResult> {
         let send = |chat: &ChatId| {
             let body = json!({"chat_id": chat, "text": text.text});
-            telegram.attempt(&text.token, "sendMessage", &body, deadline)
+            self.call(&text.token, "sendMessage", &body, deadline)
         };
-        let results = thread::scope(|scope| {
+        thread::scope(|scope| {
             let mut threads = Vec::new();
             for chat in chats.iter().skip(1) {
                 threads.push(thread::Builder::new().spawn_scoped(scope, move || send(chat)));
@@ -1071,27 +1067,11 @@ impl Telegram {
                 });
             }
             results
-        });
-        results.iter().for_each(|result| self.note_silence(result));
-        results
-    }
-
-    /// Calls a method of the Bot API.
-    fn call(&mut self, token: &Secret, method: &str, body: &Value, deadline: Instant) -> ApiResult {
-        let result = self.attempt(token, method, body, deadline);
-        self.note_silence(&result);
-        result
-    }
-
-    /// Remembers when a call got no HTTP answer at all.
-    fn note_silence(&mut self, result: &ApiResult) {
-        if result.as_ref().is_err_and(|failure| !failure.http_began) {
-            self.silent_at = Some(Instant::now());
-        }
+        })
     }
 
     /// Calls a method until the deadline: again only where the call before surely had no effect.
-    fn attempt(&self, token: &Secret, method: &str, body: &Value, deadline: Instant) -> ApiResult {
+    fn call(&self, token: &Secret, method: &str, body: &Value, deadline: Instant) -> ApiResult {
         let mut first_reason = None;
         let mut attempts_left = ATTEMPTS;
         loop {
@@ -1106,6 +1086,9 @@ impl Telegram {
                 _ if failure.is_final() => return Err(failure),
                 // Of attempts that came to nothing, the first tells more than the last.
                 _ => {
+                    if !failure.http_began {
+                        *self.silent_at.lock().expect("no thread panics") = Some(Instant::now());
+                    }
                     let reason = first_reason.unwrap_or(failure.reason);
                     return Err(Failure { reason, ..failure });
                 }
@@ -1114,7 +1097,6 @@ impl Telegram {
         }
     }
 
-    /// Calls a method once.
     fn post(&self, token: &Secret, method: &str, body: &Value, deadline: Instant) -> ApiResult {
         let body = body.to_string().into_bytes();
         // ureq moves this slice on when it asks for the body: while it is whole, nothing is sent.
@@ -1146,7 +1128,8 @@ impl Telegram {
     /// that it may use. Whatever was idle when Telegram fell silent is older than that, and closed.
     fn with_limits(&self, request: PostRequest, deadline: Instant) -> PostRequest {
         let time_left = deadline.saturating_duration_since(Instant::now());
-        let since_silence = self.silent_at.map_or(IDLE_CONNECTION, |at| at.elapsed());
+        let silent_at = *self.silent_at.lock().expect("no thread panics");
+        let since_silence = silent_at.map_or(IDLE_CONNECTION, |at| at.elapsed());
         // Without limits of its own, as the first fetch, a request makes ureq keep the TLS settings.
         let is_usual = (FETCH_TIME - TIME_LEFT_SLACK..=FETCH_TIME).contains(&time_left);
         let idle_age = since_silence.min(IDLE_CONNECTION);
@@ -1624,17 +1607,15 @@ impl Motes {
     fn note_request(&mut self, peer: SocketAddr, message_id: u16, now: Instant) {
         let address = peer.ip().to_canonical();
         let index = self.motes.iter().position(|mote| mote.address == address);
-        let mut mote = match index {
-            Some(index) => self.motes.remove(index),
-            None => Mote {
-                address,
-                port: peer.port(),
-                message_id: message_id.wrapping_sub(1), // so that this one goes on from it
-                message_id_at: now,
-                version: 0,
-                acknowledged_at: now,
-            },
-        };
+        let known = index.map(|index| self.motes.remove(index));
+        let mut mote = known.unwrap_or(Mote {
+            address,
+            port: peer.port(),
+            message_id: message_id.wrapping_sub(1), // so that this one goes on from it
+            message_id_at: now,
+            version: 0,
+            acknowledged_at: now,
+        });
         let steps = 1..=MESSAGE_ID_STEP_MAX;
         let is_same_client = mote.port == peer.port();
         let is_next = steps.contains(&message_id.wrapping_sub(mote.message_id));
@@ -1692,16 +1673,7 @@ const WRONG_PASSWORD: &str = "Wrong password. Nothing was changed.";
 const TOO_MANY_WRONG_PASSWORDS: &str =
     "Wrong password. Your config and register messages are ignored for an hour.";
 
-/// What is needed of the Bot API's `Message`.
-struct Message {
-    id: Option<i64>,
-    chat: Chat,
-    is_by_a_bot: bool,
-    text: String,
-    caption: String,
-    has_media: bool,
-}
-
+/// What is needed of the Bot API's `Chat`.
 struct Chat {
     id: i64,
     kind: String,
@@ -1727,27 +1699,7 @@ impl Chat {
     }
 }
 
-impl Message {
-    /// None without a chat that has an id and a type.
-    fn read(message: &Value) -> Option<Message> {
-        let text = |key: &str| message[key].as_str().unwrap_or_default().to_string();
-        Some(Message {
-            id: message["message_id"].as_i64(),
-            chat: Chat::read(&message["chat"])?,
-            is_by_a_bot: message["from"]["is_bot"] == true,
-            text: text("text"),
-            caption: text("caption"),
-            has_media: has_media(message),
-        })
-    }
-
-    fn is_service_message(&self) -> bool {
-        self.text.is_empty() && self.caption.is_empty() && !self.has_media
-    }
-}
-
-/// Whether somebody has sent something, Bot API, Message. Whatever else comes without a text is a
-/// service message: it tells what happened in the chat.
+/// Whether somebody has sent something else than a text. Bot API, Message.
 fn has_media(message: &Value) -> bool {
     for (key, value) in message.as_object().into_iter().flatten() {
         match key.as_str() {
@@ -1803,48 +1755,51 @@ impl People {
             return info!("an update without an id is ignored");
         };
         state.offset = id.saturating_add(1);
-        match Message::read(&update["message"]) {
+        let message = &update["message"];
+        match Chat::read(&message["chat"]) {
             None => info!("update {id} is ignored: it is no message in a chat with id and type"),
-            Some(message) => self.hear(&message, state, config),
+            Some(chat) => self.hear(&chat, message, state, config),
         }
     }
 
     /// Carries out what somebody has written, and registers them unless that takes the password.
-    fn hear(&mut self, message: &Message, state: &mut State, config: &Config) {
-        let chat = message.chat.id;
-        if message.is_by_a_bot {
-            return info!("{} is a bot, and ignored", message.chat);
+    fn hear(&mut self, chat: &Chat, message: &Value, state: &mut State, config: &Config) {
+        let id = chat.id;
+        let text = message["text"].as_str().unwrap_or_default();
+        let caption = message["caption"].as_str().unwrap_or_default();
+        if message["from"]["is_bot"] == true {
+            return info!("{chat} is a bot, and ignored");
         }
-        if message.chat.kind != "private" || !fits_firmware(chat) {
-            return info!("{} cannot register", message.chat);
+        if chat.kind != "private" || !fits_firmware(id) {
+            return info!("{chat} cannot register");
         }
-        if message.is_service_message() {
-            return;
+        if text.is_empty() && caption.is_empty() && !has_media(message) {
+            return; // a service message: it tells what happened in the chat
         }
-        let command = Command::read(&message.text, config);
-        if command.has_password() || Command::read(&message.caption, config).has_password() {
-            self.delete(message);
+        let command = Command::read(text, config);
+        if command.has_password() || Command::read(caption, config).has_password() {
+            self.delete(id, message);
         }
         if let Command::Leave = command {
-            let who = state.remove(chat);
+            let who = state.remove(id);
             info!("{who} is removed, as asked");
-            return self.say(chat, &removal_notice(config));
+            return self.say(id, &removal_notice(config));
         }
-        let is_newcomer = !state.is_user(chat);
-        let has_left = state.is_removed(&ChatId::Number(chat));
-        let comes_back = !has_left || !message.text.is_empty();
+        let is_newcomer = !state.is_user(id);
+        let has_left = state.is_removed(&ChatId::Number(id));
+        let comes_back = !has_left || !text.is_empty();
         if is_newcomer && comes_back && !config.registration_by_password {
-            self.register(&message.chat, state);
+            self.register(chat, state);
         }
         match command {
-            Command::Config(words) => self.configure(chat, &words, state, config),
-            Command::Register(words) => self.on_register(&message.chat, &words, state, config),
-            Command::Help => self.say(chat, &help(config)),
-            _ if is_newcomer && config.registration_by_password => self.say(chat, HOW_TO_REGISTER),
-            _ if is_newcomer && state.is_user(chat) => self.say(chat, &help(config)),
+            Command::Config(words) => self.configure(id, &words, state, config),
+            Command::Register(words) => self.on_register(chat, &words, state, config),
+            Command::Help => self.say(id, &help(config)),
+            _ if is_newcomer && config.registration_by_password => self.say(id, HOW_TO_REGISTER),
+            _ if is_newcomer && state.is_user(id) => self.say(id, &help(config)),
             Command::Unknown if !is_newcomer => {
-                self.say(chat, NOT_UNDERSTOOD);
-                self.say(chat, &help(config));
+                self.say(id, NOT_UNDERSTOOD);
+                self.say(id, &help(config));
             }
             _ => {} // a sticker, or the list is full
         }
@@ -1957,12 +1912,13 @@ impl People {
     }
 
     /// Keeps a message for deletion. If there are too many, the oldest stays in its chat.
-    fn delete(&mut self, message: &Message) {
-        let Some(message_id) = message.id else { return };
+    fn delete(&mut self, chat: i64, message: &Value) {
+        let Some(message_id) = message["message_id"].as_i64() else {
+            return;
+        };
         if self.deletions.len() >= DELETIONS_MAX {
             self.deletions.pop_front();
         }
-        let chat = message.chat.id;
         self.deletions.push_back(Deletion { chat, message_id });
     }
 
@@ -2218,13 +2174,9 @@ impl Config {
                 return Err(format!("environment: {name} is not UTF-8 text"));
             }
             if let Some(value) = variable_of_environment(name) {
-                let origin = "environment".to_string();
+                let place = "environment".to_string();
                 let name = name.to_string();
-                config.set_variable(&Setting {
-                    origin,
-                    name,
-                    value,
-                })?;
+                config.set_variable(&Setting { place, name, value })?;
             }
         }
         for setting in &of_ini {
@@ -2318,7 +2270,7 @@ impl Config {
 /// A line of settings.
 struct Setting {
     /// File and line.
-    origin: String,
+    place: String,
     /// As the file spells it.
     name: String,
     /// Not empty; maybe a secret, so that no message repeats it.
@@ -2327,24 +2279,20 @@ struct Setting {
 
 impl Setting {
     /// Reads `NAME=value`; the value may stand in quotes.
-    fn read(origin: String, line: &str) -> Result<Setting, String> {
+    fn read(place: String, line: &str) -> Result<Setting, String> {
         let line = line.strip_prefix("export ").unwrap_or(line);
         let Some((name, value)) = line.split_once('=') else {
-            return Err(format!("{origin}: not `NAME=value`"));
+            return Err(format!("{place}: not `NAME=value`"));
         };
         let name = name.trim().to_string();
         let value = value.trim();
         let between = |quote: char| value.strip_prefix(quote)?.strip_suffix(quote);
         let value = between('"').or(between('\'')).unwrap_or(value).to_string();
-        Ok(Setting {
-            origin,
-            name,
-            value,
-        })
+        Ok(Setting { place, name, value })
     }
 
     fn fault(&self, rule: &str) -> String {
-        format!("{}: {} {rule}", self.origin, self.name)
+        format!("{}: {} {rule}", self.place, self.name)
     }
 }
 
@@ -2355,9 +2303,9 @@ fn read_settings(path: &Path, section: Option<&str>) -> Result<Vec<Setting>, Str
     let mut current = None;
     let mut settings: Vec<Setting> = Vec::new();
     for (number, line) in (1..).zip(content.split(|byte| *byte == b'\n')) {
-        let origin = format!("{}:{number}", path.display());
+        let place = format!("{}:{number}", path.display());
         let Ok(line) = str::from_utf8(line) else {
-            return Err(format!("{origin}: not UTF-8 text"));
+            return Err(format!("{place}: not UTF-8 text"));
         };
         let line = line.trim();
         if line.is_empty() || line.starts_with(['#', ';']) {
@@ -2365,13 +2313,13 @@ fn read_settings(path: &Path, section: Option<&str>) -> Result<Vec<Setting>, Str
         }
         if section.is_some() && line.starts_with('[') {
             let Some((name, _)) = line[1..].split_once(']') else {
-                return Err(format!("{origin}: `[` without `]`"));
+                return Err(format!("{place}: `[` without `]`"));
             };
             current = Some(name.trim());
         } else if section.is_some() && current.is_none() {
-            return Err(format!("{origin}: no section yet; put [telegram] above it"));
+            return Err(format!("{place}: no section yet; put [telegram] above it"));
         } else if current == section {
-            let setting = Setting::read(origin, line)?;
+            let setting = Setting::read(place, line)?;
             let is_same = |other: &Setting| other.name.eq_ignore_ascii_case(&setting.name);
             if settings.iter().any(is_same) {
                 return Err(setting.fault("is set twice; remove one of them"));
@@ -2599,7 +2547,7 @@ fn check() -> Result<(), String> {
     start_console()?;
     let config = Config::load(&Folders::find())?;
     let token = config.required_token()?;
-    let mut telegram = Telegram::new(&config);
+    let telegram = Telegram::new(&config);
     let deadline = Instant::now() + REQUEST_TIME;
     let fault = |failure: Failure| escape(&failure.reason);
     let bot = telegram.call(token, "getMe", &json!({}), deadline);
