@@ -297,7 +297,8 @@ impl Gateway {
     /// Answers a request: at once, or with an empty ACK, a call of Telegram, a separate response.
     fn handle(&mut self, mut request: Request) {
         let peer = request.peer;
-        let work = match self.judge(&mut request) {
+        let verdict = self.judge(&mut request);
+        let work = match verdict.unwrap_or_else(Verdict::Reply) {
             Verdict::Work(work) => work,
             Verdict::Reply(response) => {
                 let reply = self.exchanges.respond_now(&request, &response);
@@ -307,7 +308,7 @@ impl Gateway {
         };
         let acknowledgement = self.exchanges.promise(&request);
         self.transmit(peer, &acknowledgement);
-        let id = request.message_id();
+        let id = request.packet.header.message_id;
         let begin = request.received_at;
         self.motes.note_request(peer, id, begin);
         let deadline = begin + self.polling.time_for(REQUEST_TIME, begin);
@@ -463,13 +464,8 @@ impl fmt::Display for ChatId {
 }
 
 impl Gateway {
-    /// Decides what to do with a request, or how to answer it at once.
-    fn judge(&mut self, request: &mut Request) -> Verdict {
-        self.accept(request).unwrap_or_else(Verdict::Reply)
-    }
-
-    /// `Err` refuses the request.
-    fn accept(&mut self, request: &mut Request) -> Result<Verdict, Response> {
+    /// Decides what to do with a request, or how to answer it at once. `Err` refuses it.
+    fn judge(&mut self, request: &mut Request) -> Result<Verdict, Response> {
         request.check_options()?;
         let path = request.path();
         match path.as_str() {
@@ -556,7 +552,7 @@ fn forbidden(what: &str) -> Response {
 /// Checks method, Content-Format, Accept and Block2. RFC 7252 §5.8, §5.10.3 and §5.10.4.
 fn check_formats(request: &Request, method: RequestType, format: u16) -> Result<(), Response> {
     let error = |code, reason| Err(Response::error(code, reason));
-    if request.code() != MessageClass::Request(method) {
+    if request.packet.header.code != MessageClass::Request(method) {
         return error(ResponseType::MethodNotAllowed, "Method not allowed");
     }
     let given = request.uint(CoapOption::ContentFormat);
@@ -734,21 +730,21 @@ impl Gateway {
 
     /// Deletes messages that hold a password. One stays on the list until Telegram has decided.
     fn delete_passwords(&mut self, token: &Secret, deadline: Instant) {
-        for deletion in mem::take(&mut self.people.deletions) {
-            let mut is_decided = false;
-            if Instant::now() < deadline {
-                let Deletion { chat, message_id } = deletion;
-                let body = json!({"chat_id": chat, "message_id": message_id});
-                is_decided = true;
-                if let Err(failure) = self.telegram.call(token, "deleteMessage", &body, deadline) {
-                    warn!("deleteMessage in {chat} failed: {}", failure.reason);
-                    is_decided = failure.is_final();
+        let mut undecided = VecDeque::new();
+        while Instant::now() < deadline
+            && let Some(deletion) = self.people.deletions.pop_front()
+        {
+            let Deletion { chat, message_id } = deletion;
+            let body = json!({"chat_id": chat, "message_id": message_id});
+            if let Err(failure) = self.telegram.call(token, "deleteMessage", &body, deadline) {
+                warn!("deleteMessage in {chat} failed: {}", failure.reason);
+                if !failure.is_final() {
+                    undecided.push_back(deletion);
                 }
             }
-            if !is_decided {
-                self.people.deletions.push_back(deletion);
-            }
         }
+        undecided.append(&mut self.people.deletions);
+        self.people.deletions = undecided;
     }
 
     /// Tells people what became of their messages. An answer is sent once, when there is time.
@@ -758,8 +754,7 @@ impl Gateway {
         {
             let text = format!("{:.TEXT_MAX$}", texts.join("\n\n"));
             let body = json!({"chat_id": chat, "text": text});
-            let result = self.telegram.call(token, "sendMessage", &body, deadline);
-            if let Err(failure) = result {
+            if let Err(failure) = self.telegram.call(token, "sendMessage", &body, deadline) {
                 warn!("sendMessage to {chat} failed: {}", failure.reason);
             }
         }
@@ -1048,7 +1043,7 @@ impl Telegram {
         }
     }
 
-    /// Sends a text to every chat at the same time. The first needs no thread. Results are in order.
+    /// Sends a text to every chat at the same time, to the first without a thread. Results in order.
     fn send_to_all(&self, text: &Text, chats: &[ChatId], deadline: Instant) -> Vec<ApiResult> {
         let send = |chat: &ChatId| {
             let body = json!({"chat_id": chat, "text": text.text});
@@ -1229,8 +1224,8 @@ fn seconds(value: &Value) -> Option<Duration> {
 const ADDRESSES_HOLD: Duration = Duration::from_secs(60);
 const NEW_ADDRESSES_TIME: Duration = Duration::from_secs(1);
 
-/// Keeps the addresses of the Bot API or the proxy, for ureq asks for them on each call. There is one
-/// look-up at a time, in a thread of its own, and its answer counts whenever it comes.
+/// Keeps the addresses of the Bot API or the proxy, for ureq asks for them on each call. There is
+/// one look-up at a time, in a thread of its own, and its answer counts whenever it comes.
 #[derive(Debug, Default)]
 struct Addresses {
     look_up: Arc<Mutex<LookUp>>,
@@ -1406,9 +1401,8 @@ impl State {
         self.removed.iter().any(|id| ChatId::Number(*id) == *chat)
     }
 
-    /// Registers a chat if there is room, and returns whether it is registered. A name is given once
-    /// and kept: names that change their owners between two polls would leave the firmware with one
-    /// user doubled and one lost.
+    /// Registers a chat if there is room, and returns whether it is registered. A name is kept: names
+    /// that change their owners between two polls leave the firmware with one user twice, one never.
     fn register(&mut self, chat: i64, name: &str) -> bool {
         if self.is_user(chat) || self.users.len() >= USERS_MAX {
             return self.is_user(chat);
@@ -1922,7 +1916,7 @@ impl People {
         self.deletions.push_back(Deletion { chat, message_id });
     }
 
-    /// Adds a text to what a chat is told, once. If too many chats wait, the oldest is told nothing.
+    /// Adds a text to what a chat is told, once. If too many chats wait, the oldest hears nothing.
     fn say(&mut self, chat: i64, text: &str) {
         let text = text.to_string();
         if let Some(answer) = self.answers.iter_mut().find(|answer| answer.chat == chat) {
@@ -2460,8 +2454,8 @@ impl log::Log for Log {
     fn flush(&self) {}
 }
 
-/// Returns what tells the journal the priority of a line, sd-daemon(3). A console that is no journal
-/// is told nothing; a terminal may have inherited the variable.
+/// Returns what tells the journal the priority of a line, sd-daemon(3); nothing if the console is not
+/// the journal. A terminal may have inherited its variable.
 fn journal_priority(level: Level) -> &'static str {
     let is_journal = env::var_os("JOURNAL_STREAM").is_some() && !io::stderr().is_terminal();
     match level {
@@ -2685,13 +2679,11 @@ mod coap {
     pub const MAX_RETRANSMIT: u32 = 4;
     const ACK_RANDOM_MS: u64 = 1000;
     const MAX_TRANSMIT_SPAN_S: u64 = 3 * ((1 << MAX_RETRANSMIT) - 1);
-    const MAX_TRANSMIT_WAIT_S: u64 = 3 * ((2 << MAX_RETRANSMIT) - 1);
     const MAX_LATENCY_S: u64 = 100;
     const PROCESSING_DELAY_S: u64 = 2;
-    const NON_LIFETIME_S: u64 = MAX_TRANSMIT_SPAN_S + MAX_LATENCY_S;
-    const EXCHANGE_LIFETIME_S: u64 = NON_LIFETIME_S + MAX_LATENCY_S + PROCESSING_DELAY_S;
-    pub const MAX_TRANSMIT_WAIT: Duration = Duration::from_secs(MAX_TRANSMIT_WAIT_S);
-    pub const NON_LIFETIME: Duration = Duration::from_secs(NON_LIFETIME_S);
+    const EXCHANGE_LIFETIME_S: u64 = MAX_TRANSMIT_SPAN_S + 2 * MAX_LATENCY_S + PROCESSING_DELAY_S;
+    pub const MAX_TRANSMIT_WAIT: Duration = Duration::from_secs(3 * ((2 << MAX_RETRANSMIT) - 1));
+    pub const NON_LIFETIME: Duration = Duration::from_secs(MAX_TRANSMIT_SPAN_S + MAX_LATENCY_S);
     pub const EXCHANGE_LIFETIME: Duration = Duration::from_secs(EXCHANGE_LIFETIME_S);
 
     /// The longest datagram: UDP carries no more.
@@ -2746,7 +2738,7 @@ mod coap {
     /// Shows what the log says. The path ends at a colon: somebody may have put the token there.
     impl fmt::Display for Request {
         fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            let method = match self.code() {
+            let method = match self.packet.header.code {
                 MessageClass::Request(RequestType::Get) => "GET",
                 MessageClass::Request(RequestType::Post) => "POST",
                 MessageClass::Request(RequestType::Put) => "PUT",
@@ -2760,14 +2752,6 @@ mod coap {
     }
 
     impl Request {
-        pub fn code(&self) -> MessageClass {
-            self.packet.header.code
-        }
-
-        pub fn message_id(&self) -> u16 {
-            self.packet.header.message_id
-        }
-
         fn is_confirmable(&self) -> bool {
             self.packet.header.get_type() == MessageType::Confirmable
         }
@@ -3052,9 +3036,10 @@ mod coap {
 
         /// Promises a separate response: an empty ACK for a CON, silence for a NON.
         pub fn promise(&mut self, request: &Request) -> Vec<u8> {
+            let id = request.packet.header.message_id;
             let mut reply = Vec::new();
             if request.is_confirmable() {
-                reply = empty(MessageType::Acknowledgement, request.message_id());
+                reply = empty(MessageType::Acknowledgement, id);
             }
             self.begun.remember(request, &reply);
             reply
@@ -3065,7 +3050,7 @@ mod coap {
             let mut reply = Vec::new();
             if request.is_confirmable() {
                 let kind = MessageType::Acknowledgement;
-                reply = encode(kind, request.message_id(), request, response);
+                reply = encode(kind, request.packet.header.message_id, request, response);
             }
             if response.is(ResponseType::Continue) {
                 self.continued.remember(request, &reply);

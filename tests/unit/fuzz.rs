@@ -194,7 +194,8 @@ impl World {
 
     fn act(&mut self, mut request: Request, message: Datagram, bytes: &[u8]) {
         assert!(!request.to_string().contains(TOKEN), "a token for the log");
-        match self.gateway.judge(&mut request) {
+        let verdict = self.gateway.judge(&mut request);
+        match verdict.unwrap_or_else(Verdict::Reply) {
             Verdict::Reply(response) => self.answer_at_once(&request, &message, bytes, &response),
             Verdict::Work(work) => {
                 let known = [3, 7, URI_PATH, 15, mote::ACCEPT, BLOCK2, BLOCK1];
@@ -500,7 +501,7 @@ fn judged(gateway: &mut Gateway, path: &str, payload: &[u8]) -> Option<Work> {
     let Event::Request(mut request) = event else {
         panic!("no request");
     };
-    match gateway.judge(&mut request) {
+    match gateway.judge(&mut request).unwrap_or_else(Verdict::Reply) {
         Verdict::Work(work) => Some(work),
         Verdict::Reply(_) => None,
     }
