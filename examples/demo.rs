@@ -12,11 +12,9 @@ use std::time::Duration;
 use std::{env, thread};
 
 use support::{
-    BotApi, EMPTY_PAGE_HOLDS, Gateway, Message, Mote, PASSWORD, Setup, TOKEN, binary, form, update,
+    ADA, BOB, BotApi, EMPTY_PAGE_HOLDS, Gateway, Message, Mote, PASSWORD, Setup, TOKEN, binary,
+    form, update,
 };
-
-const ADA: i64 = 1_234_567_890;
-const BOB: i64 = 2_345_678_901;
 
 fn main() -> ExitCode {
     build_gateway();

@@ -5,7 +5,6 @@ use std::time::{Duration, Instant};
 use crate::support::Kind::{Ack, Con, Non, Rst};
 use crate::support::*;
 
-const SENT: &str = "Messages sent successfully";
 const AT_ONCE: Duration = Duration::from_millis(100);
 /// A first retransmission comes after 2 to 3 s.
 const RETRANSMITTED: Duration = Duration::from_millis(3500);

@@ -53,9 +53,10 @@ fn endure(cycles: usize, damaged: usize) {
 
     let start = Instant::now();
     world.run(&mut motes, 100, damaged / 10);
-    let before = world.size(&mut motes);
+    let fill = SEEN_MAX.min(cycles);
+    let before = world.size(&mut motes, fill);
     world.run(&mut motes, cycles - 100, damaged);
-    let after = world.size(&mut motes);
+    let after = world.size(&mut motes, fill);
     println!("{cycles} cycles in {:.0?}", start.elapsed());
     println!("after 100: {before:?}\nat the end: {after:?}");
 
@@ -183,15 +184,16 @@ impl World {
         }
     }
 
-    /// Measured when everything bounded is full: the list, the duplicates, the idle connections.
-    fn size(&self, motes: &mut [Resident]) -> Size {
+    /// Measured when everything bounded is full: the list, the idle connections, and the duplicates if so many texts are
+    /// more than the gateway remembers.
+    fn size(&self, motes: &mut [Resident], texts: usize) -> Size {
         self.people.lock().unwrap().fill_the_list(&self.api);
         self.catch_up(motes);
         self.api.set_round_trip(Duration::from_millis(100)); // so that the calls overlap
         motes[0].report(self, None);
         self.api.set_round_trip(Duration::ZERO);
         let mote = Mote::at("127.0.3.1", self.gateway.address());
-        for _ in 0..SEEN_MAX {
+        for _ in 0..texts {
             mote.post_separate("message", message(&self.api, "7", "once more"))
                 .expect_code("2.05");
         }

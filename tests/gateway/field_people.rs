@@ -5,9 +5,6 @@ use std::time::{Duration, Instant};
 use crate::support::*;
 use serde_json::{Value, json};
 
-const NOTHING: &str = "No Updates";
-const ADA: i64 = 1_234_567_890;
-const BOB: i64 = 2_345_678_901;
 /// Chats of a table's cases are counted from here.
 const FIRST: i64 = 3_000_000_000;
 const REGISTERED: &str = "You are registered.";
@@ -588,6 +585,44 @@ fn a_password_is_deleted_on_a_far_line() {
     });
 }
 
+/// A deletion comes before the answers, and one that fails for the moment is tried again with the next fetch.
+#[test]
+fn deletions_are_kept_until_done() {
+    let gone = Fault::error(400, "Bad Request: message to delete not found");
+    // How the first try fails, and how many tries there are.
+    let cases = [
+        ("a page of the front end", (Fault::Page(502), 2)),
+        (
+            "no HTTP",
+            (Fault::Bytes(b"SSH-2.0-OpenSSH_9.2\r\n".to_vec()), 2),
+        ),
+        ("closed", (Fault::CloseUnanswered, 2)),
+        ("Telegram has decided", (gone, 1)),
+    ];
+    in_parallel(&cases, |(fault, tries)| {
+        let scene = Scene::new();
+        scene.api.fail(next(1, "deleteMessage"), fault.clone());
+        let id = scene.writes(ADA, "Ada", &format!("config {PASSWORD} interval 5"));
+        scene.catch_up();
+        scene.writes(BOB, "Bob", "hi"); // so that there is a next fetch soon
+        scene.catch_up();
+        let calls = scene.api.seen().calls;
+        let deletions: Vec<&Call> = calls
+            .iter()
+            .filter(|it| it.method == "deleteMessage")
+            .collect();
+        assert_eq!(deletions.len(), *tries);
+        for deletion in &deletions {
+            assert_eq!(deletion.body["message_id"], json!(id));
+        }
+        let answer = calls.iter().find(|it| it.method == "sendMessage").unwrap();
+        assert!(
+            deletions[0].at < answer.at,
+            "the password is seen longer than needed"
+        );
+    });
+}
+
 // --- bots ---
 
 /// Two of them would answer each other for ever.
@@ -1027,7 +1062,7 @@ fn a_conversation() {
 
 /// After a page with messages the own fetches come in 3, 6, 12 and 15 s.
 #[test]
-#[ignore = "takes a minute: cargo test field_people:: -- --ignored"]
+#[ignore = "takes a minute"]
 fn the_pace_of_fetches() {
     let scene = Scene::new();
     let start = Instant::now();

@@ -7,11 +7,6 @@ use std::{fs, thread};
 use crate::support::*;
 use serde_json::{Value, json};
 
-const SENT: &str = "Messages sent successfully";
-const NOTHING: &str = "No Updates";
-const ADA: i64 = 1_234_567_890;
-const BOB: i64 = 2_345_678_901;
-const ADA_TOKEN: &str = "Ada:1234567890";
 const BOTH: &str = "Ada:1234567890;Bob:2345678901";
 
 fn config(setting: &str) -> String {
@@ -321,39 +316,26 @@ fn progress_is_saved_first() {
     assert_eq!(last.body["offset"], json!(700_000_002));
 }
 
-/// Updates that mean nothing to the gateway, or that are not what the documentation says.
+/// Updates that mean nothing to the gateway do not stop those behind them.
 #[test]
 fn odd_updates() {
     let api = BotApi::start();
     let chat = json!({"id": ADA, "type": "private", "first_name": "Ada"});
-    let from = json!({"id": ADA, "is_bot": false, "first_name": "Ada"});
-    let whole =
-        |chat: Value| json!({"message": {"chat": chat, "from": from, "date": 1, "text": "hi"}});
     for odd in [
         json!({}),
         json!({"message": null}),
-        json!({"message": []}),
         json!({"message": "hi"}),
-        json!({"message": {}}),
         json!({"message": {"text": "hi"}}),
-        whole(json!(null)),
-        whole(json!({"id": "1", "type": "private"})),
-        whole(json!({"id": 1.5, "type": "private"})),
-        whole(json!({"id": 1e300, "type": "private"})),
-        whole(json!({"id": 7})),
-        json!({"edited_message": {"chat": chat, "from": from, "date": 1, "text": "config"}}),
-        json!({"channel_post": {"chat": {"id": -100_123, "type": "channel"}, "text": "hi"}}),
+        json!({"message": {"chat": {"id": "1", "type": "private"}, "text": "hi"}}),
+        json!({"edited_message": {"chat": chat, "date": 1, "text": "config"}}),
         json!({"callback_query": {"id": "1"}}),
     ] {
         api.push_update(odd);
     }
-    let strange = json!({"text": ["config"], "entities": {"a": [null]}});
-    api.push_message(BOB, "Bob", strange);
-    api.person_writes(3_333_333_333, "Cyd", "hi");
+    api.person_writes(BOB, "Bob", "hi");
     let gateway = start_with(&api, Setup::new(&api));
-    let tokens = poll(&Mote::new(gateway.address()), &api);
-    assert!(tokens.contains("Cyd:3333333333"), "{tokens}");
-    assert!(!tokens.contains("Ada"), "{tokens}");
+    let told = poll(&Mote::new(gateway.address()), &api);
+    assert_eq!(told, "Bob:2345678901");
     assert_eq!(api.waiting_updates(), 0, "confirmed");
 }
 
@@ -546,7 +528,7 @@ fn answers_that_fail() {
 }
 
 #[test]
-#[ignore = "takes a minute: cargo test update:: -- --ignored"]
+#[ignore = "takes a minute"]
 fn the_end_of_a_hang_is_noticed_within_a_minute() {
     let (api, gateway) = start();
     thread::sleep(EMPTY_PAGE_HOLDS);

@@ -137,7 +137,6 @@ pub struct Call {
 pub struct Sent {
     pub chat: String,
     pub text: String,
-    pub message_id: i64,
 }
 
 /// Everything that the stand-in has seen.

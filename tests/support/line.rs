@@ -134,11 +134,11 @@ fn copy(
             continue;
         }
         shared.transmit(direction, length);
-        if length == 0 || to.write_all(&buffer[..length]).is_err() {
-            break;
-        }
         if let Some(count) = count {
             count.fetch_add(length, Relaxed);
+        }
+        if length == 0 || to.write_all(&buffer[..length]).is_err() {
+            break;
         }
     }
     let _ = to.shutdown(Shutdown::Both);

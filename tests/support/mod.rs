@@ -27,11 +27,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use std::{env, fs, process, thread};
 
-use serde_json::json;
-
-pub use bot_api::{
-    BotApi, BotApiOptions, Call, ConnectionFault, Fault, Seen, Sent, When, every, next,
-};
+pub use bot_api::{BotApi, BotApiOptions, Call, ConnectionFault, Fault, Seen, every, next};
 pub use certificates::Certificate;
 pub use field::{Asked, FieldMote, GIVEN_UP, Outcome, at_once, judge};
 pub use firmware::{Firmware, REPLY_MAX};
@@ -46,6 +42,15 @@ pub use telegram::{Pace, Refusal};
 
 /// How long an empty page counts: Telegram holds a fetch that repeats its offset before, so it is not asked again.
 pub const EMPTY_PAGE_HOLDS: Duration = Duration::from_secs(3);
+
+/// What a mote is answered when its text was delivered, and when it knows everything.
+pub const SENT: &str = "Messages sent successfully";
+pub const NOTHING: &str = "No Updates";
+
+/// Two people, and the first as a mote hears of her.
+pub const ADA: i64 = 1_234_567_890;
+pub const BOB: i64 = 2_345_678_901;
+pub const ADA_TOKEN: &str = "Ada:1234567890";
 
 /// The bot token of the firmware's datagrams, and of the stand-in unless told otherwise.
 pub const TOKEN: &str = "123456789:AAEaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa";
@@ -191,11 +196,7 @@ pub fn update(api: &BotApi) -> String {
 pub fn poll(mote: &Mote, api: &BotApi) -> String {
     let response = mote.post_separate("update", update(api));
     let tokens = response.text();
-    let code = if tokens == "No Updates" {
-        "2.03"
-    } else {
-        "2.05"
-    };
+    let code = if tokens == NOTHING { "2.03" } else { "2.05" };
     assert_eq!(response.code(), code, "{response}");
     tokens
 }
@@ -204,11 +205,11 @@ pub fn poll(mote: &Mote, api: &BotApi) -> String {
 /// [`EMPTY_PAGE_HOLDS`].
 #[track_caller]
 pub fn hear(mote: &Mote, api: &BotApi) -> String {
-    let mut told = "No Updates".to_string();
+    let mut told = NOTHING.to_string();
     let has_heard = within(PATIENCE, || {
         let is_all = api.waiting_updates() == 0;
         let reply = poll(mote, api);
-        if reply != "No Updates" {
+        if reply != NOTHING {
             told = reply;
         }
         is_all

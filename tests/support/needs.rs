@@ -18,7 +18,7 @@ unsafe extern "C" {
 extern "C" fn tell_skipped() {
     let mut skipped = SKIPPED.lock().unwrap();
     skipped.sort();
-    eprintln!("{} tests were skipped:", skipped.len());
+    eprintln!("skipped: {}", skipped.len());
     skipped.iter().for_each(|line| eprintln!("  {line}"));
     eprintln!();
 }

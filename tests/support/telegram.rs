@@ -1,7 +1,7 @@
 //! What Telegram does with a call: its queue of updates, its chats and its limits, as the published server
 //! (tdlib/telegram-bot-api, `Client.cpp`) and the documentation have them.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Map, Value, json};
@@ -29,12 +29,7 @@ pub const OTHER_POLL: &str = "Conflict: terminated by other getUpdates request; 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Refusal {
     Blocked,
-    Deactivated,
-    NeverStarted,
     KickedFromGroup,
-    KickedFromSupergroup,
-    NotInChannel,
-    GroupDeleted,
     NotFound,
     /// The group became the supergroup with this id.
     MigratedTo(i64),
@@ -45,12 +40,7 @@ impl Refusal {
         let forbidden = |reason: &str| Answer::error(403, &format!("Forbidden: {reason}"));
         match self {
             Self::Blocked => forbidden("bot was blocked by the user"),
-            Self::Deactivated => forbidden("user is deactivated"),
-            Self::NeverStarted => forbidden("bot can't initiate conversation with a user"),
             Self::KickedFromGroup => forbidden("bot was kicked from the group chat"),
-            Self::KickedFromSupergroup => forbidden("bot was kicked from the supergroup chat"),
-            Self::NotInChannel => forbidden("bot is not a member of the channel chat"),
-            Self::GroupDeleted => forbidden("the group chat was deleted"),
             Self::NotFound => Answer::error(400, "Bad Request: chat not found"),
             Self::MigratedTo(id) => Answer::error_with(
                 400,
@@ -62,7 +52,7 @@ impl Refusal {
 
     /// Telegram finds out about a person when it delivers a text, about a chat at every call.
     fn only_of_texts(self) -> bool {
-        matches!(self, Self::Blocked | Self::Deactivated | Self::NeverStarted)
+        self == Self::Blocked
     }
 }
 
@@ -437,7 +427,6 @@ impl State {
         self.seen.sent.push(Sent {
             chat: chat.clone(),
             text: text.to_string(),
-            message_id,
         });
         let chat = match chat.parse::<i64>() {
             Ok(id) if id < 0 => json!({"id": id, "type": "supergroup", "title": "Some group"}),
