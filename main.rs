@@ -90,12 +90,10 @@ usage: coap_websocket                    serve
 const VERSION: &str = concat!("coap_websocket ", env!("CARGO_PKG_VERSION"));
 
 fn main() -> ExitCode {
-    let mut arguments = Vec::new();
-    for argument in env::args_os().skip(1) {
-        arguments.push(argument.to_string_lossy().into_owned());
-    }
-    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    let outcome = match arguments[..] {
+    let words = env::args_os().map(|word| word.to_string_lossy().into_owned());
+    let words: Vec<String> = words.skip(1).collect();
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let outcome = match words[..] {
         [] => serve(),
         ["check"] => check(),
         ["check", "--settings"] => check_settings(),
@@ -1534,8 +1532,7 @@ fn visible_name(name: &str) -> String {
 /// Whether the firmware would take a name for a setting, a removal, everybody, or an id.
 fn is_misread(name: &str) -> bool {
     match name.as_bytes() {
-        [b'f', b'0' | b'1', ..] => true,
-        [b'i' | b'r', b'0'..=b'9', ..] => true,
+        [b'f', b'0' | b'1', ..] | [b'i' | b'r', b'0'..=b'9', ..] => true,
         name => name == b"all" || name.iter().all(u8::is_ascii_digit),
     }
 }
