@@ -6,471 +6,186 @@
 //!
 //! * `POST /message`, payload `url=…&token=…&chat_ids=1,2&text=…`: one `sendMessage` for each chat.
 //! * `POST /update`, payload `url=…&token=…`: `getUpdates`, answered with all that the mote should
-//!   know, as `r123;i5;f1;Ada:123` (a removed user, interval, LED feedback, a user), unless it has
-//!   acknowledged just that.
+//!   know, as `r123;i5;f1;Ada:456` (a removed user, interval, LED feedback, a user), unless the mote
+//!   has acknowledged just that.
 //! * `GET /.well-known/core`: RFC 6690.
 //!
 //! One thread owns everything ([`Gateway`]) and does one thing at a time: it receives a datagram,
 //! sends the empty ACK, calls Telegram, sends the separate response, and only then writes to the
-//! disk and to people. What comes meanwhile waits in the socket. When nothing waits, it retransmits
-//! and fetches what people wrote. Another thread logs a heartbeat; a text to several chats has a
-//! thread for each while it is sent.
+//! disk and to people. What comes meanwhile waits in the socket. Nothing is shared, so nothing is
+//! locked. Three kinds of threads help it: the heartbeat logs a line now and then; a text to several
+//! chats has a thread for each while it is sent; a look-up of Telegram's address has one, for it
+//! cannot be interrupted.
 //!
-//! A datagram travels `run` → `receive` → `handle` → `deliver` or `update` → `settle`; what people
-//! write travels `fetch` → `People::take` → `State::tokens`.
+//! The way of a datagram: `run` → `receive` → `handle` → `judge`, which either refuses it (the
+//! answer goes inside the ACK) or says what is to be done → `deliver` or `update` → the separate
+//! response → `settle`.
+//!
+//! The way of a text that somebody writes to the bot: `fetch` → `People::take` → `State` → `save`
+//! → `State::tokens`, which a mote gets with its next `/update`; and an answer by `answer_people`.
+//!
+//! Where the promises are kept: nothing is sent twice ([`coap::Exchanges`] knows duplicates,
+//! [`Telegram::call`] repeats only what surely had no effect); no change is lost ([`Motes`] counts
+//! only what was acknowledged, `fetch_pages` saves before it confirms); nobody waits long
+//! ([`Polling`] says how long a call may take).
 
-use std::collections::BTreeMap;
+use std::collections::VecDeque;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, ErrorKind, Write};
+use std::io::{self, ErrorKind, IsTerminal as _, Write};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::fs::OpenOptionsExt as _;
-use std::os::unix::net::{SocketAddr as UnixAddr, UnixDatagram};
+use std::os::unix::net::{SocketAddr as UnixAddress, UnixDatagram};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use std::{env, fmt, mem, thread};
 
 use coap::{Event, Exchanges, Request, Response};
-use coap_lite::{MessageClass, MessageType, Packet, ResponseType};
-use log::{LevelFilter, error, info, warn};
+use coap_lite::{CoapOption, MessageClass, MessageType, Packet, RequestType, ResponseType};
+use log::{Level, LevelFilter, error, info, warn};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use simple_logger::SimpleLogger;
 use ureq::config::IpFamily;
+use ureq::http::Uri;
 use ureq::tls::{PemItem, RootCerts, TlsConfig};
 use ureq::unversioned::resolver::{DefaultResolver, ResolvedSocketAddrs, Resolver};
 use ureq::unversioned::transport::{DefaultConnector, NextTimeout};
 
-// ---------- Limits, each with its reason ----------
+// ---------- What the program promises ----------
+//
+// Every other limit stands at the head of the section that keeps it.
 
-/// For a request: RIOT's nanocoap_sock waits 10 s after the empty ACK, so it is answered within 9 s.
+/// What Telegram gets for one request. RIOT's nanocoap_sock waits 10 s after the empty ACK; we
+/// promise 9 s and keep half a second for ourselves.
 const REQUEST_TIME: Duration = Duration::from_millis(8500);
-/// The same while Telegram does not answer, so that all who wait are soon told.
-const REQUEST_TIME_IN_A_HANG: Duration = Duration::from_secs(2);
-/// For the gateway's own fetch, during which requests wait.
-const FETCH_TIME: Duration = Duration::from_secs(5);
-/// Between two fetches. Three connections take turns, so each is used every 45 s.
-const FETCH_EVERY: Duration = Duration::from_secs(15);
-/// After a failed fetch, and in a hang between two tries with all the time.
-const FETCH_AFTER_FAILURE: Duration = Duration::from_secs(60);
-/// tdlib/telegram-bot-api holds a `getUpdates` that repeats the offset of the one before for 3 s.
-const FOUND_NOTHING_HOLDS: Duration = Duration::from_secs(3);
-/// Telegram closes idle connections after about a minute, and a text that meets the closing is lost.
-const IDLE_CONNECTION: Duration = Duration::from_secs(50);
-/// For a connection over all addresses of the host, and for their look-up.
-const CONNECT_TIME: Duration = Duration::from_secs(4);
-/// How long the addresses of the host serve.
-const ADDRESSES_HOLD: Duration = Duration::from_secs(60);
-/// For a look-up while old addresses can serve.
-const LOOK_UP_AGAIN_TIME: Duration = Duration::from_secs(1);
-/// Of calls that surely did not reach Telegram, or came too early (429).
-const ATTEMPTS: u32 = 3;
-const ATTEMPT_PAUSE: Duration = Duration::from_millis(500);
-/// Bot API server: pages of updates are cut beyond 4 MiB of JSON.
-const PAGE_BYTES_MAX: u64 = 8 << 20;
-/// Of any other answer: a `Message` of 4,096 characters, each `\uXXXX\uXXXX`.
-const ANSWER_BYTES_MAX: u64 = 64 << 10;
-/// Bot API, getUpdates: updates in one page.
-const PAGE: usize = 100;
-/// Characters of the reason of a failed call.
-const REASON_MAX: usize = 300;
-/// Bot API, sendMessage: characters of a text.
-const TEXT_MAX: usize = 4096;
-/// Firmware: users it keeps, and chats it can name.
+/// How many people can be registered: the firmware keeps 10. It names as many chats in a request.
 const USERS_MAX: usize = 10;
-/// Removed chats that are remembered.
-const REMOVED_MAX: usize = 100;
-/// Motes that are remembered.
-const MOTES_MAX: usize = 64;
-/// Then a mote is told everything again: it may have restarted unnoticed.
+/// The longest text in characters. Bot API, sendMessage.
+const TEXT_MAX: usize = 4096;
+/// The shortest and the longest interval that people can set, in minutes.
+const INTERVAL_MIN: u8 = 1;
+const INTERVAL_MAX: u8 = 120;
+/// How long a mote is told nothing after it has acknowledged everything. Then it is told all of it
+/// again, for it may have restarted unnoticed.
 const ACKNOWLEDGED_HOLDS: Duration = Duration::from_secs(3600);
-/// Firmware: its message IDs go up by 1 to 3, and some requests get lost.
-const MESSAGE_ID_STEP_MAX: u16 = 64;
-/// Firmware: bytes of a user's name.
-const NAME_MAX: usize = 14;
-/// Firmware: 11 characters of a chat id; it cuts longer ones.
-const CHAT_ID_MAX: i64 = 99_999_999_999;
-/// Firmware: bytes of a reply; a longer one is thrown away whole.
-const REPLY_MAX: usize = 302;
-/// Firmware: bytes of its token.
-const MOTE_TOKEN_MAX: usize = 49;
-/// Wrong passwords in a row, after which a chat's `config` is ignored for `LOCKED_OUT`.
+/// Wrong passwords in a row after which a chat's commands with a password are ignored, and how long.
 const WRONG_PASSWORDS_MAX: u32 = 5;
 const LOCKED_OUT: Duration = Duration::from_secs(3600);
-/// Chats whose wrong passwords are counted.
-const SUSPECTS_MAX: usize = 256;
-/// Of `coap_server.log`, bytes; then it becomes `coap_server.log.1`.
-const LOG_MAX: u64 = 1 << 20;
-const HEARTBEAT: Duration = Duration::from_secs(15 * 60);
-/// Longest sleep of the loop, which serves systemd's watchdog.
-const TICK: Duration = Duration::from_secs(1);
-/// More datagrams than the socket holds: no flood puts off for ever what is due.
-const SOCKET_HOLDS: u32 = 1000;
 
-/// Of a payload's fields.
-const KEYS: [&str; 4] = ["&url=", "&token=", "&chat_ids=", "&text="];
-const MESSAGES_SENT: &str = "Messages sent successfully";
-const NO_UPDATES: &str = "No Updates";
-const MISSING_FIELDS: &str = "Missing required fields";
-const LINKS: &str = r#"</message>;rt="telegram.message";ct=0,</update>;rt="telegram.update";ct=0"#;
-const HELP: &str = "I pass on what the sensors report.\n\
-    remove me - no more messages\n\
-    config <password> interval <1..120> - minutes between two reports\n\
-    config <password> feedback <0|1> - LED feedback off or on\n\
-    help - this text";
-const REGISTERED: &str = "You are registered.";
-const LIST_IS_FULL: &str = "The list is full: 10 people are registered already.";
-const REMOVED: &str = "You are removed and get no more messages. Write anything to register again.";
-const CONFIG_FORM: &str = "Allowed is: config <password> interval <1..120>, \
-    or: config <password> feedback <0|1>. Nothing was changed.";
+// ---------- The command line ----------
+
 const USAGE: &str = "\
-usage: coap_websocket                serve
-       coap_websocket check          test the configuration and the way to Telegram
+usage: coap_websocket                    serve
+       coap_websocket check              test the configuration and the way to Telegram
+       coap_websocket check --settings   test the configuration alone
        coap_websocket send -i <chat-id> -m <message> [-u coap://[address]:port]
-                                     send one message through a running gateway
+                                         send one message through a running gateway
        coap_websocket --help | --version";
 
-// ---------- Arguments and configuration ----------
-
 fn main() -> ExitCode {
-    let words: Vec<_> = env::args_os().skip(1).collect();
-    let words: Vec<_> = words.iter().map(|word| word.to_string_lossy()).collect();
-    let words: Vec<&str> = words.iter().map(AsRef::as_ref).collect();
-    let outcome = match words[..] {
+    let mut arguments = Vec::new();
+    for argument in env::args_os().skip(1) {
+        arguments.push(argument.to_string_lossy().into_owned());
+    }
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let outcome = match arguments[..] {
         [] => serve(),
         ["check"] => check(),
-        ["send", ref options @ ..] => {
-            let after = |name: &str| options.iter().skip_while(move |word| **word != name).nth(1);
-            match (after("-i"), after("-m"), after("-u"), options.len()) {
-                (Some(chat), Some(text), None, 4) => send(chat, text, None),
-                (Some(chat), Some(text), Some(uri), 6) if uri.starts_with("coap://") => {
-                    send(chat, text, Some(uri))
-                }
-                _ => return usage(),
-            }
+        ["check", "--settings"] => check_settings(),
+        ["send", "-i", chat, "-m", text] | ["send", "-m", text, "-i", chat] => {
+            send(chat, text, None)
         }
-        ["--help" | "-h"] => say(USAGE),
-        ["--version" | "-V"] => say(concat!("coap_websocket ", env!("CARGO_PKG_VERSION"))),
-        _ => return usage(),
+        ["send", "-i", chat, "-m", text, "-u", uri] if uri.starts_with("coap://") => {
+            send(chat, text, Some(uri))
+        }
+        ["--help" | "-h"] => print(USAGE),
+        ["--version" | "-V"] => print(concat!("coap_websocket ", env!("CARGO_PKG_VERSION"))),
+        _ => {
+            let _ = writeln!(io::stderr(), "{USAGE}");
+            return ExitCode::from(2);
+        }
     };
     if let Err(reason) = outcome {
-        let _ = writeln!(io::stderr(), "coap_websocket: {reason}");
+        let priority = journal_priority(Level::Error, io::stderr().is_terminal());
+        let _ = writeln!(io::stderr(), "{priority}coap_websocket: {reason}");
         return ExitCode::FAILURE;
     }
     ExitCode::SUCCESS
 }
 
-fn usage() -> ExitCode {
-    let _ = writeln!(io::stderr(), "{USAGE}");
-    ExitCode::from(2)
-}
-
-/// `println!`, but a closed pipe is no reason to panic.
-fn say(text: &str) -> Result<(), String> {
-    let _ = writeln!(io::stdout(), "{text}");
+/// Prints a line. `println!` would take a closed pipe for a reason to panic.
+fn print(line: &str) -> Result<(), String> {
+    let _ = writeln!(io::stdout(), "{line}");
     Ok(())
-}
-
-/// A token or a password. Without `Debug` and `Display` it cannot get into a log line by accident.
-#[derive(Clone)]
-struct Secret(String);
-
-impl Secret {
-    /// `<bot id>:<letters, digits, _ and ->`, so that it can stand in a URL as it is.
-    fn is_bot_token(&self) -> bool {
-        let (id, key) = self.0.split_once(':').unwrap_or_default();
-        let is_id = (1..=20).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_digit());
-        let fits = |b: u8| b.is_ascii_alphanumeric() || b == b'_' || b == b'-';
-        is_id && (1..=100).contains(&key.len()) && key.bytes().all(fits)
-    }
-
-    /// The part of a bot token before the colon: the bot's user id, which is public.
-    fn bot_id(&self) -> &str {
-        self.0.split(':').next().unwrap_or_default()
-    }
-
-    /// Compares in a time that depends on the guess alone.
-    fn is(&self, guess: &str) -> bool {
-        let mut unlike = self.0.len() ^ guess.len();
-        for (a, b) in guess.bytes().zip(self.0.bytes().cycle()) {
-            unlike |= usize::from(a ^ b);
-        }
-        std::hint::black_box(unlike) == 0
-    }
-}
-
-/// What the operator has set, checked.
-struct Config {
-    /// The only Bot API url that is served and connected to.
-    url: String,
-    /// `None`: `/message` serves any token, `/update` the first bot that Telegram accepts.
-    token: Option<Secret>,
-    /// What motes may present for `token`, so that it never crosses the mesh.
-    mote_token: Option<Secret>,
-    mote_token_origin: String,
-    ip_family: IpFamily,
-    /// `None`: every `config` is refused.
-    password: Option<Secret>,
-    listen: SocketAddr,
-    roots: RootCerts,
-    roots_origin: String,
-    state_path: PathBuf,
-}
-
-impl Config {
-    /// From `config.ini`, `.env` and the environment. An error names file, line and reason.
-    fn load() -> Result<Config, String> {
-        let mut config = Config {
-            url: "https://api.telegram.org/bot".to_string(),
-            token: None,
-            mote_token: None,
-            mote_token_origin: String::new(),
-            ip_family: IpFamily::Any,
-            password: None,
-            listen: SocketAddr::new(Ipv6Addr::LOCALHOST.into(), coap::PORT),
-            roots: RootCerts::WebPki,
-            roots_origin: "Mozilla's, built in".to_string(),
-            state_path: folder("STATE_DIRECTORY", "/var/lib").join("state.json"),
-        };
-        let (ini, dot_env) = (settings_file("config.ini"), settings_file(".env"));
-        read_settings(&ini, &mut config, true)?;
-        read_settings(&dot_env, &mut config, false)?;
-        for name in "PASSWORD SSL_CERT_FILE COAP_SERVER_IP COAP_SERVER_PORT".split(' ') {
-            let value = env::var(name).unwrap_or_default();
-            if !value.is_empty() {
-                config.set("environment", name, &value)?;
-            }
-        }
-        if config.token.is_none() && config.mote_token.is_some() {
-            let origin = config.mote_token_origin;
-            return Err(format!("{origin}: mote_token without bot_token"));
-        }
-        if config.token.is_none() {
-            warn!(
-                "no bot_token is set in {}: /message serves any token, \
-                /update the first bot that Telegram accepts",
-                ini.display()
-            );
-        }
-        if config.password.is_none() {
-            let file = dot_env.display();
-            warn!("no PASSWORD is set in {file}: every `config` is refused");
-        }
-        Ok(config)
-    }
-
-    /// An error does not repeat the value, for it may be a secret.
-    fn set(&mut self, origin: &str, name: &str, value: &str) -> Result<(), String> {
-        let fault = |rule: &str| format!("{origin}: {name} {rule}");
-        let is_word = !value.contains(char::is_whitespace);
-        let secret = Secret(value.to_string());
-        match name {
-            "bot_token" if value == "your_telegram_bot_token" => {}
-            "bot_token" if secret.is_bot_token() => self.token = Some(secret),
-            "bot_token" => return Err(fault("is not a bot token (digits, a colon, letters)")),
-            "mote_token" if is_word && value.len() <= MOTE_TOKEN_MAX && !value.contains('&') => {
-                self.mote_token = Some(secret);
-                self.mote_token_origin = origin.to_string();
-            }
-            "mote_token" => return Err(fault("is not a word of at most 49 bytes without &")),
-            "url" if is_https_url(value) => self.url = value.to_string(),
-            "url" => return Err(fault("is not of the form https://host/bot")),
-            "ip_family" if value == "any" => self.ip_family = IpFamily::Any,
-            "ip_family" if value == "ipv4" => self.ip_family = IpFamily::Ipv4Only,
-            "ip_family" if value == "ipv6" => self.ip_family = IpFamily::Ipv6Only,
-            "ip_family" => return Err(fault("is none of any, ipv4, ipv6")),
-            "PASSWORD" if is_word => self.password = Some(secret),
-            "PASSWORD" => return Err(fault("holds white space, which nobody could send")),
-            "COAP_SERVER_IP" => match value.parse() {
-                Ok(ip) => self.listen.set_ip(ip),
-                Err(_) => return Err(fault("is not an IP address (without a zone)")),
-            },
-            "COAP_SERVER_PORT" => match value.parse() {
-                Ok(port) => self.listen.set_port(port),
-                Err(_) => return Err(fault("is not a port (0 to 65535)")),
-            },
-            "SSL_CERT_FILE" => {
-                self.roots = read_roots(value).map_err(|reason| fault(&reason))?;
-                self.roots_origin = format!("those in SSL_CERT_FILE {value}");
-            }
-            _ => warn!("{}", fault("is unknown and ignored")),
-        }
-        Ok(())
-    }
-
-    /// For the commands that cannot do without.
-    fn required_token(&self) -> Result<&Secret, String> {
-        let file = settings_file("config.ini").display().to_string();
-        self.token
-            .as_ref()
-            .ok_or(format!("no bot_token is set in {file}"))
-    }
-}
-
-fn settings_file(name: &str) -> PathBuf {
-    let folder = folder("CREDENTIALS_DIRECTORY", "/etc");
-    match env::var_os("CREDENTIALS_DIRECTORY") {
-        Some(_) => folder.join(name.trim_start_matches('.')),
-        None => folder.join(name),
-    }
-}
-
-/// What systemd names in `variable`; else the working directory, unless it holds no settings but an
-/// installation does: so `check` and `send` work from every folder of the Pi.
-fn folder(variable: &str, root: &str) -> PathBuf {
-    let value = env::var(variable).unwrap_or_default();
-    let first = value.split(':').next().unwrap_or_default();
-    let is_here = Path::new("config.ini").exists() || Path::new(".env").exists();
-    let is_installed = Path::new("/etc/coap_websocket/config.ini").exists();
-    if first.is_empty() && is_installed && !is_here {
-        return Path::new(root).join("coap_websocket");
-    }
-    first.into()
-}
-
-/// Of an INI file only `[telegram]`, for the other sections belong to the firmware's build.
-fn read_settings(path: &Path, config: &mut Config, is_ini: bool) -> Result<(), String> {
-    let content = match fs::read(path) {
-        Ok(content) => content,
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(format!("cannot read {}: {error}", path.display())),
-    };
-    let content = content.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&content);
-    let mut section = if is_ini { "" } else { "telegram" };
-    let mut names = Vec::new();
-    for (number, line) in (1..).zip(content.split(|byte| *byte == b'\n')) {
-        let origin = format!("{}:{number}", path.display());
-        let line = str::from_utf8(line).map_err(|_| format!("{origin}: not UTF-8 text"))?;
-        let line = line.trim();
-        if line.is_empty() || line.starts_with(['#', ';']) {
-            continue;
-        }
-        if is_ini && let Some(name) = line.strip_prefix('[') {
-            let name = name
-                .split_once(']')
-                .ok_or(format!("{origin}: `[` without `]`"))?
-                .0;
-            section = name.trim();
-            continue;
-        }
-        if section.is_empty() {
-            return Err(format!("{origin}: no section yet; put [telegram] above it"));
-        }
-        if section != "telegram" {
-            continue;
-        }
-        let line = line.strip_prefix("export ").unwrap_or(line);
-        let fault = || format!("{origin}: not `NAME=value`");
-        let (name, value) = line.split_once('=').ok_or_else(fault)?;
-        let (name, value) = (name.trim().to_string(), value.trim());
-        let name = if is_ini { name.to_lowercase() } else { name };
-        if names.contains(&name) {
-            return Err(format!("{origin}: {name} is set twice; remove one of them"));
-        }
-        let unquote = |quote: char| value.strip_prefix(quote)?.strip_suffix(quote);
-        let value = unquote('"').or(unquote('\'')).unwrap_or(value);
-        let is_overruled = !is_ini && env::var(&name).is_ok_and(|real| !real.is_empty());
-        if !value.is_empty() && !is_overruled {
-            config.set(&origin, &name, value)?;
-        }
-        names.push(name);
-    }
-    Ok(())
-}
-
-fn is_https_url(text: &str) -> bool {
-    let uri = ureq::http::Uri::try_from(text).unwrap_or_default();
-    let has_host = uri.host().is_some_and(|host| !host.is_empty());
-    uri.scheme_str() == Some("https") && has_host && !text.contains(['?', '#'])
-}
-
-fn read_roots(file: &str) -> Result<RootCerts, String> {
-    let pem = fs::read(file).map_err(|error| format!("cannot be read: {file}: {error}"))?;
-    let mut certificates = Vec::new();
-    for item in ureq::tls::parse_pem(&pem) {
-        if let Ok(PemItem::Certificate(certificate)) = item {
-            certificates.push(certificate);
-        }
-    }
-    if certificates.is_empty() {
-        return Err(format!("holds no certificate: {file}"));
-    }
-    Ok(RootCerts::new_with_certs(&certificates))
 }
 
 // ---------- The loop ----------
+//
+// One thread receives, answers, and does what is due between the requests. It owns the socket, the
+// state and everything else that changes.
 
-/// Everything; one thread owns it.
+/// The longest time between two signs of life for systemd's watchdog, and between two attempts to
+/// get the address.
+const TICK: Duration = Duration::from_secs(1);
+/// How long what is due may be put off while datagrams wait without a pause. Promised are 2 s.
+const OVERDUE_MAX: Duration = Duration::from_secs(1);
+/// How often it is checked that this host still has the address.
+const ADDRESS_CHECK: Duration = Duration::from_secs(60);
+
+/// Everything that the program knows.
 struct Gateway {
     config: Config,
-    /// Answers leave from it, too: gcoap looks at the server's address and port.
+    /// Responses leave from it, too: gcoap looks at the server's address and port.
     socket: UdpSocket,
     exchanges: Exchanges,
-    telegram: Telegram,
-    state: State,
-    /// What `state.json` holds, if it is known.
-    saved: Option<State>,
     motes: Motes,
+    telegram: Telegram,
+    polling: Polling,
     people: People,
-    /// For its own fetches: the configured token, else the last that Telegram accepted.
-    token: Option<Secret>,
-    /// When the gateway fetches on its own.
-    next_fetch: Instant,
-    /// When the last fetch found that nobody had written.
-    found_nothing: Option<Instant>,
-    /// Whether the last fetch failed.
-    fetch_fails: bool,
-    /// While Telegram does not answer: when the next try may take all its time.
-    hang: Option<Instant>,
-    /// Of the request or the fetch under way.
-    deadline: Instant,
+    state: State,
+    /// What `state.json` holds, if this program has written it.
+    saved: Option<State>,
+    address_is_gone: bool,
 }
 
-/// Serves for ever. Faults of the start end it, but nothing that a datagram holds.
+/// Serves for ever. A fault of the start ends it; nothing that comes by network does.
 fn serve() -> Result<(), String> {
-    start_log(folder("LOGS_DIRECTORY", "/var/log").join("coap_server.log"))?;
-    let config = Config::load()?;
-    let state = State::open(&config);
+    let folders = Folders::find();
+    if folders.are_a_services {
+        return Err(format!(
+            "{INSTALLED_SETTINGS} belongs to the service, and two gateways would take each other's \
+            messages; run: sudo systemctl start coap_websocket"
+        ));
+    }
+    start_log(folders.log.join("coap_server.log"))?;
+    let config = Config::load(&folders)?;
+    let state = State::open(&config)?;
     notify("READY=1");
     let socket = bind(config.listen)?;
     thread::spawn(heartbeat);
-    let version = env!("CARGO_PKG_VERSION");
-    info!("coap_websocket {version} serves CoAP on {}", config.listen);
-    notify(&format!("STATUS=Serves CoAP on {}", config.listen));
-    let mut gateway = Gateway {
-        socket,
-        exchanges: Exchanges::new(),
-        telegram: Telegram::new(&config),
-        state,
-        saved: None,
-        motes: Motes::default(),
-        people: People::default(),
-        token: config.token.clone(),
-        next_fetch: Instant::now(),
-        found_nothing: None,
-        fetch_fails: false,
-        hang: None,
-        deadline: Instant::now(),
-        config,
-    };
-    gateway.settle(); // so that the time of the first start outlives a crash
-    gateway.run()
+    Gateway::new(config, state, socket).run()
 }
 
-/// Waits for an address that does not exist yet, after READY: a unit that waits holds up the boot.
+/// Waits for the address as long as this host cannot use it. READY=1 was sent before, for a unit
+/// that waits would hold up the boot.
 fn bind(listen: SocketAddr) -> Result<UdpSocket, String> {
     let mut is_told = false;
     loop {
         match UdpSocket::bind(listen) {
-            Err(error) if error.kind() == ErrorKind::AddrNotAvailable => {}
-            result => return result.map_err(|error| format!("cannot bind {listen}: {error}")),
+            Ok(socket) => return Ok(socket),
+            Err(error) if error.kind() != ErrorKind::AddrNotAvailable => {
+                return Err(format!("cannot bind {listen}: {error}"));
+            }
+            Err(_) => {}
         }
         if !is_told {
-            warn!("address {listen} does not exist yet; trying every second");
-            notify(&format!("STATUS=Waits for address {listen} to appear"));
+            let cause = "it is not there, or another host has it too";
+            warn!("waits for address {listen}: {cause}; trying every second");
+            notify(&format!("STATUS=Waits for address {listen}: {cause}"));
             is_told = true;
         }
         notify("WATCHDOG=1");
@@ -479,111 +194,160 @@ fn bind(listen: SocketAddr) -> Result<UdpSocket, String> {
 }
 
 impl Gateway {
+    fn new(config: Config, state: State, socket: UdpSocket) -> Gateway {
+        Gateway {
+            socket,
+            exchanges: Exchanges::new(),
+            motes: Motes::default(),
+            telegram: Telegram::new(&config),
+            polling: Polling::new(config.token.clone(), Instant::now()),
+            people: People::default(),
+            state,
+            saved: None,
+            address_is_gone: false,
+            config,
+        }
+    }
+
     fn run(&mut self) -> ! {
+        let version = env!("CARGO_PKG_VERSION");
+        info!(
+            "coap_websocket {version} serves CoAP on {}",
+            self.config.listen
+        );
+        self.tell_status();
+        self.settle(Instant::now(), Turn::First); // tells at once of a disk that cannot be written
         let mut buffer = vec![0; coap::DATAGRAM_MAX];
-        let mut watched = Instant::now();
-        let mut in_a_row = 0;
+        let mut next_tick = Instant::now();
+        let mut next_address_check = Instant::now() + ADDRESS_CHECK;
+        let mut overdue_since = None;
         loop {
-            let _ = self.socket.set_read_timeout(Some(self.rest()));
-            match self.socket.recv_from(&mut buffer) {
-                Ok((length, peer)) => {
-                    self.receive(peer, &buffer[..length]);
-                    in_a_row += 1;
-                }
-                Err(error) if error.kind() == ErrorKind::WouldBlock => in_a_row = SOCKET_HOLDS,
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) => {
-                    warn!("cannot receive: {error}");
-                    thread::sleep(TICK);
+            let before = Instant::now();
+            let is_idle = self.receive(&mut buffer);
+            let now = Instant::now();
+            if now < self.next_due() {
+                overdue_since = None;
+            } else {
+                // Retransmissions wait until the socket is empty, for the ACK may be what waits,
+                // above all behind a request that took long.
+                let since = *overdue_since.get_or_insert(now);
+                let is_overdue = now >= since + OVERDUE_MAX && now < before + OVERDUE_MAX;
+                if is_idle || is_overdue {
+                    self.do_what_is_due(now);
+                    overdue_since = None;
                 }
             }
-            if in_a_row >= SOCKET_HOLDS {
-                self.tend();
-                in_a_row = 0;
-            }
-            if watched.elapsed() >= TICK {
+            if now >= next_tick {
                 notify("WATCHDOG=1");
-                watched = Instant::now();
+                next_tick = now + TICK;
+            }
+            if now >= next_address_check {
+                self.check_address();
+                next_address_check = now + ADDRESS_CHECK;
             }
         }
     }
 
-    /// How long there is nothing to do but to receive.
-    fn rest(&self) -> Duration {
-        let now = Instant::now();
-        let fetch = self.token.is_some().then_some(self.next_fetch);
-        let due = self.exchanges.next_due().into_iter().chain(fetch).min();
-        let rest = due.map_or(TICK, |due| due.saturating_duration_since(now));
-        rest.clamp(Duration::from_millis(1), TICK) // zero would be no limit at all
+    /// Receives one datagram and handles it, or waits until something is due. Returns whether
+    /// nothing waits in the socket.
+    fn receive(&mut self, buffer: &mut [u8]) -> bool {
+        let due_in = self.next_due().saturating_duration_since(Instant::now());
+        let patience = due_in.clamp(Duration::from_millis(1), TICK); // zero would be no limit
+        let _ = self.socket.set_read_timeout(Some(patience));
+        match self.socket.recv_from(buffer) {
+            Ok((length, peer)) => {
+                self.take_datagram(peer, &buffer[..length]);
+                false
+            }
+            Err(error) if error.kind() == ErrorKind::WouldBlock => true,
+            Err(error) if error.kind() == ErrorKind::Interrupted => false,
+            Err(error) => {
+                warn!("cannot receive: {error}");
+                thread::sleep(TICK);
+                true
+            }
+        }
     }
 
-    /// Whatever waited in the socket, such as an ACK, has been read.
-    fn tend(&mut self) {
-        let now = Instant::now();
+    /// When the next retransmission or fetch is due; within the next tick if nothing else is.
+    fn next_due(&self) -> Instant {
+        let mut due = Instant::now() + TICK;
+        if let Some(retransmission) = self.exchanges.next_due() {
+            due = due.min(retransmission);
+        }
+        if let Some(fetch) = self.polling.next_due() {
+            due = due.min(fetch);
+        }
+        due
+    }
+
+    /// Retransmits and fetches, if that is due. What found no time after the last fetch gets a turn
+    /// of its own before the next one.
+    fn do_what_is_due(&mut self, now: Instant) {
         for (peer, bytes) in self.exchanges.retransmissions(now) {
             self.transmit(peer, &bytes);
         }
-        if now >= self.next_fetch
-            && let Some(token) = self.token.clone()
-        {
-            self.deadline = now + self.time_for(FETCH_TIME);
-            let _ = self.fetch(&token);
-            self.settle();
+        let Some(token) = self.polling.token_if_due(now) else {
+            return;
+        };
+        let deadline = now + self.polling.time_for(FETCH_TIME, now);
+        if mem::take(&mut self.people.has_leftovers) {
+            return self.settle(deadline, Turn::Last);
         }
+        let _ = self.fetch(&token, deadline); // it logs why it failed
+        self.settle(deadline, Turn::First);
     }
 
-    fn receive(&mut self, peer: SocketAddr, datagram: &[u8]) {
+    fn take_datagram(&mut self, peer: SocketAddr, datagram: &[u8]) {
         match self.exchanges.receive(Instant::now(), peer, datagram) {
             Event::Send(bytes) => self.transmit(peer, &bytes),
             Event::Request(request) => self.handle(request),
-            Event::Acknowledged(version) => self.motes.acknowledge(peer, version, Instant::now()),
+            Event::Acknowledged(ticket) => self.motes.acknowledge(peer, ticket, Instant::now()),
         }
     }
 
+    /// Answers a request: at once, or with an empty ACK, a call of Telegram, and then a separate
+    /// response.
     fn handle(&mut self, mut request: Request) {
-        let response = match self.judge(&mut request) {
-            Err(response) | Ok(Work::Reply(response)) => {
-                let reply = self.exchanges.acknowledge(&request, Some(&response));
+        let work = match self.judge(&mut request) {
+            Verdict::Work(work) => work,
+            Verdict::Reply(response) => {
+                let reply = self.exchanges.respond_now(&request, &response);
                 self.transmit(request.peer, &reply);
-                return log_outcome(&request, &response);
+                log_outcome(&request, &response);
+                return;
             }
-            Ok(Work::Message(message)) => {
-                self.begin(&request);
-                self.deliver(&message)
-            }
-            Ok(Work::Update(token)) => {
-                self.begin(&request);
-                self.update(&token, request.peer)
-            }
+        };
+        let acknowledgement = self.exchanges.promise(&request);
+        self.transmit(request.peer, &acknowledgement);
+        let begin = request.received_at;
+        self.motes
+            .note_request(request.peer, request.message_id(), begin);
+        let deadline = begin + self.polling.time_for(REQUEST_TIME, begin);
+        let response = match work {
+            Work::Message(text) => self.deliver(&text, deadline),
+            Work::Update(token) => self.update(&token, request.peer, deadline),
         };
         let bytes = self.exchanges.respond(Instant::now(), &request, &response);
         self.transmit(request.peer, &bytes);
         log_outcome(&request, &response);
-        self.settle();
+        self.settle(deadline, Turn::First);
     }
 
-    /// Promises a response.
-    fn begin(&mut self, request: &Request) {
-        let acknowledgement = self.exchanges.acknowledge(request, None);
-        self.transmit(request.peer, &acknowledgement);
-        self.motes
-            .note_request(request.peer, request.packet.header.message_id);
-        self.deadline = request.at + self.time_for(REQUEST_TIME);
-    }
-
-    /// A datagram that cannot be sent is one that was lost: CoAP retransmits.
+    /// Sends a datagram, if there is one. One that cannot be sent is one that was lost: CoAP
+    /// retransmits.
     fn transmit(&self, peer: SocketAddr, bytes: &[u8]) {
         if !bytes.is_empty() {
             let _ = self.socket.send_to(bytes, peer);
         }
     }
 
-    /// What can wait until the mote has its response: the disk, then the people, for nobody is told
-    /// of a change that a power cut would undo.
-    fn settle(&mut self) {
+    /// Does what can wait until the mote has its response: the disk, then the people, for nobody is
+    /// told of a change that a power cut would undo.
+    fn settle(&mut self, deadline: Instant, turn: Turn) {
         USERS.store(self.state.users.len() as u64, Relaxed);
         match self.save() {
-            Ok(()) => self.answer_people(),
+            Ok(()) => self.answer_people(deadline, turn),
             Err(reason) => error!("{reason}"),
         }
     }
@@ -592,102 +356,217 @@ impl Gateway {
     fn save(&mut self) -> Result<(), String> {
         if self.saved.as_ref() != Some(&self.state) {
             let path = &self.config.state_path;
-            let fault = |error| format!("cannot write {}: {error}", path.display());
-            self.state.write(path).map_err(fault)?;
+            if let Err(error) = self.state.write(path) {
+                return Err(format!("cannot write {}: {error}", path.display()));
+            }
             self.saved = Some(self.state.clone());
         }
         Ok(())
     }
 
-    /// In a hang, one try a minute has the usual time, and so notices the end of it.
-    fn time_for(&mut self, usual: Duration) -> Duration {
-        let now = Instant::now();
-        if self.hang.is_some_and(|next_try| now < next_try) {
-            return REQUEST_TIME_IN_A_HANG;
+    /// Tells when this host has lost the address, or has it back. Serving just goes on: the socket
+    /// outlives both.
+    fn check_address(&mut self) {
+        let ip = self.config.listen.ip();
+        let is_gone = match UdpSocket::bind((ip, 0)) {
+            Ok(_) => false,
+            Err(error) => error.kind() == ErrorKind::AddrNotAvailable,
+        };
+        if is_gone == self.address_is_gone {
+            return;
         }
-        self.hang = self.hang.map(|_| now + FETCH_AFTER_FAILURE);
-        usual
+        self.address_is_gone = is_gone;
+        if is_gone {
+            warn!("address {ip} has gone: its link is down, or another host has it too");
+        } else {
+            info!("address {ip} is back");
+        }
+        self.tell_status();
+    }
+
+    /// Says in `systemctl status` what is served and what does not work.
+    fn tell_status(&self) {
+        let mut status = format!("STATUS=Serves CoAP on {}", self.config.listen);
+        if self.address_is_gone {
+            status += ", but this address has gone (link down, or another host has it)";
+        }
+        if self.polling.fails() {
+            status += ", but cannot fetch what people write";
+        }
+        notify(&status);
     }
 }
 
+fn log_outcome(request: &Request, response: &Response) {
+    let level = match response.is_failure() {
+        true => Level::Warn,
+        false => Level::Info,
+    };
+    let mut line = format!("{} {request} -> {}", request.peer, response.code());
+    line += &format!(" in {} ms", request.received_at.elapsed().as_millis());
+    if !response.detail.is_empty() {
+        line += &format!(": {}", response.detail);
+    }
+    log::log!(level, "{line}");
+}
+
 // ---------- Judging a request ----------
+//
+// Everything that can be said about a request without Telegram is said here, in the order of the
+// RFC: options, path, method and formats, blocks, then the fields of the payload.
+
+/// The keys of a payload's fields. A `&` is put in front of the first one.
+const URL: &str = "&url=";
+const TOKEN: &str = "&token=";
+const CHAT_IDS: &str = "&chat_ids=";
+const TEXT: &str = "&text=";
+const KEYS: [&str; 4] = [URL, TOKEN, CHAT_IDS, TEXT];
+
+const LINKS: &str = r#"</message>;rt="telegram.message";ct=0,</update>;rt="telegram.update";ct=0"#;
+const MISSING_FIELDS: &str = "Missing required fields";
+const NO_CHAT_IDS: &str = "No chat ids: nobody is registered yet";
+
+/// What becomes of a request.
+enum Verdict {
+    /// It is answered at once, inside the ACK.
+    Reply(Response),
+    /// It is promised a separate response.
+    Work(Work),
+}
 
 /// What an acceptable request asks for.
 enum Work {
-    /// An answer that needs no Telegram.
-    Reply(Response),
-    Message(Message),
+    Message(Text),
     /// With the bot's token.
     Update(Secret),
 }
 
 /// What a mote wants to have sent.
-struct Message {
+struct Text {
     token: Secret,
-    chats: Vec<Value>,
+    chats: Vec<ChatId>,
     text: String,
 }
 
+/// Bot API, `chat_id`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(untagged)]
+enum ChatId {
+    Number(i64),
+    /// `@` and the username of a channel.
+    Channel(String),
+}
+
+impl ChatId {
+    /// Reads an integer or `@channelname`; none for anything else.
+    fn parse(text: &str) -> Option<ChatId> {
+        if let Some(name) = text.strip_prefix('@') {
+            let fits = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';
+            let is_name = (1..=32).contains(&name.len()) && name.bytes().all(fits);
+            return is_name.then(|| ChatId::Channel(text.to_string()));
+        }
+        parse_number(text).map(ChatId::Number)
+    }
+}
+
+impl fmt::Display for ChatId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            ChatId::Number(id) => write!(f, "{id}"),
+            ChatId::Channel(name) => write!(f, "{name}"),
+        }
+    }
+}
+
 impl Gateway {
-    /// What to do, or the answer that refuses it.
-    fn judge(&mut self, request: &mut Request) -> Result<Work, Response> {
+    /// Decides what to do with a request, or how to answer it at once.
+    fn judge(&mut self, request: &mut Request) -> Verdict {
+        self.accept(request).unwrap_or_else(Verdict::Reply)
+    }
+
+    /// `Err` refuses the request.
+    fn accept(&mut self, request: &mut Request) -> Result<Verdict, Response> {
         request.check_options()?;
         let path = request.path();
         match path.as_str() {
-            "message" | "update" => check_formats(request, coap::POST, coap::TEXT_PLAIN)?,
+            "message" | "update" => {
+                check_formats(request, RequestType::Post, coap::TEXT_PLAIN)?;
+            }
             ".well-known/core" => {
-                check_formats(request, coap::GET, coap::LINK_FORMAT)?;
-                let links = Response::content(ResponseType::Content, coap::LINK_FORMAT, LINKS);
-                return Ok(Work::Reply(links));
+                check_formats(request, RequestType::Get, coap::LINK_FORMAT)?;
+                let code = ResponseType::Content;
+                let links = Response::content(code, coap::LINK_FORMAT, LINKS);
+                return Ok(Verdict::Reply(links));
             }
             _ => return Err(Response::error(ResponseType::NotFound, "No such resource")),
         }
-        if !self.exchanges.assemble(request)? {
-            return Ok(Work::Reply(Response::error(ResponseType::Continue, "")));
+        let is_whole = self.exchanges.assemble(request)?;
+        if !is_whole {
+            return Ok(Verdict::Reply(Response::go_on()));
         }
         let payload = String::from_utf8_lossy(&request.packet.payload);
         let payload = format!("&{}", trim(&payload)); // so that each key has its `&`
-        let [url, token, chat_ids, text] = KEYS.map(|key| field(&payload, key));
-        let is_message = path == "message";
-        if [url, token].contains(&"") || is_message && [chat_ids, text].contains(&"") {
-            return Err(bad_request(MISSING_FIELDS));
-        }
-        if url != self.config.url {
-            return Err(forbidden("url"));
-        }
-        let token = self.served_token(token, is_message)?;
-        if !is_message {
-            return Ok(Work::Update(token));
-        }
-        if text.chars().count() > TEXT_MAX {
-            return Err(bad_request("Text too long, at most 4096 characters"));
-        }
-        let (chats, text) = (chats(chat_ids)?, text.to_string());
-        Ok(Work::Message(Message { token, chats, text }))
+        let work = match path.as_str() {
+            "message" => Work::Message(self.accept_message(&payload)?),
+            _ => Work::Update(self.accept_update(&payload)?),
+        };
+        Ok(Verdict::Work(work))
     }
 
-    /// The bot's token for what a mote has presented.
-    fn served_token(&self, presented: &str, is_message: bool) -> Result<Secret, Response> {
-        if let Some(own) = &self.config.token {
-            let mote_token = self.config.mote_token.as_ref();
-            let is_mote_token = mote_token.is_some_and(|word| word.is(presented));
-            let is_served = is_mote_token || own.is(presented);
-            return is_served.then(|| own.clone()).ok_or(forbidden("token"));
+    /// Reads the form of `POST /message`.
+    fn accept_message(&self, payload: &str) -> Result<Text, Response> {
+        let chat_ids = field(payload, CHAT_IDS);
+        let text = field(payload, TEXT);
+        if field(payload, URL).is_empty() || field(payload, TOKEN).is_empty() || text.is_empty() {
+            return Err(Response::bad_request(MISSING_FIELDS));
         }
-        let token = Secret(presented.to_string());
-        if !token.is_bot_token() {
-            return Err(bad_request("Malformed token"));
+        if chat_ids.is_empty() {
+            return Err(Response::bad_request(NO_CHAT_IDS)); // the firmware's first boot
         }
-        let first = self.state.bot.as_deref().unwrap_or(token.bot_id());
-        if !is_message && first != token.bot_id() {
+        let token = self.accept_token(payload)?;
+        if text.chars().count() > TEXT_MAX {
+            let reason = format!("Text too long, at most {TEXT_MAX} characters");
+            return Err(Response::bad_request(&reason));
+        }
+        let chats = chats(chat_ids)?;
+        let text = text.to_string();
+        Ok(Text { token, chats, text })
+    }
+
+    /// Reads the form of `POST /update`. Without a configured token, the first bot that Telegram
+    /// has accepted is the only one: its offset and its people are in the state.
+    fn accept_update(&self, payload: &str) -> Result<Secret, Response> {
+        if field(payload, URL).is_empty() || field(payload, TOKEN).is_empty() {
+            return Err(Response::bad_request(MISSING_FIELDS));
+        }
+        let token = self.accept_token(payload)?;
+        let first = self.state.bot.as_deref();
+        if self.config.token.is_none() && first.is_some_and(|first| first != token.bot_id()) {
             return Err(forbidden("token"));
         }
         Ok(token)
     }
-}
 
-fn bad_request(reason: &str) -> Response {
-    Response::error(ResponseType::BadRequest, reason)
+    /// Returns the bot's own token for it or for the word that motes may use in its place. Neither
+    /// here nor with the url does a mote choose where the gateway connects to.
+    fn accept_token(&self, payload: &str) -> Result<Secret, Response> {
+        if field(payload, URL) != self.config.url {
+            return Err(forbidden("url"));
+        }
+        let presented = field(payload, TOKEN);
+        let Some(own) = &self.config.token else {
+            let token = Secret(presented.to_string());
+            return match token.is_bot_token() {
+                true => Ok(token),
+                false => Err(Response::bad_request("Malformed token")),
+            };
+        };
+        let mote_token = self.config.mote_token.as_ref();
+        if own.matches(presented) || mote_token.is_some_and(|word| word.matches(presented)) {
+            return Ok(own.clone());
+        }
+        Err(forbidden("token"))
+    }
 }
 
 fn forbidden(what: &str) -> Response {
@@ -695,113 +574,153 @@ fn forbidden(what: &str) -> Response {
     Response::error(ResponseType::Forbidden, &reason)
 }
 
-/// RFC 7252 §5.8, §5.10.3 and §5.10.4.
-fn check_formats(request: &Request, method: u8, format: u32) -> Result<(), Response> {
+/// Checks method, Content-Format, Accept and Block2. RFC 7252 §5.8, §5.10.3 and §5.10.4.
+fn check_formats(request: &Request, method: RequestType, format: u16) -> Result<(), Response> {
     let error = |code, reason| Err(Response::error(code, reason));
-    let given = request.uint(coap::CONTENT_FORMAT);
-    let wanted = request.uint(coap::ACCEPT);
-    if request.code() != method {
+    if request.code() != MessageClass::Request(method) {
         return error(ResponseType::MethodNotAllowed, "Method not allowed");
     }
-    if method == coap::POST && given.is_some_and(|given| given != coap::TEXT_PLAIN) {
+    let given = request.uint(CoapOption::ContentFormat);
+    if method == RequestType::Post && given.is_some_and(|given| given != coap::TEXT_PLAIN) {
         return error(ResponseType::UnsupportedContentFormat, "Only text/plain");
     }
+    let wanted = request.uint(CoapOption::Accept);
     if wanted.is_some_and(|wanted| wanted != format) {
         return error(ResponseType::NotAcceptable, "Not available in this format");
     }
     // Replies are short and go whole, whatever size of block is asked for.
-    if request.block(coap::BLOCK2)?.number > 0 {
+    let block = request.block(CoapOption::Block2)?;
+    if block.is_some_and(|block| block.number > 0) {
         return error(ResponseType::BadRequest, "No such block");
     }
     Ok(())
 }
 
-/// The value of a field, empty if it is missing; it is not percent-encoded. Only the first of each
-/// key separates: a text may hold anything else.
+/// Returns the value of a field, empty if it is missing. Values are not percent-encoded, and only
+/// the first of each key separates: a text may hold anything else.
 fn field<'a>(payload: &'a str, key: &str) -> &'a str {
     let Some(start) = payload.find(key) else {
         return "";
     };
-    let starts = KEYS.iter().filter_map(|key| payload.find(key));
-    let end = starts.filter(|other| *other > start).min();
-    trim(&payload[start + key.len()..end.unwrap_or(payload.len())])
+    let mut end = payload.len();
+    for other in KEYS {
+        if let Some(position) = payload.find(other)
+            && position > start
+        {
+            end = end.min(position);
+        }
+    }
+    trim(&payload[start + key.len()..end])
 }
 
-/// Firmware: payloads are padded with NUL, texts may end in a line feed.
+/// Strips what the firmware puts around its fields: NUL up to a fixed length, and line feeds.
 fn trim(text: &str) -> &str {
     text.trim_matches(|c: char| c == '\0' || c.is_whitespace())
 }
 
-/// Each chat once.
-fn chats(list: &str) -> Result<Vec<Value>, Response> {
+/// Reads a list of chat ids, each of them once. Blanks and empty entries mean nothing.
+fn chats(list: &str) -> Result<Vec<ChatId>, Response> {
     let mut chats = Vec::new();
-    for entry in list.split(',').map(trim).filter(|entry| !entry.is_empty()) {
-        let chat = chat_id(entry).ok_or(bad_request("Malformed chat id"))?;
+    for entry in list.split(',') {
+        let entry = trim(entry);
+        if entry.is_empty() {
+            continue;
+        }
+        let Some(chat) = ChatId::parse(entry) else {
+            return Err(Response::bad_request("Malformed chat id"));
+        };
         if !chats.contains(&chat) {
             chats.push(chat);
         }
     }
-    match chats.len() {
-        0 => Err(bad_request(MISSING_FIELDS)),
-        1..=USERS_MAX => Ok(chats),
-        _ => Err(bad_request("Too many chat ids, at most 10")),
+    if chats.is_empty() {
+        return Err(Response::bad_request(NO_CHAT_IDS));
     }
+    if chats.len() > USERS_MAX {
+        let reason = format!("Too many chat ids, at most {USERS_MAX}");
+        return Err(Response::bad_request(&reason));
+    }
+    Ok(chats)
 }
 
-/// Bot API, `chat_id`: an integer, or `@` and the username of a channel.
-fn chat_id(text: &str) -> Option<Value> {
-    if let Some(name) = text.strip_prefix('@') {
-        let fits = |b: u8| b.is_ascii_alphanumeric() || b == b'_';
-        let is_name = (1..=32).contains(&name.len()) && name.bytes().all(fits);
-        return is_name.then(|| text.into());
+/// Reads a decimal number. A leading `+`, which Rust would take, is nothing that anybody means.
+fn parse_number<T: std::str::FromStr>(text: &str) -> Option<T> {
+    if text.starts_with('+') {
+        return None;
     }
-    let number = text.parse::<i64>().ok()?;
-    (!text.starts_with('+')).then(|| number.into())
+    text.parse().ok()
 }
 
 // ---------- Message and update ----------
+//
+// What is done for an accepted request: texts go to Telegram, and what people wrote comes from it.
+
+const MESSAGES_SENT: &str = "Messages sent successfully";
+const NO_UPDATES: &str = "No Updates";
+
+/// Whether what finds no time in this turn gets another one.
+#[derive(Clone, Copy, PartialEq)]
+enum Turn {
+    First,
+    Last,
+}
 
 impl Gateway {
-    /// Sends the text to every chat but the removed ones.
-    fn deliver(&mut self, message: &Message) -> Response {
-        let mut chats = message.chats.clone();
-        chats.retain(|chat| !self.state.removed.iter().any(|removed| chat == removed));
-        let results = self.telegram.send_to_all(message, &chats, self.deadline);
-        let sent = results.iter().filter(|result| result.is_ok()).count();
-        let (mut is_answered, mut is_hang) = (sent > 0, false);
+    /// Sends a text to every chat but the removed ones. The request has succeeded if one of them
+    /// got it, or if nobody is left who wants it.
+    fn deliver(&mut self, text: &Text, deadline: Instant) -> Response {
+        let began = Instant::now();
+        let mut chats = text.chats.clone();
+        chats.retain(|chat| !self.state.is_removed(chat));
+        let results = self.telegram.send_to_all(text, &chats, deadline);
+        let mut sent = 0;
+        let mut timed_out = 0;
+        let mut is_answered = false;
         for (chat, result) in chats.iter().zip(results) {
-            let Err(failure) = result else { continue };
-            warn!("sendMessage to {chat} failed: {}", failure.reason);
-            is_answered |= failure.code.is_some();
-            is_hang |= failure.timed_out;
-            if failure.code == Some(403)
-                && let Some(id) = chat.as_i64().filter(is_private)
-            {
-                let user = self.state.remove(id);
-                info!("{user} is removed: Telegram refuses messages to it");
+            match result {
+                Ok(_) => {
+                    sent += 1;
+                    is_answered = true;
+                }
+                Err(failure) => {
+                    timed_out += usize::from(failure.timed_out);
+                    is_answered |= failure.error_code.is_some();
+                    self.note_refusal(chat, &failure);
+                }
             }
         }
-        if is_answered && self.hang.take().is_some() {
-            self.next_fetch = Instant::now();
-        } else if is_hang && !is_answered {
-            self.note_hang();
+        if is_answered {
+            self.polling.answered(Instant::now());
+        } else if timed_out > 0 && timed_out == chats.len() {
+            self.polling.timed_out(began);
         }
         FORWARDED.fetch_add(sent as u64, Relaxed);
         FAILURES.fetch_add((chats.len() - sent) as u64, Relaxed);
-        let mut response = Response::text(ResponseType::Content, MESSAGES_SENT);
-        if sent == 0 && !chats.is_empty() {
-            response = Response::failed();
-        }
-        response.detail = format!("{sent} of {} chats", message.chats.len());
+        let mut response = match sent > 0 || chats.is_empty() {
+            true => Response::text(ResponseType::Content, MESSAGES_SENT),
+            false => Response::failed(),
+        };
+        response.detail = format!("{sent} of {} chats", text.chats.len());
         response
     }
 
-    /// Fetches what people wrote, and tells the mote all, unless it knows that.
-    fn update(&mut self, token: &Secret, peer: SocketAddr) -> Response {
-        let is_fresh = |at: Instant| at.elapsed() < FOUND_NOTHING_HOLDS;
-        let is_accepted = self.token.as_ref().is_some_and(|own| own.is(&token.0));
-        if !(is_accepted && self.found_nothing.is_some_and(is_fresh))
-            && let Err(failure) = self.fetch(token)
+    /// Logs why a chat did not get a text. A person who blocked the bot is removed as if they had
+    /// asked; a group that refuses may have the bot back tomorrow.
+    fn note_refusal(&mut self, chat: &ChatId, failure: &Failure) {
+        warn!("sendMessage to {chat} failed: {}", failure.reason);
+        let ChatId::Number(id) = *chat else {
+            return;
+        };
+        if failure.error_code == Some(403) && fits_firmware(id) {
+            let user = self.state.remove(id);
+            info!("{user} is removed: Telegram refuses messages to it");
+        }
+    }
+
+    /// Fetches what people wrote, and tells the mote everything unless it knows that.
+    fn update(&mut self, token: &Secret, peer: SocketAddr, deadline: Instant) -> Response {
+        if !self.polling.is_too_soon(token, Instant::now())
+            && let Err(failure) = self.fetch(token, deadline)
         {
             FAILURES.fetch_add(1, Relaxed);
             let mut response = Response::failed();
@@ -810,141 +729,341 @@ impl Gateway {
         }
         let tokens = self.state.tokens();
         let version = self.motes.offer(&tokens);
-        if tokens.is_empty() || self.motes.has_acknowledged(peer, version, Instant::now()) {
+        let knows = self.motes.has_acknowledged(peer, version, Instant::now());
+        if tokens.is_empty() || knows {
             return Response::text(ResponseType::Valid, NO_UPDATES);
         }
         let mut response = Response::text(ResponseType::Content, &tokens);
-        (response.version, response.detail) = (Some(version), tokens);
+        response.ticket = Some(version);
+        response.detail = tokens;
         response
     }
 
-    /// Takes in what people wrote. Start and end of trouble are logged once each.
-    fn fetch(&mut self, token: &Secret) -> Result<(), Failure> {
-        let result = self.fetch_pages(token);
+    /// Takes in what people wrote. The log tells once when trouble starts, and once when it ends.
+    fn fetch(&mut self, token: &Secret, deadline: Instant) -> Result<(), Failure> {
+        let began = Instant::now();
+        if let Some(left) = self.polling.pause_left(began) {
+            let seconds = left.as_secs_f64().ceil();
+            let reason = format!("Telegram wants no getUpdates for another {seconds} s");
+            return Err(Failure::new(reason));
+        }
+        let failed_before = self.polling.fails();
+        let result = self.fetch_pages(token, deadline);
         match &result {
-            Err(failure) if failure.timed_out => self.note_hang(),
-            Err(_) => {
-                self.hang = None;
-                self.next_fetch = Instant::now() + FETCH_AFTER_FAILURE;
-            }
-            Ok(()) => {
-                self.hang = None;
-                self.next_fetch = Instant::now() + FETCH_EVERY;
-                self.token = Some(token.clone());
-            }
+            Ok(has_news) => self.polling.fetched(token, *has_news, Instant::now()),
+            Err(failure) => self.polling.failed(failure, began, Instant::now()),
         }
-        if result.is_err() != self.fetch_fails {
-            self.fetch_fails = result.is_err();
-            let mut status = format!("Serves CoAP on {}", self.config.listen);
+        if self.polling.fails() != failed_before {
             match &result {
-                Ok(()) => info!("Telegram answers again"),
-                Err(failure) => {
-                    warn!("cannot fetch what people write: {}", failure.reason);
-                    status += ", but cannot fetch what people write";
-                }
+                Ok(_) => info!("Telegram answers again"),
+                Err(failure) => warn!("cannot fetch what people write: {}", failure.reason),
             }
-            notify(&format!("STATUS={status}"));
+            self.tell_status();
         }
-        result
+        result.map(drop)
     }
 
-    /// Progress is saved before the next call's offset confirms it, and before anybody is answered.
-    fn fetch_pages(&mut self, token: &Secret) -> Result<(), Failure> {
+    /// Takes pages until one is empty, which alone proves that there is no more, or half the time is
+    /// used: the rest is for answers, and the next fetch goes on. Returns whether anybody had
+    /// written. Progress is saved before the next call confirms it and before anybody is answered.
+    fn fetch_pages(&mut self, token: &Secret, deadline: Instant) -> Result<bool, Failure> {
+        let began = Instant::now();
+        let half_time = began + deadline.saturating_duration_since(began) / 2;
+        let mut has_news = false;
         loop {
             self.save().map_err(Failure::new)?;
             let offset = self.state.offset;
-            let page = self.telegram.get_updates(token, offset, self.deadline)?;
-            let Value::Array(page) = page else {
-                return Err(Failure::new(
-                    "getUpdates: the answer is no list".to_string(),
-                ));
-            };
-            let length = page.len();
+            let limit = self.polling.page_limit;
+            let page = self.telegram.get_updates(token, offset, limit, deadline)?;
+            self.polling.page_read(page.len(), Instant::now());
             self.state.bot = Some(token.bot_id().to_string());
             for update in &page {
-                self.people
-                    .take(update, &mut self.state, &self.config.password);
+                self.people.take(update, &mut self.state, &self.config);
             }
-            if length == 0 {
-                // The only proof that there is no more: pages are cut.
-                self.state.ignore_commands_before = None;
-                self.found_nothing = Some(Instant::now());
-            }
-            if length < PAGE {
-                return self.save().map_err(Failure::new);
+            let has_moved = self.state.offset != offset;
+            has_news |= has_moved;
+            if !has_moved || Instant::now() >= half_time {
+                self.save().map_err(Failure::new)?;
+                return Ok(has_news);
             }
         }
     }
 
-    /// Telegram does not answer: requests get little time until it does.
-    fn note_hang(&mut self) {
-        let next_try = Instant::now() + FETCH_AFTER_FAILURE;
-        self.next_fetch = *self.hang.get_or_insert(next_try);
-    }
-
-    /// Best effort: the mote has its answer.
-    fn answer_people(&mut self) {
-        let Some(token) = &self.token else { return };
-        let mut dropped = 0;
-        for (chat, answer) in mem::take(&mut self.people.answers) {
-            let text = format!("{:.TEXT_MAX$}", answer.texts.join("\n\n"));
-            let mut calls = Vec::new();
-            if !text.is_empty() {
-                calls.push(("sendMessage", json!({"chat_id": chat, "text": text})));
-            }
-            for id in answer.deleted {
-                calls.push(("deleteMessage", json!({"chat_id": chat, "message_id": id})));
-            }
-            for (method, parameters) in calls {
-                if Instant::now() >= self.deadline {
-                    dropped += 1;
-                    continue;
-                }
-                let telegram = &self.telegram;
-                let result = telegram.call(token, method, &parameters, self.deadline);
+    /// Deletes people's passwords from their chats, then tells them what became of their messages.
+    /// Best effort: a deletion is kept until Telegram has decided it; an answer that has found no
+    /// time in its last turn is dropped.
+    fn answer_people(&mut self, deadline: Instant, turn: Turn) {
+        let Some(token) = self.polling.token.clone() else {
+            return;
+        };
+        for deletion in mem::take(&mut self.people.deletions) {
+            let Deletion { chat, message_id } = deletion;
+            let mut is_done = false;
+            if Instant::now() < deadline {
+                let body = json!({"chat_id": chat, "message_id": message_id});
+                let result = self.telegram.call(&token, "deleteMessage", &body, deadline);
+                is_done = result.as_ref().err().is_none_or(Failure::is_final);
                 if let Err(failure) = result {
-                    warn!("{method} to {chat} failed: {}", failure.reason);
+                    warn!("deleteMessage in {chat} failed: {}", failure.reason);
                 }
             }
+            if !is_done {
+                self.people.deletions.push_back(deletion);
+            }
         }
-        if dropped > 0 {
-            warn!("no time left: {dropped} answers to people are dropped");
+        let mut late = Vec::new();
+        for answer in mem::take(&mut self.people.answers) {
+            if Instant::now() >= deadline {
+                late.push(answer);
+                continue;
+            }
+            let text = format!("{:.TEXT_MAX$}", answer.texts.join("\n\n"));
+            let body = json!({"chat_id": answer.chat, "text": text});
+            let result = self.telegram.call(&token, "sendMessage", &body, deadline);
+            if let Err(failure) = result {
+                warn!("sendMessage to {} failed: {}", answer.chat, failure.reason);
+            }
+        }
+        if turn == Turn::Last {
+            if !late.is_empty() {
+                warn!("no time left: {} answers to people are dropped", late.len());
+            }
+            return;
+        }
+        self.people.has_leftovers = !late.is_empty() || !self.people.deletions.is_empty();
+        self.people.answers = late;
+    }
+}
+
+// ---------- Polling ----------
+//
+// When to fetch, how much, and how long a call may take. It has no clock: the time is an argument.
+
+/// What the gateway's own fetch gets, during which requests wait.
+const FETCH_TIME: Duration = Duration::from_secs(5);
+/// The pause between two fetches while nobody writes. Three connections take turns, so each is
+/// used every 45 s and stays open.
+const FETCH_EVERY: Duration = Duration::from_secs(15);
+/// The pause after a failed fetch. In a hang, one call in this time may take all its time.
+const FETCH_AFTER_FAILURE: Duration = Duration::from_secs(60);
+/// How long an empty page counts for the next fetch, too: tdlib/telegram-bot-api holds a
+/// `getUpdates` for 3 s that repeats the offset of the one before. It is also the pause after
+/// somebody has written, for they may be about to write again.
+const EMPTY_PAGE_HOLDS: Duration = Duration::from_secs(3);
+/// What a request gets while Telegram does not answer, so that all who wait are soon told.
+const TIME_IN_A_HANG: Duration = Duration::from_secs(2);
+/// How many updates a page may hold. Ten of the longest are half a megabyte.
+const PAGE_LIMIT: usize = 10;
+
+/// What the last calls say about the next ones.
+struct Polling {
+    /// The bot whose people are heard: the configured token, else the last that Telegram accepted.
+    token: Option<Secret>,
+    /// When the gateway fetches on its own.
+    next_fetch: Instant,
+    /// The pause before the fetch after that: 3, 6, 12, 15 s after somebody has written.
+    pause: Duration,
+    /// How many updates to ask for: one after a page that could not be read, until a page has come.
+    page_limit: usize,
+    /// When a page was empty, if the last one was.
+    nobody_wrote: Option<Instant>,
+    /// Before this, Telegram wants no `getUpdates`: the `retry_after` of a 429.
+    refused_until: Option<Instant>,
+    /// Whether the last fetch failed, and whether that was for want of the Bot API's decision.
+    failure: Option<FetchFailure>,
+    /// Whether the last call of Telegram timed out before an answer began.
+    hangs: bool,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum FetchFailure {
+    /// The Bot API has refused it.
+    Refused,
+    /// Nothing was heard of the Bot API.
+    Unanswered,
+}
+
+impl Polling {
+    fn new(token: Option<Secret>, now: Instant) -> Polling {
+        Polling {
+            token,
+            next_fetch: now,
+            pause: FETCH_EVERY,
+            page_limit: PAGE_LIMIT,
+            nobody_wrote: None,
+            refused_until: None,
+            failure: None,
+            hangs: false,
+        }
+    }
+
+    /// When the gateway fetches on its own; never before it knows a bot.
+    fn next_due(&self) -> Option<Instant> {
+        self.token.as_ref()?;
+        Some(match self.refused_until {
+            Some(until) => until.max(self.next_fetch),
+            None => self.next_fetch,
+        })
+    }
+
+    fn token_if_due(&self, now: Instant) -> Option<Secret> {
+        match now >= self.next_due()? {
+            true => self.token.clone(),
+            false => None,
+        }
+    }
+
+    fn fails(&self) -> bool {
+        self.failure.is_some()
+    }
+
+    /// Whether the last page of this bot still counts: it was empty, and Telegram would hold a
+    /// fetch that repeats its offset.
+    fn is_too_soon(&self, token: &Secret, now: Instant) -> bool {
+        let is_own = self.token.as_ref().is_some_and(|own| own.matches(&token.0));
+        let is_fresh = self
+            .nobody_wrote
+            .is_some_and(|at| now < at + EMPTY_PAGE_HOLDS);
+        is_own && is_fresh
+    }
+
+    /// How long Telegram wants no `getUpdates`.
+    fn pause_left(&self, now: Instant) -> Option<Duration> {
+        let until = self.refused_until?;
+        (now < until).then(|| until - now)
+    }
+
+    /// What a call gets that begins now. In a hang it is little, but that one call a minute tries
+    /// with all its time and so notices the end of it.
+    fn time_for(&self, usual: Duration, now: Instant) -> Duration {
+        match self.hangs && now < self.next_fetch {
+            true => TIME_IN_A_HANG,
+            false => usual,
+        }
+    }
+
+    /// A page with so many updates has come.
+    fn page_read(&mut self, updates: usize, now: Instant) {
+        self.page_limit = PAGE_LIMIT;
+        self.nobody_wrote = (updates == 0).then_some(now);
+    }
+
+    /// A fetch has ended well: with news, the next one follows soon.
+    fn fetched(&mut self, token: &Secret, has_news: bool, now: Instant) {
+        self.token = Some(token.clone());
+        self.failure = None;
+        self.hangs = false;
+        self.pause = match has_news {
+            true => EMPTY_PAGE_HOLDS,
+            false => FETCH_EVERY.min(2 * self.pause),
+        };
+        self.next_fetch = now + self.pause;
+    }
+
+    /// A fetch has failed. What was too much to be read is asked for again soon, but one by one.
+    fn failed(&mut self, failure: &Failure, began: Instant, now: Instant) {
+        self.failure = Some(match failure.error_code {
+            Some(_) => FetchFailure::Refused,
+            None => FetchFailure::Unanswered,
+        });
+        if failure.timed_out {
+            self.page_limit = 1;
+            return self.timed_out(began);
+        }
+        self.hangs = false;
+        self.next_fetch = now + FETCH_AFTER_FAILURE;
+        if failure.error_code.is_none() && failure.answer_began {
+            if self.page_limit > 1 {
+                self.next_fetch = now + EMPTY_PAGE_HOLDS;
+            }
+            self.page_limit = 1;
+        }
+        if failure.error_code == Some(429)
+            && let Some(retry_after) = failure.retry_in
+        {
+            self.refused_until = Some(now + retry_after);
+        }
+    }
+
+    /// A call that began then got no answer in time: Telegram hangs. The minute until the next try
+    /// begins with the first such call, and with each try that had all its time.
+    fn timed_out(&mut self, began: Instant) {
+        if !self.hangs || began >= self.next_fetch {
+            self.next_fetch = began + FETCH_AFTER_FAILURE;
+        }
+        self.hangs = true;
+    }
+
+    /// Telegram has answered a text: no reason to wait for the next fetch, if it was for want of
+    /// an answer.
+    fn answered(&mut self, now: Instant) {
+        if self.hangs || self.failure == Some(FetchFailure::Unanswered) {
+            self.hangs = false;
+            self.next_fetch = now;
         }
     }
 }
 
 // ---------- Telegram ----------
+//
+// The Bot API over HTTPS. A call is repeated only if it surely had no effect, so that no text
+// arrives twice.
 
-/// The Bot API.
+/// How long a connection is kept that nobody uses. Telegram closes them after about a minute, and a
+/// text that meets the closing is lost.
+const IDLE_CONNECTION: Duration = Duration::from_secs(50);
+/// What connecting may take over all addresses of the host, and what looking them up may take.
+const CONNECT_TIME: Duration = Duration::from_secs(4);
+/// How often a call is tried, and how long to wait between.
+const ATTEMPTS: u32 = 3;
+const ATTEMPT_PAUSE: Duration = Duration::from_millis(500);
+/// How many bytes a page of updates may have: ten of the longest take about half of that.
+const PAGE_BYTES_MAX: u64 = 1 << 20;
+/// How many bytes any other answer may have: a `Message` of 4,096 characters, all escaped, fits.
+const ANSWER_BYTES_MAX: u64 = 64 << 10;
+/// How many characters of the reason of a failed call are kept.
+const REASON_MAX: usize = 300;
+/// The longest `retry_after` in seconds that is believed: Telegram keeps updates for a day.
+const RETRY_AFTER_MAX: f64 = 86_400.0;
+
 struct Telegram {
     agent: ureq::Agent,
     url: String,
-    /// Their origin, for people.
-    roots: String,
+    /// When a call last ended without an HTTP answer. Connections that were idle then are not used
+    /// any more: a router that has forgotten one has forgotten all.
+    unanswered_at: Option<Instant>,
 }
 
-type Called = Result<Value, Failure>;
+/// What a call returns: the Bot API's `result`.
+type ApiResult = Result<Value, Failure>;
 
 /// Why a call did not succeed.
+#[derive(Default)]
 struct Failure {
-    /// For a person; never holds the token.
+    /// Tells a person what failed and why. It never holds the token.
     reason: String,
-    /// Bot API, `error_code`; none if the answer did not come from the Bot API.
-    code: Option<u64>,
-    /// The pause before another attempt, if that cannot deliver a text twice.
+    /// Bot API, `error_code`; none if the Bot API has decided nothing.
+    error_code: Option<u64>,
+    /// The pause before another attempt, if that cannot do anything twice.
     retry_in: Option<Duration>,
+    /// No answer began in time.
     timed_out: bool,
+    /// An HTTP answer began, whoever sent it.
+    answer_began: bool,
 }
 
 impl Failure {
-    /// Of a call that may have had its effect.
+    /// A failure without a call.
     fn new(reason: String) -> Failure {
         Failure {
             reason,
-            code: None,
-            retry_in: None,
-            timed_out: false,
+            ..Failure::default()
         }
+    }
+
+    /// Whether the Bot API has decided, and would decide the same again.
+    fn is_final(&self) -> bool {
+        self.error_code.is_some() && self.retry_in.is_none()
     }
 }
 
@@ -956,234 +1075,407 @@ impl Telegram {
             .max_redirects(0)
             .max_redirects_will_error(false)
             .ip_family(config.ip_family)
+            .proxy(config.proxy.clone()) // `None` is the direct way, whatever the environment says
             .tls_config(tls.build())
             .timeout_global(Some(REQUEST_TIME))
             .timeout_connect(Some(CONNECT_TIME))
             .timeout_resolve(Some(CONNECT_TIME))
-            .input_buffer_size(8 << 10)
+            .input_buffer_size(8 << 10) // half of ureq's: a text to ten chats has ten of them
             .output_buffer_size(8 << 10)
             .max_idle_connections(USERS_MAX)
             .max_idle_connections_per_host(USERS_MAX)
             .max_idle_age(IDLE_CONNECTION)
             .build();
-        let (connector, resolver) = (DefaultConnector::default(), Addresses::default());
+        let connector = DefaultConnector::default();
         Telegram {
-            agent: ureq::Agent::with_parts(settings, connector, resolver),
+            agent: ureq::Agent::with_parts(settings, connector, Addresses::default()),
             url: config.url.clone(),
-            roots: config.roots_origin.clone(),
+            unanswered_at: None,
         }
     }
 
-    /// The updates from `offset` on; those before are confirmed.
-    fn get_updates(&self, token: &Secret, offset: i64, by: Instant) -> Called {
-        let parameters = json!({"offset": offset, "limit": PAGE, "allowed_updates": ["message"]});
-        self.call(token, "getUpdates", &parameters, by)
+    /// Returns the updates from `offset` on, at most `limit`; those before are confirmed.
+    fn get_updates(
+        &mut self,
+        token: &Secret,
+        offset: i64,
+        limit: usize,
+        deadline: Instant,
+    ) -> Result<Vec<Value>, Failure> {
+        let body = json!({"offset": offset, "limit": limit, "allowed_updates": ["message"]});
+        match self.call(token, "getUpdates", &body, deadline)? {
+            Value::Array(page) => Ok(page),
+            _ => Err(Failure {
+                reason: "getUpdates: the result is no list".to_string(),
+                answer_began: true,
+                ..Failure::default()
+            }),
+        }
     }
 
-    /// One `sendMessage` for each chat, all at the same time; results in order.
-    fn send_to_all(&self, message: &Message, chats: &[Value], deadline: Instant) -> Vec<Called> {
-        let send = |chat: &Value| {
-            let parameters = json!({"chat_id": chat, "text": message.text});
-            self.call(&message.token, "sendMessage", &parameters, deadline)
+    /// Sends a text to every chat at the same time; results are in the order of the chats. The
+    /// first chat needs no thread.
+    fn send_to_all(&mut self, text: &Text, chats: &[ChatId], deadline: Instant) -> Vec<ApiResult> {
+        let telegram = &*self;
+        let send = |chat: &ChatId| {
+            let body = json!({"chat_id": chat, "text": text.text});
+            telegram.attempt(&text.token, "sendMessage", &body, deadline)
         };
-        thread::scope(|scope| {
-            let spawn = |chat| thread::Builder::new().spawn_scoped(scope, move || send(chat));
-            let others: Vec<_> = chats.iter().skip(1).map(spawn).collect();
-            let mut results: Vec<Called> = chats.iter().take(1).map(send).collect();
-            for thread in others {
+        let results = thread::scope(|scope| {
+            let mut threads = Vec::new();
+            for chat in chats.iter().skip(1) {
+                threads.push(thread::Builder::new().spawn_scoped(scope, move || send(chat)));
+            }
+            let mut results: Vec<ApiResult> = chats.iter().take(1).map(send).collect();
+            for thread in threads {
                 results.push(match thread {
                     Ok(thread) => thread.join().expect("a call does not panic"),
                     Err(error) => Err(Failure::new(format!("cannot start a thread: {error}"))),
                 });
             }
             results
-        })
-    }
-
-    /// Calls a method, until `by`: again only where the call before surely had no effect.
-    fn call(&self, token: &Secret, method: &str, parameters: &Value, by: Instant) -> Called {
-        let call = || self.call_once(token, method, parameters, by);
-        let first = match call() {
-            Err(failure) => failure,
-            done => return done,
-        };
-        let mut retry_in = first.retry_in;
-        for _ in 1..ATTEMPTS {
-            let left = by.saturating_duration_since(Instant::now());
-            let Some(pause) = retry_in.filter(|pause| *pause < left) else {
-                break;
-            };
-            thread::sleep(pause);
-            match call() {
-                Err(failure) if failure.code.is_none() => retry_in = failure.retry_in,
-                Err(failure) if failure.retry_in.is_some() => retry_in = failure.retry_in,
-                done => return done,
-            }
-        }
-        Err(first) // its reason tells more than the last one's
-    }
-
-    fn call_once(&self, token: &Secret, method: &str, parameters: &Value, by: Instant) -> Called {
-        let remaining = by.saturating_duration_since(Instant::now());
-        let bytes = parameters.to_string().into_bytes();
-        let mut unread = bytes.as_slice();
-        let mut request = self.agent.post(format!("{}{}/{method}", self.url, token.0));
-        request = request.header("content-type", "application/json");
-        request = request.header("content-length", bytes.len());
-        // ureq keeps the TLS configuration only of requests with the agent's own settings.
-        if remaining + Duration::from_millis(100) < REQUEST_TIME {
-            request = request.config().timeout_global(Some(remaining)).build();
-        }
-        let limit = match method {
-            "getUpdates" => PAGE_BYTES_MAX,
-            _ => ANSWER_BYTES_MAX,
-        };
-        let answer = request.send(ureq::SendBody::from_reader(&mut unread));
-        let answer = answer.and_then(|mut response| {
-            let body = response.body_mut().with_config().limit(limit);
-            Ok((body.read_to_vec()?, response.status().as_u16()))
         });
-        let result = match answer {
-            Ok((answer, status)) => read_answer(status, &answer),
-            Err(error) => Err(Failure {
-                // As long as nobody asked for the body, Telegram cannot have acted on the call.
-                retry_in: (unread.len() == bytes.len()).then_some(ATTEMPT_PAUSE),
-                timed_out: matches!(error, ureq::Error::Timeout(_)),
-                ..Failure::new(self.describe(&error))
-            }),
-        };
-        result.map_err(|failure| {
-            let reason = failure.reason.replace(&token.0, "<token>");
-            let reason = format!("{}: {reason:.REASON_MAX$}", self.url);
-            Failure { reason, ..failure }
-        })
+        results.iter().for_each(|result| self.note(result));
+        results
     }
 
-    fn describe(&self, error: &ureq::Error) -> String {
-        let tls = match error {
-            ureq::Error::Timeout(stage) => return format!("no answer in time ({stage})"),
-            ureq::Error::Rustls(error) => Some(error),
-            ureq::Error::Io(error) => error.get_ref().and_then(|inner| inner.downcast_ref()),
-            _ => None,
+    /// Calls a method of the Bot API.
+    fn call(&mut self, token: &Secret, method: &str, body: &Value, deadline: Instant) -> ApiResult {
+        let result = self.attempt(token, method, body, deadline);
+        self.note(&result);
+        result
+    }
+
+    fn note(&mut self, result: &ApiResult) {
+        if let Err(failure) = result
+            && !failure.answer_began
+        {
+            self.unanswered_at = Some(Instant::now());
+        }
+    }
+
+    /// Calls a method until the deadline: again only where the call before surely had no effect.
+    fn attempt(&self, token: &Secret, method: &str, body: &Value, deadline: Instant) -> ApiResult {
+        let mut first_reason = None;
+        let mut attempts_left = ATTEMPTS;
+        loop {
+            let failure = match self.post(token, method, body, deadline) {
+                Ok(result) => return Ok(result),
+                Err(failure) => failure,
+            };
+            attempts_left -= 1;
+            let time_left = deadline.saturating_duration_since(Instant::now());
+            match failure.retry_in {
+                Some(pause) if attempts_left > 0 && pause < time_left => thread::sleep(pause),
+                _ if failure.is_final() => return Err(failure),
+                // The first reason tells more than the last one's.
+                _ => {
+                    let reason = first_reason.unwrap_or(failure.reason);
+                    return Err(Failure { reason, ..failure });
+                }
+            }
+            first_reason.get_or_insert(failure.reason);
+        }
+    }
+
+    /// Calls a method once.
+    fn post(&self, token: &Secret, method: &str, body: &Value, deadline: Instant) -> ApiResult {
+        let body = body.to_string().into_bytes();
+        let mut unread = body.as_slice();
+        let request = self.agent.post(format!("{}{}/{method}", self.url, token.0));
+        let request = request
+            .header("content-type", "application/json")
+            .header("content-length", body.len())
+            // A front end that always packs would make a delivered text look refused.
+            .header("accept-encoding", "identity");
+        let request = self.with_limits(request, deadline);
+        let mut failure = match request.send(ureq::SendBody::from_reader(&mut unread)) {
+            Ok(response) => match read_response(response, method) {
+                Ok(result) => return Ok(result),
+                Err(failure) => failure,
+            },
+            Err(error) => Failure {
+                reason: describe(&error),
+                // As long as nobody asked for the body, Telegram cannot have acted on the call.
+                retry_in: (unread.len() == body.len()).then_some(ATTEMPT_PAUSE),
+                timed_out: matches!(error, ureq::Error::Timeout(_)),
+                ..Failure::default()
+            },
         };
-        let Some(rustls::Error::InvalidCertificate(reason)) = tls else {
-            return error.to_string();
-        };
-        let hint = format!("roots: {}; is the clock right?", self.roots);
-        format!("its certificate is not trusted: {reason} ({hint})")
+        let reason = failure.reason.replace(&token.0, "<token>");
+        failure.reason = format!("{}: {reason:.REASON_MAX$}", self.url);
+        Err(failure)
+    }
+
+    /// Sets what differs from the agent's own settings, if anything does: only of requests without
+    /// settings of their own does ureq keep the TLS configuration.
+    fn with_limits(&self, request: PostRequest, deadline: Instant) -> PostRequest {
+        let time_left = deadline.saturating_duration_since(Instant::now());
+        let since_trouble = self
+            .unanswered_at
+            .map_or(IDLE_CONNECTION, |at| at.elapsed());
+        let has_usual_time = time_left + Duration::from_millis(100) >= REQUEST_TIME;
+        if has_usual_time && since_trouble >= IDLE_CONNECTION {
+            return request;
+        }
+        let config = request.config().timeout_global(Some(time_left));
+        config
+            .max_idle_age(since_trouble.min(IDLE_CONNECTION))
+            .build()
     }
 }
 
-/// Success is `200` and `"ok": true`, nothing else.
-fn read_answer(status: u16, body: &[u8]) -> Called {
-    let mut answer: Value = serde_json::from_slice(body).unwrap_or_default();
-    if status == 200 && answer["ok"] == true {
-        return Ok(answer["result"].take());
+type PostRequest = ureq::RequestBuilder<ureq::typestate::WithBody>;
+
+fn describe(error: &ureq::Error) -> String {
+    let tls = match error {
+        ureq::Error::Timeout(stage) => return format!("no answer in time ({stage})"),
+        ureq::Error::Rustls(error) => Some(error),
+        ureq::Error::Io(error) => error.get_ref().and_then(|inner| inner.downcast_ref()),
+        _ => None,
+    };
+    if let Some(rustls::Error::InvalidCertificate(reason)) = tls {
+        let hint = "is the clock right? and SSL_CERT_FILE?";
+        return format!("its certificate is not trusted: {reason} ({hint})");
     }
-    let code = answer["error_code"].as_u64();
-    let Some(code) = code.filter(|_| answer["ok"] == false) else {
-        let origin = "not from the Bot API: from a proxy, or a login page of the network?";
-        return Err(Failure::new(format!("HTTP {status}, {origin}")));
+    error.to_string()
+}
+
+fn read_response(mut response: ureq::http::Response<ureq::Body>, method: &str) -> ApiResult {
+    let status = response.status().as_u16();
+    let limit = match method {
+        "getUpdates" => PAGE_BYTES_MAX,
+        _ => ANSWER_BYTES_MAX,
     };
-    let description = answer["description"].as_str().unwrap_or("no description");
-    let parameters = &answer["parameters"];
-    let moved_to = parameters["migrate_to_chat_id"].as_i64();
-    let hint = match code {
-        401 | 404 => " (is the bot's token right?)".to_string(),
-        409 => " (open <url><token>/deleteWebhook once, or stop the other program)".to_string(),
-        _ => moved_to.map_or(String::new(), |id| {
-            format!(" (its id is now {id}: tell the mote)")
+    match response.body_mut().with_config().limit(limit).read_to_vec() {
+        Ok(body) => read_answer(status, &body),
+        Err(error) => Err(Failure {
+            reason: format!("HTTP {status}, then {}", describe(&error)),
+            answer_began: true,
+            ..Failure::default()
         }),
+    }
+}
+
+/// Reads the body of an answer. Success is `200` and `"ok": true`, nothing else.
+fn read_answer(status: u16, body: &[u8]) -> ApiResult {
+    let cause = match serde_json::from_slice::<Value>(body) {
+        Ok(mut answer) if status == 200 && answer["ok"] == true => {
+            return Ok(answer["result"].take());
+        }
+        Ok(answer) => match read_refusal(&answer) {
+            Some(failure) => return Err(failure),
+            None => "JSON, but not the Bot API's".to_string(),
+        },
+        Err(error) => format!("no JSON: {error}"),
     };
-    let retry_after = parameters["retry_after"].as_u64().filter(|_| code == 429);
     Err(Failure {
-        code: Some(code),
-        retry_in: retry_after.map(Duration::from_secs),
-        ..Failure::new(format!("{code} {description}{hint}"))
+        reason: format!("HTTP {status} with {} bytes, {cause}", body.len()),
+        answer_began: true,
+        ..Failure::default()
     })
 }
 
-/// Keeps the addresses of the host (the Bot API's or the proxy's), for ureq asks for them on each
-/// call. The lock makes one look-up of many at once.
+/// Reads what the Bot API says when it refuses a call, and adds what to do about it.
+fn read_refusal(answer: &Value) -> Option<Failure> {
+    let code = answer["error_code"].as_u64()?;
+    if answer["ok"] != false {
+        return None;
+    }
+    let description = answer["description"].as_str().unwrap_or("no description");
+    let parameters = &answer["parameters"];
+    let hint = match code {
+        401 | 404 => " (is the bot's token right?)",
+        409 if description.contains("ebhook") => " (open <url><token>/deleteWebhook once)",
+        409 => " (stop the other program that uses this bot)",
+        _ => "",
+    };
+    let mut reason = format!("{code} {description}{hint}");
+    if let Some(id) = parameters["migrate_to_chat_id"].as_i64() {
+        reason += &format!(" (its id is now {id}: tell the mote)");
+    }
+    let retry_after = seconds(&parameters["retry_after"]);
+    Some(Failure {
+        reason,
+        error_code: Some(code),
+        retry_in: retry_after.filter(|_| code == 429),
+        answer_began: true,
+        ..Failure::default()
+    })
+}
+
+/// Reads a number of seconds: an integer, a fraction, or either as a string.
+fn seconds(value: &Value) -> Option<Duration> {
+    let seconds = match value {
+        Value::String(text) => text.trim().parse().ok()?,
+        value => value.as_f64()?,
+    };
+    let is_sensible = (0.0..=RETRY_AFTER_MAX).contains(&seconds);
+    is_sensible.then(|| Duration::from_secs_f64(seconds))
+}
+
+/// How long the addresses of a host serve, and how long it is waited for new ones while the old
+/// ones can serve.
+const ADDRESSES_HOLD: Duration = Duration::from_secs(60);
+const NEW_ADDRESSES_TIME: Duration = Duration::from_secs(1);
+
+/// Keeps the addresses of the host (the Bot API's, or the proxy's), for ureq asks for them on each
+/// call. There is one look-up at a time, in a thread of its own, and its answer counts whenever it
+/// comes.
 #[derive(Debug, Default)]
-struct Addresses(Mutex<LookUp>);
+struct Addresses {
+    look_up: Arc<Mutex<LookUp>>,
+    ended: Arc<Condvar>,
+}
 
 #[derive(Debug, Default)]
 struct LookUp {
-    at: Option<Instant>,
-    /// The last that were found: they serve while the name server fails.
+    /// When the one that runs began.
+    began: Option<Instant>,
+    /// When the last one ended.
+    ended: Option<Instant>,
+    /// What the last successful one found. It serves while the name server fails.
     found: Option<ResolvedSocketAddrs>,
 }
 
 impl Resolver for Addresses {
     fn resolve(
         &self,
-        uri: &ureq::http::Uri,
+        uri: &Uri,
         config: &ureq::config::Config,
-        mut timeout: NextTimeout,
+        timeout: NextTimeout,
     ) -> Result<ResolvedSocketAddrs, ureq::Error> {
-        let asked = Instant::now();
-        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(found) = &last.found {
-            if last.at.is_some_and(|at| at.elapsed() < ADDRESSES_HOLD) {
+        let mut look_up = lock(&self.look_up);
+        let mut patience = *timeout.after;
+        if let Some(found) = &look_up.found {
+            let age = look_up
+                .ended
+                .map_or(Duration::ZERO, |ended| ended.elapsed());
+            if age < ADDRESSES_HOLD {
                 return Ok(found.clone());
             }
-            timeout.after = (*timeout.after).min(LOOK_UP_AGAIN_TIME).into();
-        } else if last.at.is_some_and(|at| at >= asked) {
-            return Err(ureq::Error::HostNotFound); // another call's look-up has just failed
+            let waited = look_up
+                .began
+                .map_or(Duration::ZERO, |began| began.elapsed());
+            patience = patience.min(NEW_ADDRESSES_TIME.saturating_sub(waited));
         }
-        let result = DefaultResolver::default().resolve(uri, config, timeout);
-        last.at = Some(Instant::now());
-        match result {
-            Ok(found) => Ok(last.found.insert(found).clone()),
-            Err(error) => last.found.clone().ok_or(error),
+        if look_up.began.is_none() {
+            self.start(uri.clone(), config.clone())?;
+            look_up.began = Some(Instant::now());
+        }
+        let is_running = |look_up: &mut LookUp| look_up.began.is_some();
+        let waited = self.ended.wait_timeout_while(look_up, patience, is_running);
+        let (look_up, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        match &look_up.found {
+            Some(found) => Ok(found.clone()),
+            None if look_up.began.is_some() => Err(ureq::Error::Timeout(timeout.reason)),
+            None => Err(ureq::Error::HostNotFound),
         }
     }
 }
 
-// ---------- State, and what each mote has acknowledged of it ----------
+impl Addresses {
+    /// Starts a look-up. Without a time-out, ureq's resolver starts no thread of its own.
+    fn start(&self, uri: Uri, config: ureq::config::Config) -> io::Result<()> {
+        let shared = Arc::clone(&self.look_up);
+        let ended = Arc::clone(&self.ended);
+        let run = move || {
+            let resolver = DefaultResolver::default();
+            let result = resolver.resolve(&uri, &config, NextTimeout::default());
+            let mut look_up = lock(&shared);
+            look_up.began = None;
+            look_up.ended = Some(Instant::now());
+            if let Ok(found) = result {
+                look_up.found = Some(found);
+            }
+            ended.notify_all();
+        };
+        thread::Builder::new().spawn(run).map(drop)
+    }
+}
 
-/// What outlives the process, in `state.json`.
+fn lock(look_up: &Mutex<LookUp>) -> MutexGuard<'_, LookUp> {
+    look_up.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+// ---------- State ----------
+//
+// What outlives the process: who is registered, who has left, what is set, and how far Telegram's
+// updates have been read.
+
+/// How many chats that have left are remembered.
+const REMOVED_MAX: usize = 100;
+/// How many bytes of a user's name the firmware keeps.
+const NAME_MAX: usize = 14;
+/// The largest chat id that the firmware keeps whole: 11 characters. It cuts longer ones, so that
+/// they name another chat.
+const CHAT_ID_MAX: i64 = 99_999_999_999;
+/// The longest reply in bytes that the firmware takes. A longer one is thrown away whole.
+const REPLY_MAX: usize = 302;
+
+/// The content of `state.json`, in words that an operator can read. Unknown keys are ignored and
+/// missing ones have defaults, so that neither an update nor a way back loses anybody.
 #[derive(Clone, Default, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(default)]
 struct State {
-    /// Minutes; none until somebody sets it.
+    /// Minutes between two reports; none until somebody sets it.
     interval: Option<u8>,
     /// LED feedback, 0 or 1; none until somebody sets it.
     feedback: Option<u8>,
     users: Vec<User>,
     /// Chats to which nothing is sent until they write again, the latest last.
     removed: Vec<i64>,
-    /// Id of the bot that `offset` belongs to.
+    /// The id of the bot that `offset` belongs to.
     bot: Option<String>,
-    /// Bot API: the next update's id. It may fall: after a quiet week Telegram numbers anew.
+    /// Bot API, getUpdates: the id of the next update. It may fall, for after a quiet week Telegram
+    /// numbers anew.
     offset: i64,
-    /// First start, Unix seconds; none once all that was written before was fetched.
-    ignore_commands_before: Option<u64>,
 }
 
 #[derive(Clone, PartialEq, Serialize, Deserialize)]
 struct User {
+    #[serde(default)]
     name: String,
     chat: i64,
 }
 
+impl fmt::Display for User {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({})", self.name, self.chat)
+    }
+}
+
+/// What has become of somebody who wants to be registered.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Registration {
+    New,
+    Known,
+    /// As many are registered as the firmware can keep.
+    Full,
+}
+
 impl State {
-    /// A damaged file is set aside: it may be worth a look, and the gateway must start.
-    fn open(config: &Config) -> State {
+    /// Reads the state. A damaged file is set aside, for the gateway must start. One that cannot be
+    /// read ends the start and stays as it is: it may hold everybody.
+    fn open(config: &Config) -> Result<State, String> {
         let path = &config.state_path;
-        let known = State::read(path).unwrap_or_else(|reason| {
-            let aside = beside(path, ".damaged");
-            match fs::rename(path, &aside) {
-                Ok(()) => error!("{reason}; starting anew, it is kept as {}", aside.display()),
-                Err(error) => error!("{reason}; starting anew, and it cannot be kept: {error}"),
+        let mut state = match State::read(path) {
+            Ok(state) => state,
+            Err(error) if error.kind() != ErrorKind::InvalidData => return Err(error.to_string()),
+            Err(error) => {
+                let aside = beside(path, ".damaged");
+                match fs::rename(path, &aside) {
+                    Ok(()) => error!("{error}; starting anew, it is kept as {}", aside.display()),
+                    Err(fault) => error!("{error}; starting anew, it cannot be kept: {fault}"),
+                }
+                State::default()
             }
-            None
-        });
-        let mut state = known.unwrap_or_else(|| State {
-            ignore_commands_before: Some(unix_now()),
-            ..State::default()
-        });
+        };
+        for index in 0..state.users.len() {
+            if state.users[index].name.is_empty() {
+                state.users[index].name = state.free_name("");
+            }
+        }
         // Update ids are counted for each bot.
         if let Some(token) = &config.token
             && state.bot.as_deref() != Some(token.bot_id())
@@ -1191,22 +1483,24 @@ impl State {
             state.bot = Some(token.bot_id().to_string());
             state.offset = 0;
         }
-        state
+        Ok(state)
     }
 
-    /// `None`: there is no such file.
-    fn read(path: &Path) -> Result<Option<State>, String> {
-        let result = match fs::read(path) {
-            Ok(text) => serde_json::from_slice(&text)
-                .map_err(io::Error::from)
-                .map(Some),
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-            Err(error) => Err(error),
+    /// Reads the file, if there is one. `InvalidData` means that it was read and is no state.
+    fn read(path: &Path) -> io::Result<State> {
+        let fault = |kind, error: &dyn fmt::Display| {
+            io::Error::new(kind, format!("cannot read {}: {error}", path.display()))
         };
-        result.map_err(|error| format!("cannot read {}: {error}", path.display()))
+        let content = match fs::read(path) {
+            Ok(content) => content,
+            Err(error) if is_missing(&error) => return Ok(State::default()),
+            Err(error) => return Err(fault(error.kind(), &error)),
+        };
+        serde_json::from_slice(&content).map_err(|error| fault(ErrorKind::InvalidData, &error))
     }
 
-    /// The old or the new one, also after a power cut. Readable by its owner alone.
+    /// Replaces the file, readable by its owner alone. After a power cut there is the old or the
+    /// new one.
     fn write(&self, path: &Path) -> io::Result<()> {
         let new = beside(path, ".new");
         let mut options = OpenOptions::new();
@@ -1215,52 +1509,99 @@ impl State {
         file.write_all(&serde_json::to_vec_pretty(self)?)?;
         file.sync_all()?;
         fs::rename(&new, path)?;
-        let folder = Path::new(".").join(path); // for a path without a folder
-        File::open(folder.parent().unwrap_or(path))?.sync_all()
-    }
-
-    /// What is said to a chat that is not registered; `None` to one that is.
-    fn register(&mut self, chat: i64, name: &str) -> Option<&'static str> {
-        let known = self.users.iter().position(|user| user.chat == chat);
-        if known.is_none() && self.users.len() >= USERS_MAX {
-            return Some(LIST_IS_FULL);
-        }
-        let others = self.users.iter().filter(|user| user.chat != chat);
-        let taken: Vec<&str> = others.map(|user| user.name.as_str()).collect();
-        let name = wire_name(name, &taken);
-        let Some(at) = known else {
-            info!("{name} ({chat}) is registered");
-            self.removed.retain(|removed| *removed != chat);
-            self.users.push(User { name, chat });
-            return Some(REGISTERED);
+        let folder = match path.parent() {
+            Some(folder) if !folder.as_os_str().is_empty() => folder,
+            _ => Path::new("."),
         };
-        if self.users[at].name != name {
-            let known = self.users.remove(at);
-            info!("{} ({chat}) is now called {name}", known.name);
-            self.users.push(User { name, chat });
-        }
-        None
+        File::open(folder)?.sync_all()
     }
 
-    /// Returns the user for the log.
+    fn is_user(&self, chat: i64) -> bool {
+        self.users.iter().any(|user| user.chat == chat)
+    }
+
+    fn is_removed(&self, chat: &ChatId) -> bool {
+        self.removed.iter().any(|id| ChatId::Number(*id) == *chat)
+    }
+
+    /// Registers a chat as long as there is room. A name is given once and kept: names that change
+    /// their owners between two polls would leave the firmware with one user doubled and one lost.
+    fn register(&mut self, chat: i64, name: &str) -> Registration {
+        if self.is_user(chat) {
+            return Registration::Known;
+        }
+        if self.users.len() >= USERS_MAX {
+            return Registration::Full;
+        }
+        self.removed.retain(|removed| *removed != chat);
+        let name = self.free_name(name);
+        let user = User { name, chat };
+        info!("{user} is registered");
+        self.users.push(user);
+        Registration::New
+    }
+
+    /// Removes a chat, known or not: the firmware may have it built in. Returns the user for the
+    /// log.
     fn remove(&mut self, chat: i64) -> String {
-        let known = self.users.iter().position(|user| user.chat == chat);
-        let user = known.map(|at| self.users.remove(at));
+        let mut shown = chat.to_string();
+        if let Some(index) = self.users.iter().position(|user| user.chat == chat) {
+            shown = self.users.remove(index).to_string();
+        }
         self.removed.retain(|removed| *removed != chat);
         self.removed.push(chat);
         if self.removed.len() > REMOVED_MAX {
             self.removed.remove(0);
         }
-        user.map_or(chat.to_string(), |user| format!("{} ({chat})", user.name))
+        shown
     }
 
-    /// All that a mote should know: removals first, which make room; users in the order of their
-    /// changes, so that a name is free before it is taken. That is at most 277 bytes, and the latest
-    /// removals that still fit.
+    /// Finds the chat that somebody means by an id or by a user's name.
+    fn find(&self, meant: &str) -> Option<i64> {
+        if let Some(id) = parse_number(meant)
+            && fits_firmware(id)
+        {
+            return Some(id);
+        }
+        if visible_name(meant).is_empty() {
+            return None;
+        }
+        let name = clean_name(meant);
+        let mut found = self.users.iter().find(|user| user.name == name);
+        if found.is_none() {
+            let name = name.to_lowercase();
+            found = self
+                .users
+                .iter()
+                .find(|user| user.name.to_lowercase() == name);
+        }
+        found.map(|user| user.chat)
+    }
+
+    /// Returns a name for the firmware that no user has, for it finds users by name.
+    fn free_name(&self, name: &str) -> String {
+        let clean = clean_name(name);
+        let mut free = clean.clone();
+        let mut number = 2;
+        while self.users.iter().any(|user| user.name == free) {
+            let suffix = format!("_{number}");
+            free = format!("{}{suffix}", cut(&clean, NAME_MAX - suffix.len()));
+            number += 1;
+        }
+        free
+    }
+
+    /// Returns all that a mote should know: removals first, for they make room; then settings and
+    /// users. Of the removals, the newest that still fit go with them: the firmware has room for
+    /// those of its users that are gone, and the others hold all the same.
     fn tokens(&self) -> String {
         let mut tokens = Vec::new();
-        tokens.extend(self.interval.map(|minutes| format!("i{minutes}")));
-        tokens.extend(self.feedback.map(|on| format!("f{on}")));
+        if let Some(minutes) = self.interval {
+            tokens.push(format!("i{minutes}"));
+        }
+        if let Some(on) = self.feedback {
+            tokens.push(format!("f{on}"));
+        }
         for User { name, chat } in &self.users {
             tokens.push(format!("{name}:{chat}"));
         }
@@ -1277,60 +1618,88 @@ impl State {
     }
 }
 
+/// Whether there is no such file, maybe for want of its folder.
+fn is_missing(error: &io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory)
+}
+
 fn beside(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(suffix);
     name.into()
 }
 
-/// A person whom the firmware can hold and remove: it removes only ids that start with a digit.
-fn is_private(chat: &i64) -> bool {
-    (1..=CHAT_ID_MAX).contains(chat)
+/// Whether the firmware can hold this chat whole, and remove it: it removes only ids that begin
+/// with a digit.
+fn fits_firmware(chat: i64) -> bool {
+    (1..=CHAT_ID_MAX).contains(&chat)
 }
 
-/// A name that the firmware neither cuts nor takes for something else, and none of `taken`, for it
-/// finds users by name.
-fn wire_name(name: &str, taken: &[&str]) -> String {
-    let fits = |c: &char| !c.is_control() && !";:,&=".contains(*c);
-    let clean: String = name.chars().filter(fits).collect();
-    let base = match cut(clean.trim(), NAME_MAX) {
-        "" => "user".to_string(),
-        name if is_misread(name) => format!("_{name}"),
-        name => name.to_string(),
-    };
-    let mut name = cut(&base, NAME_MAX).to_string();
-    let mut number = 2;
-    while taken.contains(&name.as_str()) {
-        let suffix = format!("_{number}");
-        name = format!("{}{suffix}", cut(&base, NAME_MAX - suffix.len()));
-        number += 1;
+/// Returns a name that the firmware neither cuts nor takes for anything else.
+fn clean_name(name: &str) -> String {
+    let name = visible_name(name);
+    if name.is_empty() {
+        return "user".to_string();
+    }
+    if is_misread(&name) {
+        return cut(&format!("_{name}"), NAME_MAX).to_string();
     }
     name
 }
 
-/// Firmware: what it takes for a setting, a removal, everybody, or an id.
+/// Returns what is left of a name without what nobody sees and what separates the firmware's tokens.
+fn visible_name(name: &str) -> String {
+    let mut visible = String::new();
+    for c in name.chars() {
+        if c.is_whitespace() {
+            visible.push(' ');
+        } else if !c.is_control() && !is_invisible(c) && !";:,&=".contains(c) {
+            visible.push(c);
+        }
+    }
+    cut(visible.trim(), NAME_MAX).to_string()
+}
+
+/// Whether the firmware would take a name for a setting, a removal, everybody, or an id.
 fn is_misread(name: &str) -> bool {
     match name.as_bytes() {
-        [b'f', b'0' | b'1', ..] | [b'i' | b'r', b'0'..=b'9', ..] => true,
+        [b'f', b'0' | b'1', ..] => true,
+        [b'i' | b'r', b'0'..=b'9', ..] => true,
         name => name == b"all" || name.iter().all(u8::is_ascii_digit),
     }
 }
 
-/// At most `end` bytes, whole characters, no white space behind.
-fn cut(text: &str, end: usize) -> &str {
-    let mut end = end.min(text.len());
-    while !text.is_char_boundary(end) {
-        end -= 1;
-    }
-    text[..end].trim_end()
+/// Cuts a text to at most so many bytes, at a character, and without white space at its end.
+fn cut(text: &str, bytes: usize) -> &str {
+    text[..text.floor_char_boundary(bytes)].trim_end()
 }
 
-/// What the motes have acknowledged. It ends with the process: then they are told everything.
+/// Whether nobody sees this character: joiners, marks of direction, variation selectors, fillers.
+fn is_invisible(c: char) -> bool {
+    matches!(c,
+        '\u{ad}' | '\u{34f}' | '\u{61c}' | '\u{115f}' | '\u{1160}' | '\u{17b4}' | '\u{17b5}'
+        | '\u{180b}'..='\u{180f}' | '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}'
+        | '\u{2060}'..='\u{206f}' | '\u{2800}' | '\u{3164}' | '\u{fe00}'..='\u{fe0f}'
+        | '\u{feff}' | '\u{ffa0}' | '\u{fff9}'..='\u{fffb}' | '\u{1d173}'..='\u{1d17a}'
+        | '\u{e0000}'..='\u{e0fff}')
+}
+
+// ---------- Motes ----------
+//
+// What each mote has acknowledged of the state. It ends with the process: then everybody is told
+// everything again.
+
+/// How many motes are remembered.
+const MOTES_MAX: usize = 64;
+/// How far a message ID may be from the highest one of the same mote. The firmware's go up by 1 to
+/// 3, and some requests get lost; after a restart they begin anew, at random.
+const MESSAGE_ID_STEP_MAX: u16 = 64;
+
 #[derive(Default)]
 struct Motes {
-    /// The longest silent first.
-    known: Vec<Mote>,
-    /// Number and text of the state that was last offered.
+    /// The longest silent one comes first.
+    motes: Vec<Mote>,
+    /// The number of the state that was last offered, and its text.
     version: u64,
     tokens: String,
 }
@@ -1338,14 +1707,16 @@ struct Motes {
 struct Mote {
     address: IpAddr,
     port: u16,
+    /// The highest message ID, and when it came.
     message_id: u16,
+    message_id_at: Instant,
     /// The version that it acknowledged last, 0 for none, and when.
     version: u64,
-    at: Instant,
+    acknowledged_at: Instant,
 }
 
 impl Motes {
-    /// The version of these tokens: a new one if they are not those that were last offered.
+    /// Returns the version of these tokens: a new one if they are not those that were last offered.
     fn offer(&mut self, tokens: &str) -> u64 {
         if self.tokens != tokens {
             self.tokens = tokens.to_string();
@@ -1354,71 +1725,94 @@ impl Motes {
         self.version
     }
 
-    /// A mote whose message ID does not go on has restarted, and knows nothing. Other clients have a
-    /// new port for each request.
-    fn note_request(&mut self, peer: SocketAddr, message_id: u16) {
+    /// Remembers a mote by its request. One whose message ID does not go on from the highest has
+    /// restarted, and knows nothing. A client with a new port for each request counts anew with
+    /// each.
+    fn note_request(&mut self, peer: SocketAddr, message_id: u16, now: Instant) {
         let address = peer.ip().to_canonical();
-        let known = self.known.iter().position(|mote| mote.address == address);
-        let mut mote = match known {
-            Some(at) => self.known.remove(at),
+        let index = self.motes.iter().position(|mote| mote.address == address);
+        let mut mote = match index {
+            Some(index) => self.motes.remove(index),
             None => Mote {
                 address,
                 port: peer.port(),
                 message_id: message_id.wrapping_sub(1),
+                message_id_at: now,
                 version: 0,
-                at: Instant::now(),
+                acknowledged_at: now,
             },
         };
-        let step = message_id.wrapping_sub(mote.message_id);
-        if mote.port == peer.port() && !(1..=MESSAGE_ID_STEP_MAX).contains(&step) {
+        let ahead = message_id.wrapping_sub(mote.message_id);
+        let behind = mote.message_id.wrapping_sub(message_id);
+        let is_next = (1..=MESSAGE_ID_STEP_MAX).contains(&ahead);
+        let is_late = (1..=MESSAGE_ID_STEP_MAX).contains(&behind)
+            && now < mote.message_id_at + coap::MAX_TRANSMIT_WAIT;
+        if mote.port == peer.port() && !is_next && !is_late {
             info!("{address} has restarted, its message ID says: it is told everything");
             mote.version = 0;
         }
-        (mote.port, mote.message_id) = (peer.port(), message_id);
-        if self.known.len() >= MOTES_MAX {
-            self.known.remove(0);
+        if mote.port != peer.port() || !is_late {
+            mote.port = peer.port();
+            mote.message_id = message_id;
+            mote.message_id_at = now;
         }
-        self.known.push(mote);
+        if self.motes.len() >= MOTES_MAX {
+            self.motes.remove(0);
+        }
+        self.motes.push(mote);
     }
 
     fn acknowledge(&mut self, peer: SocketAddr, version: u64, now: Instant) {
         if let Some(mote) = self.find(peer) {
-            (mote.version, mote.at) = (version, now);
+            mote.version = version;
+            mote.acknowledged_at = now;
         }
     }
 
+    /// Whether a mote knows this version, and not for so long that it may have restarted since.
     fn has_acknowledged(&mut self, peer: SocketAddr, version: u64, now: Instant) -> bool {
-        let mote = self.find(peer);
-        mote.is_some_and(|mote| mote.version == version && now < mote.at + ACKNOWLEDGED_HOLDS)
+        match self.find(peer) {
+            Some(mote) => {
+                mote.version == version && now < mote.acknowledged_at + ACKNOWLEDGED_HOLDS
+            }
+            None => false,
+        }
     }
 
     fn find(&mut self, peer: SocketAddr) -> Option<&mut Mote> {
         let address = peer.ip().to_canonical();
-        self.known.iter_mut().find(|mote| mote.address == address)
+        self.motes.iter_mut().find(|mote| mote.address == address)
     }
 }
 
-// ---------- What people write ----------
+// ---------- People ----------
+//
+// What people write to the bot, and what they are answered. Only ids and the chat's type decide;
+// everything else in a message may be missing or odd.
+
+/// How many messages that hold a password wait for their deletion.
+const DELETIONS_MAX: usize = 100;
+/// How many chats are remembered for their wrong passwords.
+const SUSPECTS_MAX: usize = 256;
+const REGISTERED: &str = "You are registered.";
+const HOW_TO_REGISTER: &str = "To register, write: register <password>";
+const NOT_UNDERSTOOD: &str = "I do not understand that.";
+const WRONG_PASSWORD: &str = "Wrong password. Nothing was changed.";
 
 /// Bot API, `Message`: what is needed of it.
-#[derive(Deserialize)]
-struct Written {
-    message_id: i64,
-    /// Unix time.
-    date: u64,
+struct Message {
+    id: Option<i64>,
     chat: Chat,
-    #[serde(default)]
+    is_by_a_bot: bool,
     text: String,
+    caption: String,
+    has_media: bool,
 }
 
 /// Bot API, `Chat`.
-#[derive(Deserialize)]
 struct Chat {
     id: i64,
-    #[serde(rename = "type")]
     kind: String,
-    /// People have first names, groups have titles.
-    #[serde(default, alias = "first_name", alias = "title")]
     name: String,
 }
 
@@ -1428,99 +1822,226 @@ impl fmt::Display for Chat {
     }
 }
 
+impl Chat {
+    /// None without an id or a type. People have first names, groups have titles.
+    fn read(chat: &Value) -> Option<Chat> {
+        let mut name = "";
+        for key in ["first_name", "title", "username"] {
+            if name.is_empty() {
+                name = chat[key].as_str().unwrap_or_default();
+            }
+        }
+        Some(Chat {
+            id: chat["id"].as_i64()?,
+            kind: chat["type"].as_str()?.to_string(),
+            name: name.to_string(),
+        })
+    }
+}
+
+impl Message {
+    /// None without a chat that has an id and a type.
+    fn read(message: &Value) -> Option<Message> {
+        let text = |key: &str| message[key].as_str().unwrap_or_default().to_string();
+        Some(Message {
+            id: message["message_id"].as_i64(),
+            chat: Chat::read(&message["chat"])?,
+            is_by_a_bot: message["from"]["is_bot"] == true,
+            text: text("text"),
+            caption: text("caption"),
+            has_media: has_media(message),
+        })
+    }
+
+    fn is_service_message(&self) -> bool {
+        self.text.is_empty() && self.caption.is_empty() && !self.has_media
+    }
+}
+
+/// Whether somebody has sent something, Bot API, Message. Whatever else comes without a text is a
+/// service message: it tells what happened in the chat.
+fn has_media(message: &Value) -> bool {
+    let is_media = |key: &str| {
+        matches!(
+            key,
+            "animation"
+                | "audio"
+                | "checklist"
+                | "contact"
+                | "dice"
+                | "document"
+                | "game"
+                | "invoice"
+                | "live_photo"
+                | "location"
+                | "paid_media"
+                | "photo"
+                | "poll"
+                | "sticker"
+                | "story"
+                | "venue"
+                | "video"
+                | "video_note"
+                | "voice"
+        )
+    };
+    let mut content = message.as_object().into_iter().flatten();
+    content.any(|(key, value)| is_media(key) && !value.is_null())
+}
+
 /// Those who write to the bot.
 #[derive(Default)]
 struct People {
-    /// By chat: what is to be said once it is saved.
-    answers: BTreeMap<i64, Answer>,
-    /// By chat: who has tried wrong passwords.
-    suspects: BTreeMap<i64, Suspect>,
+    /// What is to be said as soon as it is saved.
+    answers: Vec<Answer>,
+    /// What is to be deleted, the oldest first.
+    deletions: VecDeque<Deletion>,
+    /// Whether some of both has found no time, and gets a turn of its own.
+    has_leftovers: bool,
+    /// Who has tried wrong passwords, the latest last.
+    suspects: VecDeque<Suspect>,
 }
 
-#[derive(Default)]
+/// All that one chat is told at once.
 struct Answer {
+    chat: i64,
     texts: Vec<String>,
-    /// Messages to delete, for they may hold the password.
-    deleted: Vec<i64>,
 }
 
-#[derive(Default)]
+/// A message that may hold a password.
+struct Deletion {
+    chat: i64,
+    message_id: i64,
+}
+
 struct Suspect {
+    chat: i64,
     /// Wrong passwords in a row.
     wrong: u32,
     locked_until: Option<Instant>,
 }
 
 impl People {
-    /// Progress first: an update that cannot be understood must not come back.
-    fn take(&mut self, update: &Value, state: &mut State, password: &Option<Secret>) {
+    /// Takes an update in. Progress comes first: one that cannot be understood must not come back.
+    fn take(&mut self, update: &Value, state: &mut State, config: &Config) {
         let Some(id) = update["update_id"].as_i64() else {
-            return;
+            return info!("an update without an id is ignored");
         };
         state.offset = id.saturating_add(1);
-        let written = match Written::deserialize(&update["message"]) {
-            Ok(written) => written,
-            Err(error) => return info!("update {id} is not understood: {error}"),
-        };
-        let chat = &written.chat;
-        if chat.kind != "private" || !is_private(&chat.id) {
-            return info!("{chat} cannot register");
+        match Message::read(&update["message"]) {
+            None => info!("update {id} is ignored: it is no message in a chat with id and type"),
+            Some(message) => self.hear(&message, state, config),
         }
-        let chat = chat.id;
-        // Written before the gateway was there.
-        let start = state.ignore_commands_before;
-        let is_old = start.is_some_and(|start| written.date < start);
-        let words: Vec<&str> = written.text.split_whitespace().collect();
-        let lower: Vec<String> = words.iter().map(|word| word.to_lowercase()).collect();
-        let lower: Vec<&str> = lower.iter().map(String::as_str).collect();
-        if lower == ["remove", "me"] && !is_old {
-            let user = state.remove(chat);
-            info!("{user} is removed, as asked");
-            return self.say(chat, REMOVED);
+    }
+
+    /// Carries out what somebody has written. Whoever writes is registered, unless that takes the
+    /// password.
+    fn hear(&mut self, message: &Message, state: &mut State, config: &Config) {
+        let chat = message.chat.id;
+        if message.is_by_a_bot {
+            return info!("{} is a bot, and ignored", message.chat);
         }
-        let news = state.register(chat, &written.chat.name);
-        if let Some(news) = news {
-            self.say(chat, news);
+        if message.chat.kind != "private" || !fits_firmware(chat) {
+            return info!("{} cannot register", message.chat);
         }
-        match lower[..] {
-            ["config" | "/config", ..] => {
-                // Also a wrong password: it may be nearly right.
-                let answer = self.answers.entry(chat).or_default();
-                answer.deleted.push(written.message_id);
-                if !is_old {
-                    self.configure(chat, &words, state, password);
-                }
+        if message.is_service_message() {
+            return;
+        }
+        let command = Command::read(&message.text, config);
+        if command.has_password() || Command::read(&message.caption, config).has_password() {
+            self.delete(message);
+        }
+        let mut registration = Registration::Known;
+        if !config.registration_by_password && !matches!(command, Command::Leave) {
+            registration = self.register_writer(message, state);
+        }
+        match command {
+            Command::Leave => {
+                let user = state.remove(chat);
+                info!("{user} is removed, as asked");
+                self.say(chat, &removed(config));
             }
-            ["help" | "/help" | "/start"] => self.say(chat, HELP),
-            _ if news == Some(REGISTERED) => self.say(chat, HELP),
-            _ if news.is_some() || words.is_empty() => {} // the list is full, or a sticker
-            _ => {
-                self.say(chat, "I do not understand that.");
-                self.say(chat, HELP);
+            Command::Config(words) => self.configure(chat, &words, state, config),
+            Command::Register(words) => self.register(message, &words, state, config),
+            Command::Help => self.say(chat, &help(config)),
+            _ if registration == Registration::New => self.say(chat, &help(config)),
+            _ if config.registration_by_password && !state.is_user(chat) => {
+                self.say(chat, HOW_TO_REGISTER);
+            }
+            Command::None => {}
+            Command::Unknown if registration == Registration::Full => {}
+            Command::Unknown => {
+                self.say(chat, NOT_UNDERSTOOD);
+                self.say(chat, &help(config));
             }
         }
     }
 
-    /// Only a complete command is a guess at the password; the rest is not looked at unless it is right.
-    fn configure(&mut self, chat: i64, words: &[&str], state: &mut State, own: &Option<Secret>) {
-        let Some(password) = own else {
-            return self.say(chat, "No password is set, so nothing can be changed.");
-        };
-        let suspect = self.suspects.get(&chat);
-        let locked_until = suspect.and_then(|suspect| suspect.locked_until);
-        if locked_until.is_some_and(|until| Instant::now() < until) {
+    /// Registers whoever writes, as long as there is room. Somebody who left comes back by nothing
+    /// but a text.
+    fn register_writer(&mut self, message: &Message, state: &mut State) -> Registration {
+        let chat = &message.chat;
+        if message.text.is_empty() && state.is_removed(&ChatId::Number(chat.id)) {
+            return Registration::Known;
+        }
+        let registration = state.register(chat.id, &chat.name);
+        self.tell_registration(chat.id, registration);
+        registration
+    }
+
+    fn tell_registration(&mut self, chat: i64, registration: Registration) {
+        match registration {
+            Registration::New => self.say(chat, REGISTERED),
+            Registration::Known => {}
+            Registration::Full => self.say(
+                chat,
+                &format!("The list is full: {USERS_MAX} people are registered already."),
+            ),
+        }
+    }
+
+    /// Carries out `register <password>`.
+    fn register(&mut self, message: &Message, words: &[&str], state: &mut State, config: &Config) {
+        let chat = message.chat.id;
+        if self.is_locked_out(chat) {
             return;
         }
-        let [_, guess, key, value] = *words else {
-            return self.say(chat, CONFIG_FORM);
+        let [_, guess] = *words else {
+            return self.say(chat, HOW_TO_REGISTER);
         };
-        if !password.is(guess) {
-            return self.suspect(chat);
+        if !self.is_right(chat, guess, config) {
+            return;
         }
-        self.suspects.remove(&chat);
-        let number = value.parse::<u8>().ok().filter(|_| !value.starts_with('+'));
-        let told = match (key.to_ascii_lowercase().as_str(), number) {
-            ("interval", Some(minutes @ 1..=120)) => {
+        match state.register(chat, &message.chat.name) {
+            Registration::Known => self.say(chat, REGISTERED),
+            registration => self.tell_registration(chat, registration),
+        }
+        self.say(chat, &help(config));
+    }
+
+    /// Carries out `config <password> <key> <value>`. Counts as a guess only with at least four
+    /// words. Key and value are looked at after the password, so that nobody learns anything
+    /// without it.
+    fn configure(&mut self, chat: i64, words: &[&str], state: &mut State, config: &Config) {
+        if config.password.is_none() {
+            return self.say(chat, "No password is set, so nothing can be changed.");
+        }
+        if self.is_locked_out(chat) {
+            return;
+        }
+        let [_, guess, key, first_value, ..] = *words else {
+            return self.say(chat, &config_form());
+        };
+        if !self.is_right(chat, guess, config) {
+            return;
+        }
+        let number = match words.len() {
+            4 => read_value(first_value),
+            _ => None,
+        };
+        let confirmation = match (plain(key).as_str(), number) {
+            ("remove", _) => return self.remove_other(chat, &words[3..].join(" "), state, config),
+            ("interval", Some(minutes @ INTERVAL_MIN..=INTERVAL_MAX)) => {
                 state.interval = Some(minutes);
                 format!("The interval is set to {minutes} minutes.")
             }
@@ -1528,52 +2049,604 @@ impl People {
                 state.feedback = Some(on);
                 format!("The LED feedback is set to {on}.")
             }
-            _ => return self.say(chat, CONFIG_FORM),
+            _ => return self.say(chat, &config_form()),
         };
-        info!("chat {chat}: {told}");
-        self.say(chat, &told);
+        info!("chat {chat}: {confirmation}");
+        self.say(chat, &confirmation);
     }
 
-    /// Counts a wrong password.
-    fn suspect(&mut self, chat: i64) {
-        if self.suspects.len() >= SUSPECTS_MAX && !self.suspects.contains_key(&chat) {
-            self.suspects.pop_first();
+    /// Unregisters somebody else: strangers who fill the list must not lock the owner out.
+    fn remove_other(&mut self, chat: i64, meant: &str, state: &mut State, config: &Config) {
+        let found = state.find(meant).or_else(|| state.find(unquote(meant)));
+        let Some(other) = found else {
+            return self.say(chat, "Nobody is registered with this name or id.");
+        };
+        let was_user = state.is_user(other);
+        let confirmation = format!("{} is removed.", state.remove(other));
+        info!("chat {chat}: {confirmation}");
+        self.say(chat, &confirmation);
+        if was_user {
+            let told = format!("Somebody with the password did it: {}", removed(config));
+            self.say(other, &told);
         }
-        let suspect = self.suspects.entry(chat).or_default();
-        suspect.wrong += 1;
-        let mut told = "Wrong password. Nothing was changed.";
-        if suspect.wrong >= WRONG_PASSWORDS_MAX {
-            suspect.wrong = 0;
-            suspect.locked_until = Some(Instant::now() + LOCKED_OUT);
-            told = "Wrong password. Your config messages are ignored for an hour.";
-        }
-        warn!("chat {chat}: {told}");
-        self.say(chat, told);
     }
 
-    /// Each text once.
+    fn is_locked_out(&self, chat: i64) -> bool {
+        let suspect = self.suspects.iter().find(|suspect| suspect.chat == chat);
+        let locked_until = suspect.and_then(|suspect| suspect.locked_until);
+        locked_until.is_some_and(|until| Instant::now() < until)
+    }
+
+    /// Compares the password, and counts a wrong one.
+    fn is_right(&mut self, chat: i64, guess: &str, config: &Config) -> bool {
+        let index = self
+            .suspects
+            .iter()
+            .position(|suspect| suspect.chat == chat);
+        let suspect = index.and_then(|index| self.suspects.remove(index));
+        if config
+            .password
+            .as_ref()
+            .is_some_and(|password| password.matches(guess))
+        {
+            return true;
+        }
+        let mut wrong = 1 + suspect.map_or(0, |suspect| suspect.wrong);
+        let mut locked_until = None;
+        let mut answer = WRONG_PASSWORD.to_string();
+        if wrong >= WRONG_PASSWORDS_MAX {
+            wrong = 0;
+            locked_until = Some(Instant::now() + LOCKED_OUT);
+            let minutes = LOCKED_OUT.as_secs() / 60;
+            answer = format!("Wrong password. Your commands are ignored for {minutes} minutes.");
+        }
+        warn!("chat {chat}: {answer}");
+        self.say(chat, &answer);
+        if self.suspects.len() >= SUSPECTS_MAX {
+            self.suspects.pop_front();
+        }
+        self.suspects.push_back(Suspect {
+            chat,
+            wrong,
+            locked_until,
+        });
+        false
+    }
+
+    /// Keeps a message for deletion. If there are too many, the oldest stays in its chat.
+    fn delete(&mut self, message: &Message) {
+        let Some(message_id) = message.id else {
+            return;
+        };
+        if self.deletions.len() >= DELETIONS_MAX {
+            self.deletions.pop_front();
+        }
+        let chat = message.chat.id;
+        self.deletions.push_back(Deletion { chat, message_id });
+    }
+
+    /// Adds to what a chat is told at once, each text once.
     fn say(&mut self, chat: i64, text: &str) {
-        let texts = &mut self.answers.entry(chat).or_default().texts;
+        let index = self.answers.iter().position(|answer| answer.chat == chat);
+        let index = index.unwrap_or_else(|| {
+            let texts = Vec::new();
+            self.answers.push(Answer { chat, texts });
+            self.answers.len() - 1
+        });
+        let texts = &mut self.answers[index].texts;
         if !texts.iter().any(|said| said == text) {
             texts.push(text.to_string());
         }
     }
 }
 
-// ---------- Log, heartbeat, systemd ----------
+/// What somebody wants. Commands with a password keep their words as they were written.
+enum Command<'a> {
+    /// There is no text.
+    None,
+    Leave,
+    Help,
+    Config(Vec<&'a str>),
+    Register(Vec<&'a str>),
+    Unknown,
+}
 
-/// For the heartbeat, which has a thread of its own.
+impl<'a> Command<'a> {
+    /// Reads a command as people write it, also as Telegram's apps suggest it: `/remove_me@bot`.
+    fn read(text: &'a str, config: &Config) -> Command<'a> {
+        let mut words: Vec<&str> = text.split_whitespace().collect();
+        words.retain(|word| !word.chars().all(is_invisible));
+        let mut phrase = Vec::new();
+        for (index, word) in words.iter().enumerate() {
+            let mut word = plain(word);
+            if index == 0
+                && let Some((command, _bot)) = word.split_once('@')
+            {
+                word = plain(command);
+            }
+            phrase.extend(
+                word.split('_')
+                    .filter(|part| !part.is_empty())
+                    .map(str::to_string),
+            );
+        }
+        let phrase: Vec<&str> = phrase.iter().map(String::as_str).collect();
+        match phrase[..] {
+            _ if words.is_empty() => Command::None,
+            ["remove", "me"] | ["stop"] => Command::Leave,
+            ["help"] | ["start", ..] => Command::Help,
+            ["config", ..] => Command::Config(words),
+            ["register", ..] if config.registration_by_password => Command::Register(words),
+            _ => Command::Unknown,
+        }
+    }
+
+    fn has_password(&self) -> bool {
+        matches!(self, Command::Config(_) | Command::Register(_))
+    }
+}
+
+/// Returns a word as it is compared: lower-case, without invisible characters and without anything
+/// around it that is neither letter nor digit.
+fn plain(word: &str) -> String {
+    let mut visible = word.to_lowercase();
+    visible.retain(|c| !is_invisible(c));
+    visible
+        .trim_matches(|c: char| !c.is_alphanumeric())
+        .to_string()
+}
+
+/// Strips what people put around a value: quotes, brackets, and the end of a sentence.
+fn unquote(value: &str) -> &str {
+    let is_around = |c: char| "\"'“”„‘’«»<>()[]`".contains(c) || is_invisible(c);
+    let value = value.trim_matches(is_around);
+    value
+        .trim_end_matches(['.', ',', ';', ':', '!', '?'])
+        .trim_matches(is_around)
+}
+
+/// Reads the value of a setting. A sign in front of it is no part of a number that is allowed.
+fn read_value(value: &str) -> Option<u8> {
+    let value = unquote(value);
+    match value.starts_with('+') {
+        true => None,
+        false => value.parse().ok(),
+    }
+}
+
+/// Returns what the bot can do with these settings.
+fn help(config: &Config) -> String {
+    let mut lines = vec!["I pass on what the sensors report.".to_string()];
+    if config.registration_by_password {
+        lines.push("register <password> - get the messages".to_string());
+    }
+    lines.push("remove me - no more messages".to_string());
+    if config.password.is_some() {
+        lines.extend([
+            format!("config <password> interval <{INTERVAL_MIN}..{INTERVAL_MAX}> - minutes between two reports"),
+            "config <password> feedback <0|1> - LED feedback off or on".to_string(),
+            "config <password> remove <name or id> - no more messages for somebody else".to_string(),
+        ]);
+    }
+    lines.push("help - this text".to_string());
+    lines.join("\n")
+}
+
+fn config_form() -> String {
+    format!(
+        "Allowed is: config <password> interval <{INTERVAL_MIN}..{INTERVAL_MAX}>, \
+        or: config <password> feedback <0|1>, or: config <password> remove <name or id>. \
+        Nothing was changed."
+    )
+}
+
+fn removed(config: &Config) -> String {
+    let again = match config.registration_by_password {
+        true => HOW_TO_REGISTER.replace("To register,", "To register again,"),
+        false => "Write anything to register again.".to_string(),
+    };
+    format!("You are removed and get no more messages. {again}")
+}
+
+// ---------- Configuration ----------
+//
+// What the operator has set, read once at the start. A setting that cannot be honoured ends it.
+
+/// How many bytes of its token the firmware keeps.
+const MOTE_TOKEN_MAX: usize = 49;
+/// Where setup.sh puts the settings, and what belongs to them.
+const INSTALLED_SETTINGS: &str = "/etc/coap_websocket";
+const INSTALLED_STATE: &str = "/var/lib/coap_websocket";
+const INSTALLED_LOG: &str = "/var/log/coap_websocket";
+/// What `.env` may hold. The real environment wins.
+const VARIABLES: [&str; 5] = [
+    "PASSWORD",
+    "COAP_SERVER_IP",
+    "COAP_SERVER_PORT",
+    "SSL_CERT_FILE",
+    "HTTPS_PROXY",
+];
+
+/// A token or a password. Without `Debug` and `Display` it cannot get into a log line by accident.
+#[derive(Clone)]
+struct Secret(String);
+
+impl Secret {
+    /// Whether this is `<bot id>:<letters, digits, _ and ->`, so that it can stand in a URL as it
+    /// is.
+    fn is_bot_token(&self) -> bool {
+        let (id, key) = self.0.split_once(':').unwrap_or_default();
+        let is_id = (1..=20).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_digit());
+        let fits = |b: u8| b.is_ascii_alphanumeric() || b == b'_' || b == b'-';
+        is_id && (1..=100).contains(&key.len()) && key.bytes().all(fits)
+    }
+
+    /// Returns the part of a bot token before the colon: the bot's user id, which is public.
+    fn bot_id(&self) -> &str {
+        self.0.split(':').next().unwrap_or_default()
+    }
+
+    /// Compares in constant time: how long it takes depends on the guess alone.
+    fn matches(&self, guess: &str) -> bool {
+        let mut unlike = self.0.len() ^ guess.len();
+        for (own, guessed) in self.0.bytes().cycle().zip(guess.bytes()) {
+            unlike |= usize::from(own ^ guessed);
+        }
+        std::hint::black_box(unlike) == 0
+    }
+}
+
+/// Where things are.
+struct Folders {
+    config_ini: PathBuf,
+    dot_env: PathBuf,
+    state: PathBuf,
+    log: PathBuf,
+    /// Whether the state is an installed service's, and this is not the service.
+    are_a_services: bool,
+}
+
+impl Folders {
+    /// Finds what systemd names; else the working directory if it holds settings; else those of an
+    /// installation, so that `check` and `send` work from every folder of the Pi; else the working
+    /// directory.
+    fn find() -> Folders {
+        let is_installed = Path::new(INSTALLED_SETTINGS).join("config.ini").exists();
+        let is_inside = env::current_dir().is_ok_and(|here| here == Path::new(INSTALLED_SETTINGS));
+        let has_settings = Path::new("config.ini").exists() || Path::new(".env").exists();
+        let uses_installation = is_installed && (is_inside || !has_settings);
+        let folder = |variable: &str, installed: &str| match named_folder(variable) {
+            Some(folder) => folder,
+            None if uses_installation => installed.into(),
+            None => PathBuf::new(),
+        };
+        let settings = folder("CREDENTIALS_DIRECTORY", INSTALLED_SETTINGS);
+        let dot_env = match named_folder("CREDENTIALS_DIRECTORY") {
+            Some(_) => "env", // a credential's name has no dot in front
+            None => ".env",
+        };
+        Folders {
+            config_ini: settings.join("config.ini"),
+            dot_env: settings.join(dot_env),
+            state: folder("STATE_DIRECTORY", INSTALLED_STATE),
+            log: folder("LOGS_DIRECTORY", INSTALLED_LOG),
+            are_a_services: uses_installation && named_folder("STATE_DIRECTORY").is_none(),
+        }
+    }
+}
+
+/// Returns the folder that systemd names; of several, the first.
+fn named_folder(variable: &str) -> Option<PathBuf> {
+    let value = variable_of_environment(variable)?;
+    value.split(':').next().map(PathBuf::from)
+}
+
+/// What the operator has set, checked.
+struct Config {
+    /// The only Bot API url that is served and connected to.
+    url: String,
+    /// `None`: `/message` serves any token, `/update` the first bot that Telegram accepts.
+    token: Option<Secret>,
+    /// What motes may present for `token`, so that it never crosses the mesh.
+    mote_token: Option<Secret>,
+    /// Whether registering takes the password. Otherwise whoever writes is registered.
+    registration_by_password: bool,
+    ip_family: IpFamily,
+    /// `None`: every `config` is refused.
+    password: Option<Secret>,
+    listen: SocketAddr,
+    roots: RootCerts,
+    proxy: Option<ureq::Proxy>,
+    state_path: PathBuf,
+    /// Where a bot token is looked for, for a message about one that is missing.
+    config_ini: PathBuf,
+}
+
+impl Config {
+    fn new(folders: &Folders) -> Config {
+        Config {
+            url: "https://api.telegram.org/bot".to_string(),
+            token: None,
+            mote_token: None,
+            registration_by_password: false,
+            ip_family: IpFamily::Any,
+            password: None,
+            listen: SocketAddr::new(Ipv6Addr::LOCALHOST.into(), coap::PORT),
+            roots: RootCerts::WebPki,
+            proxy: None,
+            state_path: folders.state.join("state.json"),
+            config_ini: folders.config_ini.clone(),
+        }
+    }
+
+    /// Reads `config.ini`, `.env` and the environment. An error names file, line and reason.
+    fn load(folders: &Folders) -> Result<Config, String> {
+        let mut config = Config::new(folders);
+        let of_ini = read_settings(&folders.config_ini, Some("telegram"))?;
+        for setting in &of_ini {
+            config.set_ini(setting)?;
+        }
+        for setting in read_settings(&folders.dot_env, None)? {
+            if variable_of_environment(&setting.name).is_none() {
+                config.set_variable(&setting)?;
+            }
+        }
+        for name in VARIABLES {
+            if let Some(value) = variable_of_environment(name) {
+                let origin = "environment".to_string();
+                let name = name.to_string();
+                config.set_variable(&Setting {
+                    origin,
+                    name,
+                    value,
+                })?;
+            }
+        }
+        for setting in &of_ini {
+            config.check_with_the_rest(setting)?;
+        }
+        let file = folders.config_ini.display();
+        if config.token.is_none() {
+            warn!(
+                "no bot_token is set in {file}: /message serves any token, /update the first bot"
+            );
+        }
+        let file = folders.dot_env.display();
+        if config.password.is_none() {
+            warn!("no PASSWORD is set in {file}: every `config` is refused");
+        }
+        Ok(config)
+    }
+
+    /// Sets what stands in `[telegram]` of `config.ini`.
+    fn set_ini(&mut self, setting: &Setting) -> Result<(), String> {
+        let value = setting.value.as_str();
+        let secret = Secret(value.to_string());
+        match (setting.name.to_lowercase().as_str(), value) {
+            ("bot_token", "your_telegram_bot_token") => {}
+            ("bot_token", _) if secret.is_bot_token() => self.token = Some(secret),
+            ("bot_token", _) => {
+                return Err(setting.fault("is not a bot token (digits, a colon, letters)"));
+            }
+            ("mote_token", _) if is_mote_token(value) => self.mote_token = Some(secret),
+            ("mote_token", _) => {
+                let rule = format!("is not a word of at most {MOTE_TOKEN_MAX} bytes without &");
+                return Err(setting.fault(&rule));
+            }
+            ("registration", "open") => self.registration_by_password = false,
+            ("registration", "password") => self.registration_by_password = true,
+            ("registration", _) => return Err(setting.fault("is neither open nor password")),
+            ("url", _) if is_https_url(value) => self.url = value.to_string(),
+            ("url", _) => return Err(setting.fault("is not of the form https://host/bot")),
+            ("ip_family", "any") => self.ip_family = IpFamily::Any,
+            ("ip_family", "ipv4") => self.ip_family = IpFamily::Ipv4Only,
+            ("ip_family", "ipv6") => self.ip_family = IpFamily::Ipv6Only,
+            ("ip_family", _) => return Err(setting.fault("is none of any, ipv4, ipv6")),
+            _ => warn!("{}", setting.fault("is unknown and ignored")),
+        }
+        Ok(())
+    }
+
+    /// Sets what stands in `.env` or in the environment.
+    fn set_variable(&mut self, setting: &Setting) -> Result<(), String> {
+        let value = setting.value.as_str();
+        match setting.name.as_str() {
+            "PASSWORD" if value.contains(char::is_whitespace) => {
+                return Err(setting.fault("holds white space, which nobody could send"));
+            }
+            "PASSWORD" => self.password = Some(Secret(value.to_string())),
+            "COAP_SERVER_IP" => match value.parse() {
+                Ok(ip) if is_one_address(ip) => self.listen.set_ip(ip),
+                Ok(_) => {
+                    let rule = "is not one address: name the one that the motes send to";
+                    return Err(setting.fault(rule));
+                }
+                Err(_) => return Err(setting.fault("is not an IP address (without a zone)")),
+            },
+            "COAP_SERVER_PORT" => match value.parse() {
+                Ok(port) => self.listen.set_port(port),
+                Err(_) => return Err(setting.fault("is not a port (0 to 65535)")),
+            },
+            "SSL_CERT_FILE" => {
+                self.roots = read_roots(value).map_err(|reason| setting.fault(&reason))?;
+            }
+            "HTTPS_PROXY" => {
+                let rule = "is not of the form http://[user:password@]host:port";
+                self.proxy = Some(read_proxy(value).ok_or_else(|| setting.fault(rule))?);
+            }
+            _ => warn!("{}", setting.fault("is unknown and ignored")),
+        }
+        Ok(())
+    }
+
+    /// Refuses what works only together with something that is not set.
+    fn check_with_the_rest(&self, setting: &Setting) -> Result<(), String> {
+        match setting.name.to_lowercase().as_str() {
+            "mote_token" if self.token.is_none() => {
+                Err(setting.fault("does not work without bot_token"))
+            }
+            "registration" if self.registration_by_password && self.password.is_none() => {
+                Err(setting.fault("does not work without PASSWORD, which .env sets"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Returns the token for the commands that cannot do without.
+    fn required_token(&self) -> Result<&Secret, String> {
+        let missing = || format!("no bot_token is set in {}", self.config_ini.display());
+        self.token.as_ref().ok_or_else(missing)
+    }
+}
+
+/// A line of settings.
+struct Setting {
+    /// File and line.
+    origin: String,
+    /// As the file spells it.
+    name: String,
+    /// Not empty; maybe a secret, so that no message repeats it.
+    value: String,
+}
+
+impl Setting {
+    /// Reads `NAME=value`; the value may stand in quotes.
+    fn read(origin: String, line: &str) -> Result<Setting, String> {
+        let line = line.strip_prefix("export ").unwrap_or(line);
+        let Some((name, value)) = line.split_once('=') else {
+            return Err(format!("{origin}: not `NAME=value`"));
+        };
+        let name = name.trim().to_string();
+        let value = value.trim();
+        let unquote = |quote: char| value.strip_prefix(quote)?.strip_suffix(quote);
+        let value = unquote('"').or(unquote('\'')).unwrap_or(value).to_string();
+        Ok(Setting {
+            origin,
+            name,
+            value,
+        })
+    }
+
+    fn fault(&self, rule: &str) -> String {
+        format!("{}: {} {rule}", self.origin, self.name)
+    }
+}
+
+/// Reads the settings of a file, if there is one: of a section, or of a file without sections. What
+/// is set to nothing is not set.
+fn read_settings(path: &Path, section: Option<&str>) -> Result<Vec<Setting>, String> {
+    let content = match fs::read(path) {
+        Ok(content) => content,
+        Err(error) if is_missing(&error) => return Ok(Vec::new()),
+        Err(error) => return Err(format!("cannot read {}: {error}", path.display())),
+    };
+    let content = content.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&content);
+    let mut current = None;
+    let mut settings: Vec<Setting> = Vec::new();
+    for (number, line) in (1..).zip(content.split(|byte| *byte == b'\n')) {
+        let origin = format!("{}:{number}", path.display());
+        let Ok(line) = str::from_utf8(line) else {
+            return Err(format!("{origin}: not UTF-8 text"));
+        };
+        let line = line.trim();
+        if line.is_empty() || line.starts_with(['#', ';']) {
+            continue;
+        }
+        if section.is_some() && line.starts_with('[') {
+            let Some((name, _)) = line[1..].split_once(']') else {
+                return Err(format!("{origin}: `[` without `]`"));
+            };
+            current = Some(name.trim());
+        } else if section.is_some() && current.is_none() {
+            return Err(format!("{origin}: no section yet; put [telegram] above it"));
+        } else if current == section {
+            let setting = Setting::read(origin, line)?;
+            if settings
+                .iter()
+                .any(|other| other.name.eq_ignore_ascii_case(&setting.name))
+            {
+                return Err(setting.fault("is set twice; remove one of them"));
+            }
+            settings.push(setting);
+        }
+    }
+    settings.retain(|setting| !setting.value.is_empty());
+    Ok(settings)
+}
+
+/// Returns a variable of the real environment, unless it is empty.
+fn variable_of_environment(name: &str) -> Option<String> {
+    let value = env::var(name).ok()?;
+    (!value.is_empty()).then_some(value)
+}
+
+/// The firmware's form has no way to hold white space or `&` in a token.
+fn is_mote_token(value: &str) -> bool {
+    let separates = |c: char| c.is_whitespace() || c == '&';
+    value.len() <= MOTE_TOKEN_MAX && !value.contains(separates)
+}
+
+fn is_https_url(text: &str) -> bool {
+    let uri = Uri::try_from(text).unwrap_or_default();
+    let has_host = uri.host().is_some_and(|host| !host.is_empty());
+    uri.scheme_str() == Some("https") && has_host && !text.contains(['?', '#'])
+}
+
+/// Whether an address is that of one host. From a wildcard socket an answer may leave from another
+/// address than the mote asked, and gcoap drops it.
+fn is_one_address(ip: IpAddr) -> bool {
+    let ip = ip.to_canonical();
+    let is_broadcast = ip == IpAddr::from([255, 255, 255, 255]);
+    !ip.is_unspecified() && !ip.is_multicast() && !is_broadcast
+}
+
+fn read_roots(file: &str) -> Result<RootCerts, String> {
+    let pem = fs::read(file).map_err(|error| format!("cannot be read: {file}: {error}"))?;
+    let mut certificates = Vec::new();
+    for item in ureq::tls::parse_pem(&pem) {
+        if let Ok(PemItem::Certificate(certificate)) = item {
+            certificates.push(certificate);
+        }
+    }
+    if certificates.is_empty() {
+        return Err(format!("holds no certificate: {file}"));
+    }
+    Ok(RootCerts::new_with_certs(&certificates))
+}
+
+/// Reads a proxy; none if it cannot be used exactly as it stands there.
+fn read_proxy(value: &str) -> Option<ureq::Proxy> {
+    let uri = Uri::try_from(value).ok()?;
+    let has_host = uri.host().is_some_and(|host| !host.is_empty());
+    let has_port = uri.port_u16().is_some_and(|port| port > 0);
+    let is_whole = matches!(uri.path(), "" | "/") && uri.query().is_none();
+    if uri.scheme_str() != Some("http") || !has_host || !has_port || !is_whole {
+        return None;
+    }
+    ureq::Proxy::new(value).ok()
+}
+
+// ---------- Log, heartbeat, systemd ----------
+//
+// What the operator hears of the program.
+
+/// How many bytes `coap_server.log` may have before it becomes `coap_server.log.1`.
+const LOG_MAX: u64 = 1 << 20;
+/// How often the log says that the program is alive.
+const HEARTBEAT: Duration = Duration::from_secs(15 * 60);
+
+/// What the heartbeat tells, which has a thread of its own.
 static FORWARDED: AtomicU64 = AtomicU64::new(0);
 static FAILURES: AtomicU64 = AtomicU64::new(0);
 static USERS: AtomicU64 = AtomicU64::new(0);
 
-/// What simple_logger writes to the console goes to a file, too.
+/// Writes what simple_logger writes to the console to a file, too.
 struct Log {
     console: SimpleLogger,
     path: PathBuf,
 }
 
-/// Nothing of the libraries: their records hold URLs, and so the token.
+/// Returns a console log of this program alone: the libraries' records hold URLs, and so the token.
 fn console(level: LevelFilter) -> SimpleLogger {
     log::set_max_level(level);
     let silent = SimpleLogger::new().with_level(LevelFilter::Off);
@@ -1581,7 +2654,8 @@ fn console(level: LevelFilter) -> SimpleLogger {
 }
 
 fn start_log(path: PathBuf) -> Result<(), String> {
-    let (console, name) = (console(LevelFilter::Info), path.display().to_string());
+    let console = console(LevelFilter::Info);
+    let name = path.display().to_string();
     let log = Log { console, path };
     let result = log.append("");
     log::set_boxed_logger(Box::new(log)).map_err(|error| error.to_string())?;
@@ -1611,27 +2685,48 @@ impl log::Log for Log {
     }
 
     fn log(&self, record: &log::Record) {
-        if self.enabled(record.metadata()) {
-            let text = escape(&record.args().to_string());
-            let mut escaped = log::Record::builder();
-            escaped.metadata(record.metadata().clone());
-            let console = &self.console;
-            console.log(&escaped.args(format_args!("{text}")).build());
-            let (time, level) = (utc(unix_now()), record.level());
-            let _ = self.append(&format!("{time} [{level}] {text}\n"));
+        if !self.enabled(record.metadata()) {
+            return;
         }
+        let text = escape(&record.args().to_string());
+        let mut out = io::stdout().lock(); // so that the priority stays with its line
+        let priority = journal_priority(record.level(), out.is_terminal());
+        let _ = write!(out, "{priority}");
+        let mut escaped = log::Record::builder();
+        escaped.metadata(record.metadata().clone());
+        self.console
+            .log(&escaped.args(format_args!("{text}")).build());
+        let time = utc(unix_now());
+        let _ = self.append(&format!("{time} [{}] {text}\n", record.level()));
     }
 
     fn flush(&self) {}
 }
 
-/// So that what comes from outside cannot forge a line.
+/// Returns what the journal reads a line's priority from, sd-daemon(3): nothing where the console is
+/// not the journal.
+fn journal_priority(level: Level, is_terminal: bool) -> &'static str {
+    if is_terminal || env::var_os("JOURNAL_STREAM").is_none() {
+        return "";
+    }
+    match level {
+        Level::Error => "<3>",
+        Level::Warn => "<4>",
+        Level::Info | Level::Debug | Level::Trace => "<6>",
+    }
+}
+
+/// Escapes what could forge a line or hide one.
 fn escape(text: &str) -> String {
-    let escaped = text.chars().map(|c| match c {
-        '\u{2028}' | '\u{2029}' | '\0'..' ' | '\x7f'..'\u{a0}' => c.escape_default().to_string(),
-        c => c.to_string(),
-    });
-    escaped.collect()
+    let mut escaped = String::new();
+    for c in text.chars() {
+        match c {
+            '\u{2028}' | '\u{2029}' => escaped.extend(c.escape_default()),
+            _ if c.is_control() => escaped.extend(c.escape_default()),
+            _ => escaped.push(c),
+        }
+    }
+    escaped
 }
 
 fn unix_now() -> u64 {
@@ -1639,134 +2734,150 @@ fn unix_now() -> u64 {
     now.map_or(0, |now| now.as_secs())
 }
 
-/// `2026-01-31 12:00:00` of Unix seconds, by H. Hinnant's `civil_from_days`.
+/// Returns `2026-01-31 12:00:00` for Unix seconds: H. Hinnant's `civil_from_days`, with his names
+/// (day of era, year of era, day of year, month from March on).
 fn utc(seconds: u64) -> String {
-    let (days, time) = (seconds / 86400 + 719_468, seconds % 86400);
-    let (era, day) = (days / 146_097, days % 146_097);
-    let year = (day - day / 1460 + day / 36524 - day / 146_096) / 365;
-    let day = day - (365 * year + year / 4 - year / 100);
-    let month = (5 * day + 2) / 153; // from March on, as the year
-    let day = day - (153 * month + 2) / 5 + 1;
-    let month = if month < 10 { month + 3 } else { month - 9 };
-    let year = era * 400 + year + u64::from(month <= 2);
-    let (hours, minutes, seconds) = (time / 3600, time / 60 % 60, time % 60);
-    format!("{year:04}-{month:02}-{day:02} {hours:02}:{minutes:02}:{seconds:02}")
-}
-
-fn log_outcome(request: &Request, response: &Response) {
-    let (code, detail) = (response.code(), &response.detail);
-    let (peer, time) = (request.peer, request.at.elapsed().as_millis());
-    let separator = if detail.is_empty() { "" } else { ": " };
-    let level = match code.starts_with('5') {
-        true => log::Level::Warn,
-        false => log::Level::Info,
-    };
-    log::log!(
-        level,
-        "{peer} {request} -> {code} in {time} ms{separator}{detail}"
-    );
+    let days = seconds / 86_400 + 719_468;
+    let era = days / 146_097;
+    let doe = days % 146_097;
+    let yoe = (doe - doe / 1460 + doe / 36_524 - doe / 146_096) / 365;
+    let doy = doe - (365 * yoe + yoe / 4 - yoe / 100);
+    let mp = (5 * doy + 2) / 153;
+    let day = doy - (153 * mp + 2) / 5 + 1;
+    let month = if mp < 10 { mp + 3 } else { mp - 9 };
+    let year = era * 400 + yoe + u64::from(month <= 2);
+    let hour = seconds / 3600 % 24;
+    let minute = seconds / 60 % 60;
+    let second = seconds % 60;
+    format!("{year:04}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02}")
 }
 
 fn heartbeat() {
     let start = Instant::now();
     loop {
         thread::sleep(HEARTBEAT);
-        let (minutes, forwarded) = (start.elapsed().as_secs() / 60, FORWARDED.load(Relaxed));
-        let (failures, users) = (FAILURES.load(Relaxed), USERS.load(Relaxed));
-        let (hours, minutes) = (minutes / 60, minutes % 60);
+        let minutes = start.elapsed().as_secs() / 60;
         info!(
-            "Server is still running: up {hours} h {minutes} min, {forwarded} messages forwarded, \
-            {failures} failures, {users} registered users"
+            "Server is still running: up {} h {} min, {} messages forwarded, {} failures, \
+            {} registered users",
+            minutes / 60,
+            minutes % 60,
+            FORWARDED.load(Relaxed),
+            FAILURES.load(Relaxed),
+            USERS.load(Relaxed)
         );
     }
 }
 
-/// sd_notify(3). Without systemd, nothing.
+/// Tells systemd something, sd_notify(3). Without systemd it does nothing.
 fn notify(message: &str) {
     let Ok(path) = env::var("NOTIFY_SOCKET") else {
         return;
     };
     let address = match path.strip_prefix('@') {
-        Some(name) => UnixAddr::from_abstract_name(name),
-        None => UnixAddr::from_pathname(&path),
+        Some(name) => UnixAddress::from_abstract_name(name),
+        None => UnixAddress::from_pathname(&path),
     };
-    let socket = UnixDatagram::unbound();
-    if let (Ok(address), Ok(socket)) = (address, socket) {
+    if let (Ok(address), Ok(socket)) = (address, UnixDatagram::unbound()) {
         let _ = socket.send_to_addr(message.as_bytes(), &address);
     }
 }
 
 // ---------- `check` and `send` ----------
+//
+// What an operator calls by hand. Both change nothing.
 
-/// Changes nothing: what people wrote is shown, not confirmed.
+fn check_settings() -> Result<(), String> {
+    start_console()?;
+    Config::load(&Folders::find())?;
+    Ok(())
+}
+
 fn check() -> Result<(), String> {
-    console(LevelFilter::Warn)
-        .init()
-        .map_err(|error| error.to_string())?;
-    let config = Config::load()?;
+    start_console()?;
+    let config = Config::load(&Folders::find())?;
     let token = config.required_token()?;
-    let telegram = Telegram::new(&config);
+    let mut telegram = Telegram::new(&config);
     let deadline = Instant::now() + REQUEST_TIME;
     let fault = |failure: Failure| escape(&failure.reason);
     let bot = telegram.call(token, "getMe", &json!({}), deadline);
     let bot = bot.map_err(fault)?;
-    let text = |key: &str| bot[key].as_str().unwrap_or("?");
-    let (name, username) = (text("first_name"), text("username"));
-    say(&escape(&format!("bot: {name} (@{username})")))?;
-    say("registered users:")?;
-    for user in State::read(&config.state_path)?.unwrap_or_default().users {
-        say(&format!("  {} {}", user.chat, user.name))?;
-    }
-    say("chats with messages not fetched yet (for others see the log):")?;
-    let mut told = Vec::new();
+    let name = bot["first_name"].as_str().unwrap_or("?");
+    let username = bot["username"].as_str().unwrap_or("?");
+    print(&escape(&format!("bot: {name} (@{username})")))?;
+    print_users(&State::read(&config.state_path).map_err(|error| error.to_string())?)?;
+    print("chats with messages not fetched yet (for others see the log):")?;
     // 1 confirms nothing, and is no offset of the gateway's: Telegram would hold a repeated one.
-    let updates = telegram.get_updates(token, 1, deadline).map_err(fault)?;
-    for update in updates.as_array().into_iter().flatten() {
-        if let Ok(chat) = Chat::deserialize(&update["message"]["chat"])
-            && !told.contains(&chat.id)
+    let updates = telegram.get_updates(token, 1, PAGE_LIMIT, deadline);
+    let mut printed = Vec::new();
+    for update in updates.map_err(fault)? {
+        if let Some(chat) = Chat::read(&update["message"]["chat"])
+            && !printed.contains(&chat.id)
         {
-            say(&escape(&format!("  {chat}")))?;
-            told.push(chat.id);
+            print(&escape(&format!("  {chat}")))?;
+            printed.push(chat.id);
         }
     }
     Ok(())
 }
 
-/// One `POST /message` as a mote sends it; without a URI, to the gateway configured here.
+fn start_console() -> Result<(), String> {
+    let console = console(LevelFilter::Warn);
+    console.init().map_err(|error| error.to_string())
+}
+
+/// Prints the registered users, and the line that names them to the firmware's build.
+fn print_users(state: &State) -> Result<(), String> {
+    print("registered users:")?;
+    let mut chat_ids = Vec::new();
+    for User { name, chat } in &state.users {
+        print(&format!("  {chat} {name}"))?;
+        chat_ids.push(format!("{name}:{chat}"));
+    }
+    if chat_ids.is_empty() {
+        return print("  nobody: write to the bot, then run this again");
+    }
+    print("for the firmware's config.ini:")?;
+    print(&format!("chat_ids = {}", chat_ids.join(",")))
+}
+
+/// Sends one `POST /message` as a mote sends it, and shows the answer.
 fn send(chat: &str, text: &str, uri: Option<&str>) -> Result<(), String> {
-    let config = Config::load()?;
+    let config = Config::load(&Folders::find())?;
     let token = config.required_token()?;
-    let token = &config.mote_token.as_ref().unwrap_or(token).0;
+    let token = config.mote_token.as_ref().unwrap_or(token);
     let peer = match uri {
-        Some(uri) => address_of(uri).ok_or(format!("cannot resolve {}", escape(uri)))?,
+        Some(uri) => address_of(uri).ok_or_else(|| format!("cannot resolve {}", escape(uri)))?,
         None => config.listen,
     };
     let url = &config.url;
+    let token = &token.0;
     let form = format!("url={url}&token={token}&chat_ids={chat}&text={text}");
-    let answer = exchange(peer, &coap::post("message", &form));
-    let answer = answer.map_err(|error| format!("cannot reach a gateway at {peer}: {error}"))?;
-    let answer = answer.ok_or(format!("no answer from {peer}"))?;
-    let (code, text) = (
-        answer.header.get_code(),
-        escape(&String::from_utf8_lossy(&answer.payload)),
-    );
+    let answer = match exchange(peer, &coap::post("message", &form)) {
+        Ok(Some(answer)) => answer,
+        Ok(None) => return Err(format!("no answer from {peer}")),
+        Err(error) => return Err(format!("cannot reach a gateway at {peer}: {error}")),
+    };
+    let code = answer.header.get_code();
+    let text = escape(&String::from_utf8_lossy(&answer.payload));
     if !code.starts_with('2') {
         return Err(format!("{code} {text} (the gateway's log tells why)"));
     }
-    say(&format!("{code} {text}"))
+    print(&format!("{code} {text}"))
 }
 
-/// Of a URI `coap://host[:port]`.
+/// Resolves a URI `coap://host[:port]`.
 fn address_of(uri: &str) -> Option<SocketAddr> {
     let host = uri.strip_prefix("coap://")?.trim_end_matches('/');
     let with_port = format!("{host}:{}", coap::PORT);
-    let found = host
-        .to_socket_addrs()
-        .or_else(|_| with_port.to_socket_addrs());
-    found.ok()?.next()
+    let mut found = match host.to_socket_addrs() {
+        Ok(found) => found,
+        Err(_) => with_port.to_socket_addrs().ok()?,
+    };
+    found.next()
 }
 
-/// A client's side of one exchange, RFC 7252 §4.2. `None`: nobody answers.
+/// Plays a client's side of one exchange, RFC 7252 §4.2. `None`: nobody answers.
 fn exchange(peer: SocketAddr, request: &[u8]) -> io::Result<Option<Packet>> {
     let local = if peer.is_ipv4() { "0.0.0.0" } else { "::" };
     let socket = UdpSocket::bind((local, 0))?;
@@ -1786,7 +2897,7 @@ fn exchange(peer: SocketAddr, request: &[u8]) -> io::Result<Option<Packet>> {
     Ok(None)
 }
 
-/// `None`: nothing comes in time.
+/// Receives a packet and acknowledges it if it asks for that. `None`: nothing comes in time.
 fn receive_packet(socket: &UdpSocket, timeout: Duration) -> io::Result<Option<Packet>> {
     socket.set_read_timeout(Some(timeout))?;
     let mut buffer = vec![0; coap::DATAGRAM_MAX];
@@ -1804,159 +2915,170 @@ fn receive_packet(socket: &UdpSocket, timeout: Duration) -> io::Result<Option<Pa
 }
 
 // ---------- The CoAP message layer ----------
+//
+// RFC 7252, and Block1 of RFC 7959. It is a module of its own, for what it keeps may only be changed
+// by its own rules: bytes and a time go in, bytes come out; it sees no socket and no clock.
 
-/// RFC 7252 and Block1 of RFC 7959: bytes and a time in, bytes out; no socket, no clock.
 mod coap {
-    use std::collections::{BTreeMap, VecDeque};
+    use std::collections::VecDeque;
     use std::fmt;
     use std::hash::{BuildHasher as _, Hasher as _, RandomState};
     use std::net::SocketAddr;
     use std::time::{Duration, Instant};
 
-    use coap_lite::{MessageClass, MessageType, Packet, ResponseType};
+    use coap_lite::option_value::{OptionValueU16, OptionValueU32};
+    use coap_lite::{CoapOption, MessageClass, MessageType, Packet, RequestType, ResponseType};
 
-    /// RFC 7252 §6.1.
+    /// The default port of `coap:`. RFC 7252 §6.1.
     pub const PORT: u16 = 5683;
-    /// RFC 7252 §4.8, transmission parameters, and §4.8.2, what follows from them.
+
+    /// Transmission parameters, RFC 7252 §4.8, and what follows from them, §4.8.2.
     pub const ACK_TIMEOUT: Duration = Duration::from_secs(2);
-    const ACK_RANDOM_MS: u64 = 1000;
     pub const MAX_RETRANSMIT: u32 = 4;
+    const ACK_RANDOM_MS: u64 = 1000;
     const MAX_TRANSMIT_SPAN_S: u64 = 3 * ((1 << MAX_RETRANSMIT) - 1);
+    const MAX_TRANSMIT_WAIT_S: u64 = 3 * ((2 << MAX_RETRANSMIT) - 1);
     const MAX_LATENCY_S: u64 = 100;
+    const PROCESSING_DELAY_S: u64 = 2;
     const NON_LIFETIME_S: u64 = MAX_TRANSMIT_SPAN_S + MAX_LATENCY_S;
+    const EXCHANGE_LIFETIME_S: u64 = NON_LIFETIME_S + MAX_LATENCY_S + PROCESSING_DELAY_S;
+    pub const MAX_TRANSMIT_WAIT: Duration = Duration::from_secs(MAX_TRANSMIT_WAIT_S);
     pub const NON_LIFETIME: Duration = Duration::from_secs(NON_LIFETIME_S);
-    pub const EXCHANGE_LIFETIME: Duration = Duration::from_secs(NON_LIFETIME_S + MAX_LATENCY_S + 2);
+    pub const EXCHANGE_LIFETIME: Duration = Duration::from_secs(EXCHANGE_LIFETIME_S);
 
-    /// UDP carries no more.
+    /// The longest datagram: UDP carries no more.
     pub const DATAGRAM_MAX: usize = 1 << 16;
-    /// Of a request's payload, bytes: 4,096 characters of 4 bytes, and the rest of the form.
+    /// The longest payload of a request in bytes: 4,096 characters of 4 bytes, and the form.
     pub const BODY_MAX: usize = 17 << 10;
-    /// Remembered messages: 1,000 motes that all send four in `EXCHANGE_LIFETIME`.
+    /// How many messages of a kind are remembered: those of 1,000 motes that all send four in
+    /// `EXCHANGE_LIFETIME`. Each takes about 50 bytes.
     pub const SEEN_MAX: usize = 4096;
-    /// Responses that wait for their ACK; beyond that, one is given up.
-    const OPEN_MAX: usize = 1024;
-    /// Block1 assemblies, of `BODY_MAX` each; beyond that, one is given up.
-    pub const ASSEMBLIES_MAX: usize = 32;
+    /// How many responses may wait for their ACK. Each has at most 320 bytes.
+    pub const UNACKNOWLEDGED_MAX: usize = 1024;
+    /// How many bytes all unfinished bodies may take, and how long one waits for its next block.
+    pub const ASSEMBLIES_MAX: usize = 512 << 10;
     pub const ASSEMBLY_LIFETIME: Duration = Duration::from_secs(60);
+    /// What an assembly takes beside its body and its tags, about.
+    const ASSEMBLY_OVERHEAD: usize = 192;
 
-    /// RFC 7252 §12.1.1, §12.2 and §12.3.
-    pub const GET: u8 = 1;
-    pub const POST: u8 = 2;
-    const URI_PATH: u16 = 11;
-    pub const CONTENT_FORMAT: u16 = 12;
-    pub const ACCEPT: u16 = 17;
-    pub const BLOCK2: u16 = 23;
-    const BLOCK1: u16 = 27;
-    const SIZE1: u16 = 60;
-    /// RFC 7959 §2.2: more blocks follow.
+    /// Content formats, RFC 7252 §12.3.
+    pub const TEXT_PLAIN: u16 = 0;
+    pub const LINK_FORMAT: u16 = 40;
+    /// RFC 9175 §3.
+    const REQUEST_TAG: CoapOption = CoapOption::Unknown(292);
+    /// The bit of a block option that says that more blocks follow. RFC 7959 §2.2.
     const MORE: u32 = 8;
-    pub const TEXT_PLAIN: u32 = 0;
-    pub const LINK_FORMAT: u32 = 40;
 
     /// Random enough for message IDs and timeouts.
     fn random() -> u64 {
         RandomState::new().build_hasher().finish()
     }
 
-    /// RFC 7959 §2.2; a message without the option is its only block.
-    #[derive(Clone, Copy, Default)]
+    // ----- Requests -----
+
+    /// The value of a block option. RFC 7959 §2.2.
+    #[derive(Clone, Copy)]
     pub struct Block {
         pub number: usize,
         has_more: bool,
         size: usize,
     }
 
-    /// RFC 7252 §3.2: no leading zeros.
-    fn uint(value: u32) -> Vec<u8> {
-        let zeros = value.leading_zeros() as usize / 8;
-        value.to_be_bytes()[zeros..].to_vec()
-    }
-
-    /// A request that nobody has acted on.
+    /// A request on which nobody has acted yet.
     pub struct Request {
         pub peer: SocketAddr,
-        pub at: Instant,
+        pub received_at: Instant,
         pub packet: Packet,
         /// Of the peer and the whole datagram: restarted motes use message IDs again.
         digest: u64,
     }
 
-    /// For the log. Of the path only the start, up to a colon: the token may have been put there.
+    /// As the log shows it. Of the path only the start, up to a colon: somebody may have put the
+    /// token there.
     impl fmt::Display for Request {
         fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            let method = match self.code() {
+                MessageClass::Request(RequestType::Get) => "GET",
+                MessageClass::Request(RequestType::Post) => "POST",
+                MessageClass::Request(RequestType::Put) => "PUT",
+                MessageClass::Request(RequestType::Delete) => "DELETE",
+                _ => "?",
+            };
             let path = self.path();
             let path = path.split(':').next().unwrap_or_default();
-            let methods = ["", "GET", "POST", "PUT", "DELETE"];
-            let method = methods.get(usize::from(self.code())).unwrap_or(&"?");
             write!(f, "{method} /{path:.24}")
         }
     }
 
     impl Request {
-        pub fn code(&self) -> u8 {
-            self.packet.header.code.into()
+        pub fn code(&self) -> MessageClass {
+            self.packet.header.code
+        }
+
+        pub fn message_id(&self) -> u16 {
+            self.packet.header.message_id
         }
 
         fn is_confirmable(&self) -> bool {
             self.packet.header.get_type() == MessageType::Confirmable
         }
 
-        fn values(&self, option: u16) -> impl Iterator<Item = &Vec<u8>> {
-            self.packet.get_option(option.into()).into_iter().flatten()
+        fn values(&self, option: CoapOption) -> impl Iterator<Item = &Vec<u8>> {
+            self.packet.get_option(option).into_iter().flatten()
         }
 
-        /// As in a URI: segments joined with `/`, one inside a segment encoded. RFC 7252 §6.5.
+        /// Returns the path as in a URI: segments joined with `/`, and one inside a segment
+        /// encoded. RFC 7252 §6.5.
         pub fn path(&self) -> String {
             let mut path = Vec::new();
-            for segment in self.values(URI_PATH) {
+            for segment in self.values(CoapOption::UriPath) {
                 path.push(String::from_utf8_lossy(segment).replace('/', "%2F"));
             }
             path.join("/")
         }
 
-        /// The first value; none if it is too long, RFC 7252 §5.4.3 (of elective options).
-        pub fn uint(&self, option: u16) -> Option<u32> {
-            let value = self.values(option).next()?;
-            let longest = match option {
-                BLOCK1 | BLOCK2 => 3,
-                _ => 2,
-            };
-            let mut number = 0;
-            for byte in value.iter().take(longest) {
-                number = number << 8 | u32::from(*byte);
-            }
-            (value.len() <= longest).then_some(number)
+        /// Returns the first value of Content-Format or Accept. None if it is longer than its
+        /// format allows: an elective option is then ignored (§5.4.3), and a critical one was
+        /// refused by `check_options`.
+        pub fn uint(&self, option: CoapOption) -> Option<u16> {
+            let value = self.packet.get_first_option_as::<OptionValueU16>(option)?;
+            value.ok().map(|value| value.0)
         }
 
-        pub fn block(&self, option: u16) -> Result<Block, Response> {
-            let Some(value) = self.uint(option) else {
-                return Ok(Block::default());
+        fn block_value(&self, option: CoapOption) -> Option<u32> {
+            let value = self.packet.get_first_option_as::<OptionValueU32>(option)?;
+            value.ok().map(|value| value.0)
+        }
+
+        /// Returns Block1 or Block2, if the request has it. `Err` refuses the reserved size.
+        pub fn block(&self, option: CoapOption) -> Result<Option<Block>, Response> {
+            let Some(value) = self.block_value(option) else {
+                return Ok(None);
             };
             if value & 7 == 7 {
-                let reason = "Reserved block size";
-                return Err(Response::error(ResponseType::BadRequest, reason));
+                return Err(Response::bad_request("Reserved block size"));
             }
-            Ok(Block {
+            Ok(Some(Block {
                 number: value as usize >> 4,
                 has_more: value & MORE != 0,
                 size: 16 << (value & 7),
-            })
+            }))
         }
 
-        /// RFC 7252 §5.4: critical options must be known, of a valid length, and most of them single.
+        /// Refuses critical options that are unknown, of a wrong length, or repeated though they
+        /// must be single. RFC 7252 §5.4.
         pub fn check_options(&self) -> Result<(), Response> {
             for (&number, values) in self.packet.options() {
-                let (lengths, is_repeatable) = match number {
-                    3 => (1..=255, false),            // Uri-Host
-                    7 | ACCEPT => (0..=2, false),     // 7: Uri-Port
-                    URI_PATH | 15 => (0..=255, true), // 15: Uri-Query
-                    BLOCK1 | BLOCK2 => (0..=3, false),
-                    35 | 39 => {
-                        // Proxy-Uri, Proxy-Scheme
+                let (lengths, is_repeatable) = match CoapOption::from(number) {
+                    CoapOption::UriHost => (1..=255, false),
+                    CoapOption::UriPort | CoapOption::Accept => (0..=2, false),
+                    CoapOption::UriPath | CoapOption::UriQuery => (0..=255, true),
+                    CoapOption::Block1 | CoapOption::Block2 => (0..=3, false),
+                    CoapOption::ProxyUri | CoapOption::ProxyScheme => {
                         let code = ResponseType::ProxyingNotSupported;
                         return Err(Response::error(code, "This is no proxy"));
                     }
-                    elective if elective % 2 == 0 => continue,
+                    _ if number % 2 == 0 => continue, // elective
                     _ => return Err(bad_option(number, "not supported")),
                 };
                 let is_valid = values.iter().all(|value| lengths.contains(&value.len()));
@@ -1973,37 +3095,58 @@ mod coap {
         Response::error(ResponseType::BadOption, &reason)
     }
 
-    /// A response; message ID, type and token come from the exchange.
+    // ----- Responses -----
+
+    /// A response. Its type, message ID and token come from the exchange.
     pub struct Response {
         packet: Packet,
-        /// Of the state that it tells; comes back with its ACK.
-        pub version: Option<u64>,
-        /// For the log.
+        /// Comes back with its ACK, if it is separate.
+        pub ticket: Option<u64>,
+        /// What the log says about it.
         pub detail: String,
     }
 
     impl Response {
-        /// With a diagnostic payload, RFC 7252 §5.5.2. It leaves only inside an ACK, see `encode`.
-        pub fn error(code: ResponseType, reason: &str) -> Response {
+        fn new(code: ResponseType) -> Response {
             let mut packet = Packet::new();
             packet.header.code = MessageClass::Response(code);
-            packet.payload = reason.as_bytes().to_vec();
             Response {
                 packet,
-                version: None,
-                detail: reason.to_string(),
+                ticket: None,
+                detail: String::new(),
             }
         }
 
-        pub fn failed() -> Response {
-            Response::error(ResponseType::InternalServerError, "")
+        /// An error with a diagnostic payload, RFC 7252 §5.5.2, which leaves only inside an ACK:
+        /// see `encode`.
+        pub fn error(code: ResponseType, reason: &str) -> Response {
+            let mut response = Response::new(code);
+            response.packet.payload = reason.as_bytes().to_vec();
+            response.detail = reason.to_string();
+            response
         }
 
-        /// Without anything for the log.
-        pub fn content(code: ResponseType, format: u32, payload: &str) -> Response {
-            let mut response = Response::error(code, payload);
-            response.option(CONTENT_FORMAT, format);
-            response.detail.clear();
+        pub fn bad_request(reason: &str) -> Response {
+            Response::error(ResponseType::BadRequest, reason)
+        }
+
+        /// 5.00: Telegram, the network or the disk failed.
+        pub fn failed() -> Response {
+            Response::new(ResponseType::InternalServerError)
+        }
+
+        /// 2.31: the next block, please. RFC 7959 §2.9.1.
+        pub fn go_on() -> Response {
+            Response::new(ResponseType::Continue)
+        }
+
+        pub fn content(code: ResponseType, format: u16, payload: &str) -> Response {
+            let mut response = Response::new(code);
+            let format = OptionValueU16(format);
+            response
+                .packet
+                .add_option_as(CoapOption::ContentFormat, format);
+            response.packet.payload = payload.as_bytes().to_vec();
             response
         }
 
@@ -2011,46 +3154,110 @@ mod coap {
             Response::content(code, TEXT_PLAIN, payload)
         }
 
-        fn option(&mut self, number: u16, value: u32) {
-            self.packet.add_option(number.into(), uint(value));
+        fn is(&self, code: ResponseType) -> bool {
+            self.code() == MessageClass::Response(code)
         }
 
-        /// As in `2.05`.
-        pub fn code(&self) -> String {
-            self.packet.header.get_code()
+        /// Whether the gateway has failed, not the client.
+        pub fn is_failure(&self) -> bool {
+            self.is(ResponseType::InternalServerError)
+        }
+
+        fn is_success(&self) -> bool {
+            u8::from(self.code()) >> 5 == 2
+        }
+
+        /// Shown as in `2.05`.
+        pub fn code(&self) -> MessageClass {
+            self.packet.header.code
         }
     }
+
+    // ----- Exchanges -----
 
     /// What a datagram turned out to be.
     pub enum Event {
-        /// A reset, the reply to a duplicate, or nothing at all.
+        /// It is answered with a reset or as its first copy was, or (no bytes) with silence.
         Send(Vec<u8>),
         Request(Request),
-        /// A response that told a version of the state has arrived.
+        /// A response with this ticket has arrived.
         Acknowledged(u64),
     }
 
-    /// A message that was acted on. RFC 7252 §4.5.
+    /// A message that must not be acted on twice. RFC 7252 §4.5.
     struct Seen {
         digest: u64,
         expires: Instant,
-        /// What a duplicate is answered with; for NON nothing.
+        /// What a duplicate is answered with; a NON with nothing.
         reply: Vec<u8>,
     }
 
+    /// Messages that must not be acted on twice, in the order in which they came.
+    #[derive(Default)]
+    struct Memory(VecDeque<Seen>);
+
+    impl Memory {
+        fn find(&self, digest: u64, now: Instant) -> Option<&Seen> {
+            self.0
+                .iter()
+                .find(|seen| seen.digest == digest && now < seen.expires)
+        }
+
+        fn remember(&mut self, request: &Request, reply: &[u8]) {
+            let now = request.received_at;
+            while self.0.front().is_some_and(|oldest| oldest.expires <= now) {
+                self.0.pop_front();
+            }
+            if self.0.len() >= SEEN_MAX {
+                self.0.pop_front();
+            }
+            let lifetime = match request.is_confirmable() {
+                true => EXCHANGE_LIFETIME,
+                false => NON_LIFETIME,
+            };
+            self.0.push_back(Seen {
+                digest: request.digest,
+                expires: now + lifetime,
+                reply: reply.to_vec(),
+            });
+        }
+    }
+
     /// A separate CON response without its ACK. RFC 7252 §4.2.
-    struct Open {
+    struct Unacknowledged {
+        peer: SocketAddr,
+        message_id: u16,
         bytes: Vec<u8>,
         retransmitted: u32,
         timeout: Duration,
         due: Instant,
-        version: Option<u64>,
+        ticket: Option<u64>,
     }
 
     /// What has come of a request in blocks. RFC 7959 §2.5.
     struct Assembly {
+        key: AssemblyKey,
         body: Vec<u8>,
         touched: Instant,
+        /// How many bytes had come of another body with the same key when this one took its place,
+        /// 0 for none. A last block up to there may be the other's.
+        replaced: usize,
+    }
+
+    impl Assembly {
+        fn size(&self) -> usize {
+            let tags: usize = self.key.tags.iter().map(|tag| tag.len() + 24).sum();
+            ASSEMBLY_OVERHEAD + self.body.len() + tags
+        }
+    }
+
+    /// What tells bodies apart.
+    #[derive(PartialEq)]
+    struct AssemblyKey {
+        peer: SocketAddr,
+        path: String,
+        /// Values of Request-Tag. RFC 9175 §3.3.
+        tags: Vec<Vec<u8>>,
     }
 
     /// Everything about message types, message IDs and time.
@@ -2058,24 +3265,27 @@ mod coap {
     pub struct Exchanges {
         last_message_id: u16,
         hasher: RandomState,
-        /// In the order in which they came.
-        seen: VecDeque<Seen>,
-        /// By peer and message ID.
-        open: BTreeMap<(SocketAddr, u16), Open>,
-        /// By peer and path.
-        assemblies: BTreeMap<(SocketAddr, String), Assembly>,
+        /// Requests that were promised a response: they had a token.
+        begun: Memory,
+        /// Blocks that were answered 2.31. Apart from the others, for it takes no token to send
+        /// many of them.
+        continued: Memory,
+        /// The oldest comes first.
+        unacknowledged: VecDeque<Unacknowledged>,
+        /// The one that has waited longest for its next block comes first.
+        assemblies: Vec<Assembly>,
     }
 
     impl Exchanges {
         pub fn new() -> Exchanges {
-            let last_message_id = random() as u16;
             Exchanges {
-                last_message_id,
+                last_message_id: random() as u16,
                 ..Exchanges::default()
             }
         }
 
-        /// Remembers nothing: `acknowledge` does, when a request is acted on.
+        /// Says what a datagram is. It remembers nothing: only what is begun is worth that, for a
+        /// refusal can be judged again.
         pub fn receive(&mut self, now: Instant, peer: SocketAddr, datagram: &[u8]) -> Event {
             if peer.ip().is_unspecified() {
                 return Event::Send(Vec::new()); // firmware: it cannot be answered, and comes again
@@ -2084,154 +3294,211 @@ mod coap {
                 Ok(packet) => packet,
                 Err(reset) => return Event::Send(reset),
             };
-            let (kind, id) = (packet.header.get_type(), packet.header.message_id);
+            let kind = packet.header.get_type();
             if matches!(kind, MessageType::Acknowledgement | MessageType::Reset) {
-                let version = self.open.remove(&(peer, id)).and_then(|open| open.version);
-                let version = version.filter(|_| kind == MessageType::Acknowledgement);
-                return version.map_or(Event::Send(Vec::new()), Event::Acknowledged);
+                let ticket = self.close(peer, packet.header.message_id);
+                return match (kind, ticket) {
+                    (MessageType::Acknowledgement, Some(ticket)) => Event::Acknowledged(ticket),
+                    _ => Event::Send(Vec::new()),
+                };
             }
             let digest = self.hasher.hash_one((peer, datagram));
-            let is_twin = |seen: &&Seen| seen.digest == digest && now < seen.expires;
-            if let Some(twin) = self.seen.iter().find(is_twin) {
-                return Event::Send(twin.reply.clone());
+            let begun = self.begun.find(digest, now);
+            if let Some(first) = begun.or_else(|| self.continued.find(digest, now)) {
+                return Event::Send(first.reply.clone());
             }
             Event::Request(Request {
                 peer,
-                at: now,
+                received_at: now,
                 packet,
                 digest,
             })
         }
 
-        /// Answers at once: inside the ACK, or a NON with a NON. RFC 7252 §5.2. Without a response,
-        /// with an empty ACK (or nothing); then `respond` follows.
-        pub fn acknowledge(&mut self, request: &Request, response: Option<&Response>) -> Vec<u8> {
-            let is_over = |seen: &Seen| seen.expires <= request.at;
-            while self.seen.front().is_some_and(is_over) || self.seen.len() >= SEEN_MAX {
-                self.seen.pop_front();
-            }
-            let (mut reply, mut lifetime) = (Vec::new(), NON_LIFETIME);
-            if request.is_confirmable() {
-                let (kind, id) = (
-                    MessageType::Acknowledgement,
-                    request.packet.header.message_id,
-                );
-                lifetime = EXCHANGE_LIFETIME;
-                reply = match response {
-                    Some(response) => encode(kind, id, request, response),
-                    None => empty(kind, id),
-                };
-            }
-            self.seen.push_back(Seen {
-                digest: request.digest,
-                expires: request.at + lifetime,
-                reply: reply.clone(),
-            });
-            match response {
-                // RFC 7252 §5.4.1: a NON with a bad option gets silence.
-                Some(response) if !request.is_confirmable() && response.code() != "4.02" => encode(
-                    MessageType::NonConfirmable,
-                    self.next_message_id(),
-                    request,
-                    response,
-                ),
-                _ => reply,
-            }
+        /// Ends the retransmission of a response, and returns its ticket.
+        fn close(&mut self, peer: SocketAddr, message_id: u16) -> Option<u64> {
+            let is_meant =
+                |open: &Unacknowledged| open.peer == peer && open.message_id == message_id;
+            let index = self.unacknowledged.iter().position(is_meant)?;
+            self.unacknowledged.remove(index)?.ticket
         }
 
-        /// The separate response to an accepted request. RFC 7252 §5.2.2.
-        pub fn respond(&mut self, now: Instant, request: &Request, response: &Response) -> Vec<u8> {
-            let id = self.next_message_id();
-            if !request.is_confirmable() {
-                return encode(MessageType::NonConfirmable, id, request, response);
+        /// Promises a separate response: an empty ACK for a CON, silence for a NON.
+        pub fn promise(&mut self, request: &Request) -> Vec<u8> {
+            let mut reply = Vec::new();
+            if request.is_confirmable() {
+                reply = empty(MessageType::Acknowledgement, request.message_id());
             }
-            let bytes = encode(MessageType::Confirmable, id, request, response);
-            if self.open.len() >= OPEN_MAX {
-                self.open.pop_first();
+            self.begun.remember(request, &reply);
+            reply
+        }
+
+        /// Answers at once: a CON with a piggybacked response, a NON with a NON. RFC 7252 §5.2.
+        pub fn respond_now(&mut self, request: &Request, response: &Response) -> Vec<u8> {
+            let mut reply = Vec::new();
+            if request.is_confirmable() {
+                let kind = MessageType::Acknowledgement;
+                reply = encode(kind, request.message_id(), request, response);
+            }
+            if response.is(ResponseType::Continue) {
+                self.continued.remember(request, &reply);
+            }
+            // RFC 7252 §5.4.1: a NON with a bad option gets silence.
+            if request.is_confirmable() || response.is(ResponseType::BadOption) {
+                return reply;
+            }
+            let id = self.next_message_id();
+            encode(MessageType::NonConfirmable, id, request, response)
+        }
+
+        /// Answers with a separate response, as it was promised. RFC 7252 §5.2.2.
+        pub fn respond(&mut self, now: Instant, request: &Request, response: &Response) -> Vec<u8> {
+            let message_id = self.next_message_id();
+            if !request.is_confirmable() {
+                return encode(MessageType::NonConfirmable, message_id, request, response);
+            }
+            let bytes = encode(MessageType::Confirmable, message_id, request, response);
+            if self.unacknowledged.len() >= UNACKNOWLEDGED_MAX {
+                self.unacknowledged.pop_front();
             }
             let timeout = ACK_TIMEOUT + Duration::from_millis(random() % (1 + ACK_RANDOM_MS));
-            let open = Open {
+            self.unacknowledged.push_back(Unacknowledged {
+                peer: request.peer,
+                message_id,
                 bytes: bytes.clone(),
                 retransmitted: 0,
                 timeout,
                 due: now + timeout,
-                version: response.version,
-            };
-            self.open.insert((request.peer, id), open);
+                ticket: response.ticket,
+            });
             bytes
         }
 
-        /// What is to be sent again now.
+        /// Returns what is to be sent again now, and gives up what was sent often enough.
         pub fn retransmissions(&mut self, now: Instant) -> Vec<(SocketAddr, Vec<u8>)> {
-            self.open
-                .retain(|_, open| now < open.due || open.retransmitted < MAX_RETRANSMIT);
+            self.unacknowledged
+                .retain(|open| now < open.due || open.retransmitted < MAX_RETRANSMIT);
             let mut again = Vec::new();
-            for ((peer, _), open) in self.open.iter_mut().filter(|(_, open)| open.due <= now) {
-                again.push((*peer, open.bytes.clone()));
-                open.retransmitted += 1;
-                open.timeout *= 2;
-                open.due = now + open.timeout;
+            for open in &mut self.unacknowledged {
+                if open.due <= now {
+                    again.push((open.peer, open.bytes.clone()));
+                    open.retransmitted += 1;
+                    open.timeout *= 2;
+                    open.due = now + open.timeout;
+                }
             }
             again
         }
 
         /// When the next retransmission is due.
         pub fn next_due(&self) -> Option<Instant> {
-            self.open.values().map(|open| open.due).min()
-        }
-
-        /// Whether the request is whole; then it has its whole body. `Err` refuses the block.
-        pub fn assemble(&mut self, request: &mut Request) -> Result<bool, Response> {
-            let block = request.block(BLOCK1)?;
-            let (key, touched) = ((request.peer, request.path()), request.at);
-            self.assemblies
-                .retain(|_, known| touched < known.touched + ASSEMBLY_LIFETIME);
-            let known = self.assemblies.remove(&key).filter(|_| block.number > 0);
-            let mut body = known.map_or(Vec::new(), |known| known.body);
-            let length = request.packet.payload.len();
-            if body.len() != block.number * block.size {
-                let code = ResponseType::RequestEntityIncomplete;
-                return Err(Response::error(code, "A block is missing"));
-            }
-            if block.size > 0 && length > block.size || block.has_more && length < block.size {
-                let reason = "A block is not of its size";
-                return Err(Response::error(ResponseType::BadRequest, reason));
-            }
-            body.append(&mut request.packet.payload);
-            if body.len() > BODY_MAX {
-                let code = ResponseType::RequestEntityTooLarge;
-                let mut response = Response::error(code, "At most 17 KiB");
-                response.option(SIZE1, BODY_MAX as u32);
-                return Err(response);
-            }
-            if !block.has_more {
-                request.packet.payload = body;
-                return Ok(true);
-            }
-            if self.assemblies.len() >= ASSEMBLIES_MAX {
-                self.assemblies.pop_first();
-            }
-            self.assemblies.insert(key, Assembly { body, touched });
-            Ok(false)
+            self.unacknowledged.iter().map(|open| open.due).min()
         }
 
         fn next_message_id(&mut self) -> u16 {
             self.last_message_id = self.last_message_id.wrapping_add(1);
             self.last_message_id
         }
+
+        // ----- Block1 -----
+
+        /// Returns whether the request is whole; then it has its whole body. `Err` refuses the
+        /// block.
+        pub fn assemble(&mut self, request: &mut Request) -> Result<bool, Response> {
+            let now = request.received_at;
+            self.assemblies
+                .retain(|assembly| now < assembly.touched + ASSEMBLY_LIFETIME);
+            let Some(block) = request.block(CoapOption::Block1)? else {
+                return Ok(true);
+            };
+            let length = request.packet.payload.len();
+            if length > block.size || block.has_more && length < block.size {
+                return Err(Response::bad_request("A block is not of its size"));
+            }
+            if block.number == 0 && !block.has_more {
+                return Ok(true);
+            }
+            let mut assembly = self.assembly(request, block)?;
+            assembly.body.append(&mut request.packet.payload);
+            if assembly.body.len() > BODY_MAX {
+                return Err(too_large());
+            }
+            if !block.has_more {
+                request.packet.payload = assembly.body;
+                return Ok(true);
+            }
+            let mut size = assembly.size();
+            for other in &self.assemblies {
+                size += other.size();
+            }
+            while size > ASSEMBLIES_MAX {
+                size -= self.assemblies.remove(0).size();
+            }
+            self.assemblies.push(assembly);
+            Ok(false)
+        }
+
+        /// Takes out the body to which a block belongs, or begins one.
+        fn assembly(&mut self, request: &Request, block: Block) -> Result<Assembly, Response> {
+            let key = AssemblyKey {
+                peer: request.peer,
+                path: request.path(),
+                tags: request.values(REQUEST_TAG).cloned().collect(),
+            };
+            let index = self.assemblies.iter().position(|known| known.key == key);
+            let known = index.map(|index| self.assemblies.remove(index));
+            if block.number == 0 {
+                // The same start again is a second try, and no other body.
+                let is_other = |known: &Assembly| !known.body.starts_with(&request.packet.payload);
+                return Ok(Assembly {
+                    key,
+                    body: Vec::new(),
+                    touched: request.received_at,
+                    replaced: known.filter(is_other).map_or(0, |known| known.body.len()),
+                });
+            }
+            let incomplete = ResponseType::RequestEntityIncomplete;
+            let Some(mut assembly) = known else {
+                return Err(Response::error(incomplete, "The first block is missing"));
+            };
+            let length = assembly.body.len();
+            if length != block.number * block.size {
+                return Err(Response::error(incomplete, "A block is missing"));
+            }
+            if !block.has_more && length <= assembly.replaced {
+                return Err(Response::error(
+                    incomplete,
+                    "Two bodies at once: send it again",
+                ));
+            }
+            assembly.touched = request.received_at;
+            Ok(assembly)
+        }
     }
 
-    /// RFC 7252 §3, §4.2 and §4.3. `Err` is the RST that a malformed CON gets, empty for others. The
-    /// codec is laxer than the RFC, so what it reads must be what it would write: that leaves no
-    /// marker without payload, for one.
+    fn too_large() -> Response {
+        let code = ResponseType::RequestEntityTooLarge;
+        let reason = format!("At most {} KiB", BODY_MAX >> 10);
+        let mut response = Response::error(code, &reason);
+        let size = OptionValueU32(BODY_MAX as u32);
+        response.packet.add_option_as(CoapOption::Size1, size);
+        response
+    }
+
+    // ----- Bytes -----
+
+    /// Reads a message by RFC 7252 §3, §4.2 and §4.3. `Err` is the RST that a malformed CON gets,
+    /// empty for others. The codec is laxer than the RFC. What it reads must therefore be what it
+    /// would write; this refuses a marker without a payload, among others.
     fn parse(datagram: &[u8]) -> Result<Packet, Vec<u8>> {
         let [first, code, high, low, ..] = *datagram else {
             return Err(Vec::new());
         };
-        let (version, kind) = (first >> 6, first >> 4 & 3);
+        let version = first >> 6;
+        let kind = first >> 4 & 3;
         let is_expected = match kind {
-            0 | 1 => (1..32).contains(&code),      // a request
-            _ => code == 0 && datagram.len() == 4, // an empty ACK or RST
+            0 | 1 => (1..32).contains(&code),      // a CON or NON is a request
+            _ => code == 0 && datagram.len() == 4, // an ACK or RST is empty
         };
         if version == 1
             && is_expected
@@ -2254,15 +3521,21 @@ mod coap {
         to_bytes(&packet)
     }
 
-    /// Firmware: it takes payloads outside an ACK for configuration, so an error there has none.
+    /// Encodes a response. The firmware takes payloads outside an ACK for configuration, so an
+    /// error there has none.
     fn encode(kind: MessageType, id: u16, request: &Request, response: &Response) -> Vec<u8> {
         let mut packet = response.packet.clone();
         // RFC 7959 §2.3: a response to a block says which one.
-        if let Some(block) = request.uint(BLOCK1) {
-            let more = if response.code() == "2.31" { MORE } else { 0 };
-            packet.add_option(BLOCK1.into(), uint(block & !MORE | more));
+        if let Some(block) = request.block_value(CoapOption::Block1) {
+            let more = if response.is(ResponseType::Continue) {
+                MORE
+            } else {
+                0
+            };
+            let value = OptionValueU32(block & !MORE | more);
+            packet.add_option_as(CoapOption::Block1, value);
         }
-        if kind != MessageType::Acknowledgement && !response.code().starts_with('2') {
+        if kind != MessageType::Acknowledgement && !response.is_success() {
             packet.payload.clear();
         }
         packet.header.set_type(kind);
@@ -2275,15 +3548,14 @@ mod coap {
         packet.to_bytes_unlimited().unwrap_or_default() // fails only over a size limit
     }
 
-    /// A client's CON `POST`.
+    /// Encodes a client's CON `POST`.
     pub fn post(path: &str, payload: &str) -> Vec<u8> {
         let [high, low, token @ ..] = random().to_be_bytes();
-        let id = u16::from_be_bytes([high, low]);
         let mut packet = Packet::new();
-        packet.header.code = POST.into();
-        packet.header.message_id = id;
+        packet.header.code = MessageClass::Request(RequestType::Post);
+        packet.header.message_id = u16::from_be_bytes([high, low]);
         packet.set_token(token[..4].to_vec());
-        packet.add_option(URI_PATH.into(), path.as_bytes().to_vec());
+        packet.add_option(CoapOption::UriPath, path.as_bytes().to_vec());
         packet.payload = payload.as_bytes().to_vec();
         to_bytes(&packet)
     }

@@ -11,7 +11,7 @@ use std::process::{Command, ExitCode};
 use std::time::Duration;
 use std::{env, thread};
 
-use support::{BotApi, Gateway, Message, Mote, PASSWORD, TOKEN, form, update};
+use support::{BotApi, Gateway, Message, Mote, PASSWORD, Setup, TOKEN, binary, form, update};
 
 const ADA: i64 = 1_234_567_890;
 const BOB: i64 = 2_345_678_901;
@@ -21,7 +21,7 @@ const BETWEEN_FETCHES: Duration = Duration::from_secs(3);
 fn main() -> ExitCode {
     build_gateway();
     let api = BotApi::start();
-    let gateway = Gateway::start(&api);
+    let gateway = Gateway::with(Setup::new(&api));
     println!("Telegram's Bot API is played by {}", api.url());
     println!(
         "The gateway listens on          coap://{}",
@@ -45,18 +45,19 @@ fn main() -> ExitCode {
     ExitCode::FAILURE
 }
 
-/// `cargo run --example` builds the example, but not the program that it needs.
+/// Builds the gateway, for `cargo run --example` builds the example alone. Asks cargo at run time where the sources are:
+/// two clones with one target folder share this program.
 fn build_gateway() {
-    let example = env::current_exe().expect("path of this executable");
-    let profile = example
-        .parent()
-        .and_then(Path::parent)
-        .expect("target/<profile>/examples/");
+    let Some(sources) = env::var_os("CARGO_MANIFEST_DIR") else {
+        return; // not started by cargo
+    };
+    let gateway = binary();
+    let profile = gateway.parent().expect("target/<profile>/");
     let name = match profile.file_name().and_then(|name| name.to_str()) {
         Some("debug") | None => "dev",
         Some(name) => name,
     };
-    let mut cargo = Command::new(env::var_os("CARGO").unwrap_or(env!("CARGO").into()));
+    let mut cargo = Command::new(env::var_os("CARGO").unwrap_or("cargo".into()));
     // What cargo tells this example about itself would make ring build anew, each time.
     for (name, _) in env::vars_os() {
         let name = name.to_string_lossy();
@@ -64,18 +65,10 @@ fn build_gateway() {
             cargo.env_remove(&*name);
         }
     }
-    cargo.args([
-        "build",
-        "--quiet",
-        "--bin",
-        "coap_websocket",
-        "--profile",
-        name,
-    ]);
     cargo
-        .arg("--manifest-path")
-        .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.toml"));
-    cargo
+        .args(["build", "--quiet", "--bin", "coap_websocket"])
+        .args(["--profile", name, "--manifest-path"])
+        .arg(Path::new(&sources).join("Cargo.toml"))
         .arg("--target-dir")
         .arg(profile.parent().expect("target/"));
     let built = cargo.status().expect("run cargo");
@@ -153,10 +146,8 @@ impl Story<'_> {
 
     /// Somebody writes to the bot.
     fn writes(&self, chat: i64, name: &str, text: &str) -> i64 {
-        println!(
-            "{name:<5} -> bot       {:?}",
-            text.replace(PASSWORD, "<password>")
-        );
+        let shown = text.replace(PASSWORD, "<password>");
+        println!("{name:<5} -> bot       {shown}");
         self.api.person_writes(chat, name, text)
     }
 
@@ -174,7 +165,7 @@ impl Story<'_> {
             } else {
                 "Bob"
             };
-            println!("bot   -> {name:<9} {:?}", sent.text);
+            println!("bot   -> {name:<9} {}", indented(&sent.text));
         }
         self.told = sent.len();
         self.check(
@@ -209,6 +200,13 @@ impl Story<'_> {
 
 fn title(text: &str) {
     println!("\n{text}");
+}
+
+/// A text as a person sees it: its further lines stand below the first one.
+fn indented(text: &str) -> String {
+    let below = format!("\n{:19}", "");
+    text.replace('\n', &below)
+        .replace(&format!("{below}\n"), "\n\n")
 }
 
 fn shown(message: &Message) -> String {

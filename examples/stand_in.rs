@@ -33,16 +33,8 @@ fn main() {
         eprintln!("{error}\n{USAGE}");
         process::exit(2);
     });
-    let host = options
-        .names
-        .first()
-        .cloned()
-        .unwrap_or_else(|| "localhost".to_string());
     let api = BotApi::with(options);
-    match api.address().port() {
-        443 => say(&format!("url=https://{host}/bot")),
-        port => say(&format!("url=https://{host}:{port}/bot")),
-    }
+    say(&format!("url={}", api.url()));
     thread::scope(|scope| {
         scope.spawn(|| {
             io::stdin()

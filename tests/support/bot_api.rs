@@ -350,12 +350,8 @@ impl BotApi {
         let ca_path = options.ca_path.unwrap_or_else(temporary);
         fs::write(&ca_path, &authority.pem)
             .unwrap_or_else(|error| panic!("write {}: {error}", ca_path.display()));
-        let mut names = vec![
-            "localhost".to_string(),
-            "127.0.0.1".to_string(),
-            "::1".to_string(),
-        ];
-        names.extend(options.names);
+        let mut names = options.names;
+        names.extend(["localhost", "127.0.0.1", "::1"].map(str::to_string));
         let state = State {
             token: options.token.clone(),
             seen: Seen::default(),
@@ -399,9 +395,13 @@ impl BotApi {
         self.address
     }
 
-    /// The base url that a gateway is configured with.
+    /// The base url that a gateway is configured with: by the first name that was asked for.
     pub fn url(&self) -> String {
-        format!("https://localhost:{}/bot", self.address.port())
+        let host = self.names.first().expect("localhost at least");
+        match self.address.port() {
+            443 => format!("https://{host}/bot"),
+            port => format!("https://{host}:{port}/bot"),
+        }
     }
 
     pub fn token(&self) -> &str {

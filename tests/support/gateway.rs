@@ -204,23 +204,14 @@ pub struct Gateway {
 }
 
 impl Gateway {
-    pub fn start(api: &BotApi) -> Self {
-        Self::with(Setup::new(api))
-    }
-
+    /// Started, and it answers a ping; its first fetch may still be under way.
     pub fn with(setup: Setup) -> Self {
-        Self::prepared(setup, |_| {})
-    }
-
-    /// Started after `prepare` has put files into its working directory.
-    pub fn prepared(setup: Setup, prepare: impl FnOnce(&Path)) -> Self {
         let mut gateway = Self::stopped(setup);
-        prepare(&gateway.directory());
         gateway.restart();
         gateway
     }
 
-    /// Its files are there, but it does not run yet.
+    /// Its files are there, and others can be put beside them; [`Gateway::restart`] starts it.
     pub fn stopped(setup: Setup) -> Self {
         let directory = TempDir::new();
         fs::create_dir(directory.join("work")).unwrap();

@@ -9,12 +9,15 @@
 
 mod bot_api;
 mod certificates;
+mod field;
 mod firmware;
 mod gateway;
 mod http;
 mod mote;
+mod needs;
 mod proxy;
 mod telegram;
+mod trouble;
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -27,9 +30,11 @@ pub use bot_api::{
     BotApi, BotApiOptions, Call, ConnectionFault, Fault, Seen, Sent, When, every, next,
 };
 pub use certificates::Certificate;
+pub use field::{Asked, FieldMote, GIVEN_UP, Outcome, at_once, judge};
 pub use firmware::{Firmware, REPLY_MAX};
 pub use gateway::{Finished, Gateway, PASSWORD, Setup, binary, free_udp_port};
 pub use mote::*;
+pub use needs::{has_client, in_namespaces};
 pub use proxy::Proxy;
 pub use telegram::{Pace, Refusal};
 
@@ -86,10 +91,35 @@ pub fn hex(digits: &str) -> Vec<u8> {
 
 /// One datagram of the unmodified firmware, from `tests/firmware/`.
 pub fn firmware(name: &str) -> Vec<u8> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/firmware")
-        .join(format!("{name}.hex"));
-    hex(&fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display())))
+    hex(match name {
+        "message_all_three_chats" => include_str!("../firmware/message_all_three_chats.hex"),
+        "message_all_two_chats" => include_str!("../firmware/message_all_two_chats.hex"),
+        "message_one_chat_text_with_separators" => {
+            include_str!("../firmware/message_one_chat_text_with_separators.hex")
+        }
+        "update" => include_str!("../firmware/update.hex"),
+        _ => panic!("no datagram is called {name}"),
+    })
+}
+
+/// The rows of a table, one a line, with columns between `|`. Columns that are not there are empty.
+pub fn rows<const COLUMNS: usize>(table: &str) -> Vec<[&str; COLUMNS]> {
+    let lines = table.lines().filter(|line| !line.is_empty());
+    let row = |line| {
+        let mut columns = str::split(line, '|').map(str::trim);
+        let row = [(); COLUMNS].map(|()| columns.next().unwrap_or_default());
+        assert_eq!(columns.next(), None, "too many columns: {line}");
+        row
+    };
+    lines.map(row).collect()
+}
+
+/// As [`in_parallel`], for the rows of a table.
+pub fn each_row<const COLUMNS: usize>(table: &str, check: impl Fn([&str; COLUMNS]) + Sync) {
+    let rows = rows(table);
+    let names: Vec<String> = rows.iter().map(|row| row.join(" | ")).collect();
+    let cases: Vec<_> = names.iter().map(String::as_str).zip(rows).collect();
+    in_parallel(&cases, |row| check(*row));
 }
 
 /// Waits until `done` says so; false after `limit`.
@@ -121,64 +151,20 @@ pub fn in_parallel<Case: Sync>(cases: &[(&str, Case)], check: impl Fn(&Case) + S
     assert!(failed.is_empty(), "failed cases: {failed:?}");
 }
 
-/// Runs a test of this program again as root in a network and a mount namespace of its own; true if it is that run.
-pub fn in_namespaces(test: &str) -> bool {
-    let run = |program: &str, arguments: &[&str]| {
-        let mut command = process::Command::new(program);
-        let output = command.args(arguments).env("IN_NAMESPACES", test).output();
-        let output = output.unwrap_or_else(|error| panic!("{program}: {error}"));
-        println!("{}", String::from_utf8_lossy(&output.stdout));
-        eprintln!("{}", String::from_utf8_lossy(&output.stderr));
-        output.status.success()
-    };
-    if env::var_os("IN_NAMESPACES").is_some() {
-        assert!(run("ip", &["link", "set", "lo", "up"]), "ip of iproute2");
-        return true;
-    }
-    let this = env::current_exe().unwrap().display().to_string();
-    let mut arguments = vec!["--net", "--mount"];
-    if !run("unshare", &["--net", "true"]) {
-        arguments.push("--map-root-user");
-    }
-    arguments.extend(["--", &this, "--include-ignored", "--exact", test]);
-    assert!(
-        run("unshare", &arguments),
-        "failed in namespaces of its own; where these cannot be made: cargo test -- --skip {test}"
-    );
-    false
-}
-
 /// A stand-in and a gateway that uses it, as most tests need them.
 pub fn start() -> (BotApi, Gateway) {
     let api = BotApi::start();
-    let gateway = Gateway::start(&api);
+    let gateway = start_with(&api, Setup::new(&api));
     (api, gateway)
 }
 
-/// The gateway has made its first fetch, so it does nothing by itself for 15 s.
-pub fn await_first_fetch(api: &BotApi, gateway: &Gateway) {
-    api.wait_for("the first fetch", |seen| seen.count("getUpdates") > 0);
-    assert!(Mote::new(gateway.address()).ping(PATIENCE));
-}
-
-/// As [`start`], after the first fetch. It found nothing, which counts for the polls of 3 s.
-pub fn start_idle() -> (BotApi, Gateway) {
-    let (api, gateway) = start();
-    await_first_fetch(&api, &gateway);
-    (api, gateway)
-}
-
-/// As [`start_idle`], but that the next poll asks Telegram, for the first fetch found something.
-pub fn start_fresh() -> (BotApi, Gateway) {
-    let api = BotApi::start();
-    let gateway = start_fresh_with(&api, Setup::new(&api));
-    (api, gateway)
-}
-
-pub fn start_fresh_with(api: &BotApi, setup: Setup) -> Gateway {
+/// As [`start`], with other settings. The gateway has made its first fetch, so it does nothing by itself for 15 s; and
+/// the fetch found something (an update that means nothing), so that Telegram is asked for the next poll.
+pub fn start_with(api: &BotApi, setup: Setup) -> Gateway {
     api.push_update(json!({}));
     let gateway = Gateway::with(setup);
-    await_first_fetch(api, &gateway);
+    api.wait_for("the first fetch", |seen| seen.count("getUpdates") > 0);
+    assert!(Mote::new(gateway.address()).ping(PATIENCE));
     gateway
 }
 
@@ -212,20 +198,6 @@ pub fn poll(mote: &Mote, api: &BotApi) -> String {
     };
     assert_eq!(response.code(), code, "{response}");
     tokens
-}
-
-/// Polls until the mote is told something. What was written within 3 s of a fetch that found nothing takes so long, for
-/// Telegram is not asked again before.
-#[track_caller]
-pub fn hear(mote: &Mote, api: &BotApi) -> String {
-    for _ in 0..30 {
-        let tokens = poll(mote, api);
-        if tokens != "No Updates" {
-            return tokens;
-        }
-        thread::sleep(Duration::from_millis(200));
-    }
-    panic!("the mote is told nothing");
 }
 
 /// The seed of a test's [`Numbers`], printed so that a failure can be repeated: `SEED=7 cargo test …`.

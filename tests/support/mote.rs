@@ -216,9 +216,12 @@ impl fmt::Display for Message {
         }
         write!(out, "]")?;
         for (number, value) in &self.options {
-            match *number {
-                URI_PATH => write!(out, " /{}", String::from_utf8_lossy(value))?,
-                _ => write!(out, " option {number}={value:02x?}")?,
+            match (*number, value.as_slice()) {
+                (URI_PATH, path) => write!(out, " /{}", String::from_utf8_lossy(path))?,
+                (CONTENT_FORMAT, []) => write!(out, " Content-Format: text/plain")?,
+                (CONTENT_FORMAT, [40]) => write!(out, " Content-Format: link-format")?,
+                (BLOCK1, value) => write!(out, " Block1: {value:02x?}")?,
+                (number, value) => write!(out, " option {number}: {value:02x?}")?,
             }
         }
         if self.payload.is_empty() {

@@ -1,15 +1,12 @@
 //! A link that loses 30 %, doubles 15 % and reorders in both directions.
 
-mod support;
-
-use std::collections::HashMap;
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use support::*;
+use crate::support::*;
 
 const LOST_PERCENT: usize = 30;
 const DOUBLED_PERCENT: usize = 15;
@@ -17,8 +14,6 @@ const DOUBLED_PERCENT: usize = 15;
 const DELAY_MAX_MS: usize = 40;
 /// Of the motes: a quarter of RFC 7252's, to spare time.
 const ACK_TIMEOUT: Duration = Duration::from_millis(500);
-/// RFC 7252 §4.8.2, of the gateway.
-const MAX_TRANSMIT_WAIT: Duration = Duration::from_secs(93);
 
 /// Stands between one mote and the gateway; ends with the value.
 struct Link {
@@ -36,7 +31,7 @@ struct Datagram {
 impl Link {
     fn to(gateway: SocketAddr, seed: u64) -> Self {
         let [front, back] = [(); 2].map(|()| {
-            let socket = UdpSocket::bind("[::1]:0").unwrap();
+            let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
             let pause = Some(Duration::from_millis(1));
             socket.set_read_timeout(pause).unwrap();
             socket
@@ -90,77 +85,36 @@ impl Drop for Link {
     }
 }
 
-/// What became of the texts of so many motes.
-struct Outcome {
-    answered: Vec<String>,
-    /// How often each arrived.
-    arrived: HashMap<String, usize>,
-}
-
-impl Outcome {
-    fn print(&self) {
-        println!(
-            "{} texts are answered 2.05, {} arrived, {} of them twice",
-            self.answered.len(),
-            self.arrived.len(),
-            self.twice()
-        );
-    }
-
-    fn twice(&self) -> usize {
-        self.arrived.values().filter(|count| **count > 1).count()
-    }
-
-    /// What was confirmed has arrived, whatever happened.
-    fn assert_none_lost(&self) {
-        for text in &self.answered {
-            assert!(self.arrived.contains_key(text), "lost: {text}");
-        }
-    }
-}
-
 /// Each of these motes sends a text over a link of its own, all at once; `meanwhile` happens as soon as they do.
 fn send_texts(
     api: &BotApi,
     gateway: SocketAddr,
-    count: u64,
+    motes: usize,
     patience: Duration,
     meanwhile: impl FnOnce(),
-) -> Outcome {
+) -> Vec<Asked> {
     let seed = seed();
-    let send = move |number: u64| {
-        let link = Link::to(gateway, seed << 32 | number);
-        let mote = Mote::new(link.address);
-        let text = format!("text {number}");
-        let request = mote.post("message", message(api, "5", &text));
-        let response = mote.reliable(&request, ACK_TIMEOUT, patience)?;
-        (response.code() == "2.05").then_some(text)
+    let send = |number: usize| {
+        let link = Link::to(gateway, seed << 32 | number as u64);
+        let mut mote = FieldMote::new(number, seed, link.address);
+        (mote.ack_timeout, mote.patience) = (ACK_TIMEOUT, patience);
+        mote.report(api, "5")
     };
-    let answered = thread::scope(|scope| {
-        let motes: Vec<_> = (0..count)
-            .map(|number| scope.spawn(move || send(number)))
-            .collect();
+    thread::scope(|scope| {
+        let sent = scope.spawn(|| at_once(motes, send));
         meanwhile();
-        let answered = motes.into_iter().filter_map(|mote| mote.join().unwrap());
-        answered.collect()
-    });
-    let mut arrived = HashMap::new();
-    for text in api.texts_to(5) {
-        *arrived.entry(text).or_default() += 1;
-    }
-    let outcome = Outcome { answered, arrived };
-    outcome.print();
-    outcome.assert_none_lost();
-    outcome
+        sent.join().unwrap()
+    })
 }
 
 /// No text twice, and none lost whose request arrived.
-fn texts(count: u64) {
-    let (api, gateway) = start();
-    let outcome = send_texts(&api, gateway.address(), count, MAX_TRANSMIT_WAIT, || {});
-    assert_eq!(outcome.twice(), 0);
+fn texts(count: usize) {
+    let api = BotApi::start();
+    let gateway = start_with(&api, Setup::ipv4(&api));
+    let asked = send_texts(&api, gateway.address(), count, GIVEN_UP, || {});
+    let outcome = judge(&api, &asked, 1);
     // Five requests or five responses in a row are lost once in 200 times each.
-    assert!(outcome.answered.len() as u64 >= count * 19 / 20);
+    assert!(outcome.served >= count * 19 / 20);
 }
 
 #[test]
@@ -169,7 +123,7 @@ fn some_texts() {
 }
 
 #[test]
-#[ignore = "takes a minute: cargo test --release --test lossy -- --include-ignored"]
+#[ignore = "takes a minute"]
 fn two_hundred_texts() {
     texts(200);
 }
@@ -178,32 +132,35 @@ fn two_hundred_texts() {
 /// was lost come again and are carried out once more, and those that waited for their answer are never answered. So it
 /// is still promised that each run delivers a text once at most, and that what was confirmed has arrived.
 #[test]
-#[ignore = "takes a minute: cargo test --release --test lossy -- --include-ignored"]
+#[ignore = "takes a minute"]
 fn two_hundred_texts_and_a_kill() {
-    let (api, mut gateway) = start();
+    let api = BotApi::start();
+    let mut gateway = start_with(&api, Setup::ipv4(&api));
     api.set_round_trip(Duration::from_millis(10)); // so that the kill falls among them
     let address = gateway.address();
     let kill = || {
         api.wait_for("half of the texts", |seen| seen.count("sendMessage") >= 100);
-        gateway.kill9();
         gateway.restart();
     };
-    let outcome = send_texts(&api, address, 200, PATIENCE, kill);
-    assert!(outcome.arrived.values().all(|count| *count <= 2));
+    let asked = send_texts(&api, address, 200, PATIENCE, kill);
+    let outcome = judge(&api, &asked, 2);
     assert!(outcome.twice() <= 20);
-    assert!(outcome.arrived.len() >= 180 && outcome.answered.len() >= 100);
+    assert!(outcome.arrived.len() >= 180 && outcome.served >= 100);
 }
 
 /// 50 changes by people, some removed and back again, with the gateway killed in the middle of a poll: the mote ends
 /// with what people wanted.
 #[test]
 fn every_change_arrives() {
-    let (api, mut gateway) = start();
+    let api = BotApi::start();
+    let mut gateway = start_with(&api, Setup::ipv4(&api));
     let seed = seed();
-    let mut firmware = Firmware::default();
+    let link = Link::to(gateway.address(), seed);
+    let mut mote = FieldMote::new(1, seed, link.address);
+    (mote.ack_timeout, mote.patience) = (ACK_TIMEOUT, GIVEN_UP);
     let mut wanted = Firmware::default();
     for step in 0..50 {
-        let chat = 1000 + step as i64 % 7;
+        let chat = 1000 + step % 7;
         let name = format!("P{chat}");
         match step % 3 {
             0 => {
@@ -221,28 +178,23 @@ fn every_change_arrives() {
                 wanted.take(&format!("r{chat}"));
             }
         }
-        if step % 10 < 9 {
-            continue;
-        }
-        let link = Link::to(gateway.address(), seed << 32 | step);
-        let mote = Mote::new(link.address);
         if step == 29 {
-            mote.send(&mote.post("update", update(&api)));
+            mote.mote.send(&mote.mote.post("update", update(&api)));
             thread::sleep(Duration::from_millis(60));
-            gateway.kill9();
             gateway.restart();
         }
-        let request = mote.post("update", update(&api));
-        let reply = mote.reliable(&request, ACK_TIMEOUT, MAX_TRANSMIT_WAIT);
-        if let Some(reply) = reply.filter(|reply| reply.code() == "2.05") {
-            firmware.take(&reply.text());
+        if step % 10 == 9 {
+            mote.poll(&api);
         }
     }
-    let mote = Mote::new(gateway.address());
-    let knows_all = within(Duration::from_secs(10), || {
-        firmware.take(&poll(&mote, &api));
-        firmware.knows() == wanted.knows()
+    let knows_all = within(Duration::from_secs(20), || {
+        mote.poll(&api);
+        mote.firmware.knows() == wanted.knows()
     });
-    assert!(knows_all, "{} but not {}", firmware.knows(), wanted.knows());
-    assert_eq!(poll(&mote, &api), "No Updates");
+    assert!(
+        knows_all,
+        "{} but not {}",
+        mote.firmware.knows(),
+        wanted.knows()
+    );
 }

@@ -2,45 +2,28 @@
 //! the Python that AIOCOAP_PYTHON names, else `python3`). The tests of a client that is not installed are skipped; where
 //! REQUIRE_CLIENTS is set they fail.
 
-mod support;
-
-use std::io::{self, Write};
+use std::io::Write;
 use std::process::{Command, Stdio};
 use std::{env, iter};
 
+use crate::support::*;
 use serde_json::{Value, json};
-use support::*;
 
 const SENT: &str = "Messages sent successfully";
-
-/// Whether a test must end because its client is missing. What `println!` says is not shown of a test that passes, so the
-/// reason goes past it.
-fn skipped(client: &str, there: bool) -> bool {
-    assert!(
-        there || env::var_os("REQUIRE_CLIENTS").is_none(),
-        "{client} is not installed"
-    );
-    if !there {
-        let _ = io::stderr().write_all(format!("skipped: {client} is not installed\n").as_bytes());
-    }
-    !there
-}
 
 /// Somebody has written before the gateway starts, so its first fetch finds it.
 fn with_ada() -> (BotApi, Gateway) {
     let api = BotApi::start();
     api.person_writes(1234567890, "Ada", "hi");
-    let gateway = Gateway::start(&api);
+    let gateway = Gateway::with(Setup::new(&api));
     (api, gateway)
 }
 
 // --- libcoap ---
 
-fn without_libcoap() -> bool {
-    skipped(
-        "coap-client-notls",
-        Command::new("coap-client-notls").output().is_ok(),
-    )
+fn has_libcoap(test: impl Fn()) -> bool {
+    let is_installed = Command::new("coap-client-notls").output().is_ok();
+    has_client(test, "coap-client-notls (libcoap3-bin)", is_installed)
 }
 
 /// What `coap-client` prints: payloads to its standard output, error responses to its standard error.
@@ -57,7 +40,7 @@ fn libcoap(gateway: &Gateway, arguments: &[&str], path: &str) -> String {
 
 #[test]
 fn libcoap_delivers_each_text_once() {
-    if without_libcoap() {
+    if !has_libcoap(libcoap_delivers_each_text_once) {
         return;
     }
     let (api, gateway) = start();
@@ -79,7 +62,7 @@ fn libcoap_delivers_each_text_once() {
 
 #[test]
 fn libcoap_polls_and_discovers() {
-    if without_libcoap() {
+    if !has_libcoap(libcoap_polls_and_discovers) {
         return;
     }
     let (api, gateway) = with_ada();
@@ -101,7 +84,7 @@ fn libcoap_polls_and_discovers() {
 
 #[test]
 fn libcoap_is_told_what_is_wrong() {
-    if without_libcoap() {
+    if !has_libcoap(libcoap_is_told_what_is_wrong) {
         return;
     }
     let (_api, gateway) = start();
@@ -128,20 +111,17 @@ fn python() -> Command {
     Command::new(env::var_os("AIOCOAP_PYTHON").unwrap_or("python3".into()))
 }
 
-fn without_aiocoap() -> bool {
+fn has_aiocoap(test: impl Fn()) -> bool {
     let import = python().args(["-c", "import aiocoap"]).output();
-    skipped(
-        "aiocoap",
-        import.is_ok_and(|output| output.status.success()),
-    )
+    let is_installed = import.is_ok_and(|output| output.status.success());
+    has_client(test, "aiocoap (from PyPI)", is_installed)
 }
 
 /// The responses to these requests, made one after the other from one endpoint: see `clients.py`.
 fn aiocoap(requests: &[Value]) -> Vec<Value> {
-    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/clients.py");
     let [input, output] = [Stdio::piped(), Stdio::piped()];
     let mut child = python()
-        .arg(script)
+        .args(["-c", include_str!("clients.py")])
         .stdin(input)
         .stdout(output)
         .spawn()
@@ -173,7 +153,7 @@ fn uri(gateway: &Gateway, path: &str) -> String {
 
 #[test]
 fn aiocoap_delivers_each_text_once() {
-    if without_aiocoap() {
+    if !has_aiocoap(aiocoap_delivers_each_text_once) {
         return;
     }
     let (api, gateway) = start();
@@ -209,7 +189,7 @@ fn aiocoap_delivers_each_text_once() {
 
 #[test]
 fn aiocoap_polls_and_discovers() {
-    if without_aiocoap() {
+    if !has_aiocoap(aiocoap_polls_and_discovers) {
         return;
     }
     let (api, gateway) = with_ada();
@@ -248,7 +228,7 @@ fn aiocoap_polls_and_discovers() {
 /// What a request has, and the code and diagnostic text that it is answered with.
 #[test]
 fn aiocoap_is_told_what_is_wrong() {
-    if without_aiocoap() {
+    if !has_aiocoap(aiocoap_is_told_what_is_wrong) {
         return;
     }
     let (api, gateway) = start();

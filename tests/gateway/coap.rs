@@ -1,11 +1,9 @@
 //! The message layer and the options of CoAP (RFC 7252, RFC 7959, RFC 6690), over UDP against the running gateway.
 
-mod support;
-
 use std::time::{Duration, Instant};
 
-use support::Kind::{Ack, Con, Non, Rst};
-use support::*;
+use crate::support::Kind::{Ack, Con, Non, Rst};
+use crate::support::*;
 
 const SENT: &str = "Messages sent successfully";
 const AT_ONCE: Duration = Duration::from_millis(100);
@@ -14,18 +12,6 @@ const RETRANSMITTED: Duration = Duration::from_millis(3500);
 
 fn ms(number: u64) -> Duration {
     Duration::from_millis(number)
-}
-
-/// These mostly wait, so they run at the same time.
-#[test]
-fn all_that_takes_seconds() {
-    let tests: [(&str, fn()); 4] = [
-        ("a_slow_telegram", a_slow_telegram),
-        ("retransmission", retransmission),
-        ("an_ack_that_waits", an_ack_that_waits),
-        ("non_confirmable_requests", non_confirmable_requests),
-    ];
-    in_parallel(&tests, |test| test());
 }
 
 // --- messages (§3, §4) ---
@@ -72,14 +58,8 @@ a response that nobody asked for        | 4045124a | 7000124a
 /// Rows 1 to 5.
 #[test]
 fn malformed_and_stray_messages() {
-    let (api, gateway) = start_idle();
-    let cases: Vec<(&str, (&str, &str))> = MESSAGES
-        .lines()
-        .filter_map(|line| line.split_once('|'))
-        .map(|(name, rest)| (name.trim(), rest.split_once('|').unwrap_or((rest, ""))))
-        .collect();
-    assert_eq!(cases.len(), 35);
-    in_parallel(&cases, |(sent, answer)| {
+    let (api, gateway) = start();
+    each_row(MESSAGES, |[_, sent, answer]| {
         let mote = Mote::new(gateway.address());
         mote.send_raw(&hex(sent));
         let silent = answer.is_empty();
@@ -97,7 +77,7 @@ fn malformed_and_stray_messages() {
 /// Rows 6 and 7.
 #[test]
 fn methods_and_paths() {
-    let (api, gateway) = start_idle();
+    let (api, gateway) = start();
     let cases = [
         (GET, "message", "4.05"),
         (PUT, "message", "4.05"),
@@ -146,7 +126,7 @@ fn methods_and_paths() {
 /// 64 KiB are received: the longest text in one datagram, and one that is longer than Telegram takes.
 #[test]
 fn large_datagrams() {
-    let (api, gateway) = start_idle();
+    let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
     let longest = "🙂".repeat(4096);
     mote.send(&mote.post("message", message(&api, "5", &longest)));
@@ -205,25 +185,23 @@ const OPTIONS: &str = "
 
 #[test]
 fn options() {
-    let (api, gateway) = start_idle();
+    let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
     let mut served = 0;
-    for line in OPTIONS.lines().filter(|line| !line.is_empty()) {
-        let mut fields = line.split('|');
+    for [options, expected, _] in rows(OPTIONS) {
         let mut request = mote.post("message", message(&api, "5", "x"));
-        for option in fields.next().unwrap().split_whitespace() {
+        for option in options.split_whitespace() {
             let (number, value) = option.split_once('=').unwrap();
             request = request.option(number.parse().unwrap(), hex(value));
         }
-        let expected = fields.next().unwrap().trim();
         if expected == "2.05" {
             mote.separate(&request).expect("2.05", SENT);
             served += 1;
         } else {
             let code = mote.piggybacked(&request).code();
-            assert_eq!(code, expected, "{line}");
+            assert_eq!(code, expected, "{options}");
         }
-        assert_eq!(api.count("sendMessage"), served, "{line}");
+        assert_eq!(api.count("sendMessage"), served, "{options}");
     }
     assert_eq!(served, 10);
     let said = |code: &str, word: &str| {
@@ -248,8 +226,9 @@ fn options() {
 // --- separate responses (§4.2, §5.2.2) ---
 
 /// Rows 8 and 11: the ACK does not wait for Telegram, the response is a message of its own, duplicates do nothing.
+#[test]
 fn a_slow_telegram() {
-    let (api, gateway) = start_idle();
+    let (api, gateway) = start();
     api.fail(every("sendMessage"), Fault::Late(ms(1000)));
     let mote = Mote::new(gateway.address());
     let request = mote.post("message", message(&api, "5", "x"));
@@ -271,46 +250,31 @@ fn a_slow_telegram() {
     assert_eq!(api.count("sendMessage"), 1);
 }
 
-/// Rows 12 and 13. The rest of the schedule takes more than a minute: the unit tests have it, with a clock of their own.
+/// Row 12, once. The schedule, and what else ends it, is in the unit tests, with a clock of their own.
+#[test]
 fn retransmission() {
-    let (api, gateway) = start_idle();
-    let cases = [
-        ("until ACK", Some(Ack)),
-        ("until RST", Some(Rst)),
-        ("doubling", None),
-    ];
-    in_parallel(&cases, |end| {
-        let mote = Mote::new(gateway.address());
-        mote.begin(&mote.post("message", message(&api, "5", "x")));
-        let first = mote.receive_raw(PATIENCE).expect("a response");
-        let response = Message::decode(&first).unwrap();
-        // An ACK or a RST counts only from the endpoint that the response went to.
-        let other = Mote::new(gateway.address());
-        other.acknowledge(&response);
-        other.reset(&response);
-        let again = || {
-            let start = Instant::now();
-            assert_eq!(mote.receive_raw(PATIENCE).as_ref(), Some(&first));
-            start.elapsed()
-        };
-        let gap = again();
-        assert!((ms(1900)..ms(3300)).contains(&gap), "first gap {gap:?}");
-        if let Some(end) = end {
-            mote.send(&Message::new(*end, 0, response.id));
-            return mote.expect_silence(gap * 2 + ms(500));
-        }
-        let second = again();
-        assert!(
-            (gap * 2).abs_diff(second) < ms(300),
-            "it doubles: {gap:?}, {second:?}"
-        );
-    });
-    assert_eq!(api.count("sendMessage"), 3, "one for each mote");
+    let (api, gateway) = start();
+    let mote = Mote::new(gateway.address());
+    mote.begin(&mote.post("message", message(&api, "5", "x")));
+    let first = mote.receive_raw(PATIENCE).expect("a response");
+    let start = Instant::now();
+    let response = Message::decode(&first).unwrap();
+    // An ACK or a RST counts only from the endpoint that the response went to.
+    let other = Mote::new(gateway.address());
+    other.acknowledge(&response);
+    other.reset(&response);
+    assert_eq!(mote.receive_raw(PATIENCE), Some(first));
+    let gap = start.elapsed();
+    assert!((ms(1900)..ms(3300)).contains(&gap), "{gap:?}");
+    mote.acknowledge(&response);
+    mote.expect_silence(gap * 2 + ms(500));
+    assert_eq!(api.count("sendMessage"), 1);
 }
 
 /// What waits in the socket is read before anything is retransmitted: the ACK may be what waits.
+#[test]
 fn an_ack_that_waits() {
-    let (api, gateway) = start_idle();
+    let (api, gateway) = start();
     api.fail(next(1, "sendMessage").to(6), Fault::Late(ms(4000)));
     let (first, second) = (Mote::new(gateway.address()), Mote::new(gateway.address()));
     let request = first.post("message", message(&api, "5", "x"));
@@ -327,7 +291,7 @@ fn an_ack_that_waits() {
 /// Row 10.
 #[test]
 fn tokens_are_echoed() {
-    let (api, gateway) = start_idle();
+    let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
     for token in [&b""[..], b"\x00", b"\xab\xcd", b"12345678"] {
         mote.separate(&mote.post("message", message(&api, "5", "x")).token(token))
@@ -338,8 +302,9 @@ fn tokens_are_echoed() {
 }
 
 /// Rows 9 and 14: a NON request gets a NON response, once.
+#[test]
 fn non_confirmable_requests() {
-    let (api, gateway) = start_idle();
+    let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
     let request = mote
         .request(Non, POST, "message")
@@ -358,7 +323,7 @@ fn non_confirmable_requests() {
 /// Row 15, and what a repeat is answered.
 #[test]
 fn duplicates() {
-    let (api, gateway) = start_idle();
+    let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
     // After a piggybacked response: the same bytes, and one line in the log.
     let wrong = mote.post("message", "url=x");
@@ -414,7 +379,7 @@ fn send_blocks(mote: &Mote, payload: &str, size: usize) -> Message {
 /// Row 21.
 #[test]
 fn block1() {
-    let (api, gateway) = start_idle();
+    let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
     let mut texts = Vec::new();
     for size in [16, 32, 64, 128, 256, 512, 1024] {
@@ -450,7 +415,7 @@ fn part(mote: &Mote, number: u32) -> Message {
 /// Row 22.
 #[test]
 fn block1_out_of_order() {
-    let (api, gateway) = start_idle();
+    let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
     mote.piggybacked(&part(&mote, 5)).expect_code("4.08");
     assert!(mote.ping(PATIENCE));
@@ -469,7 +434,7 @@ fn block1_out_of_order() {
 
 #[test]
 fn block1_beyond_the_limit() {
-    let (_api, gateway) = start_idle();
+    let (_api, gateway) = start();
     let mote = Mote::new(gateway.address());
     for number in 0..17 {
         mote.piggybacked(&part(&mote, number)).expect_code("2.31");
@@ -482,7 +447,7 @@ fn block1_beyond_the_limit() {
 /// Abandoned assemblies do not keep others out, and their memory is bounded.
 #[test]
 fn block1_of_many_motes() {
-    let (api, gateway) = start_idle();
+    let (api, gateway) = start();
     let before = gateway.rss_kib();
     for _ in 0..500 {
         let mote = Mote::new(gateway.address());
@@ -503,7 +468,7 @@ fn block1_of_many_motes() {
 /// Row 23: both resources, whatever the query asks for.
 #[test]
 fn discovery() {
-    let (_api, gateway) = start_idle();
+    let (_api, gateway) = start();
     let mote = Mote::new(gateway.address());
     let get = || mote.request(Con, GET, ".well-known/core");
     let response = mote.piggybacked(&get());

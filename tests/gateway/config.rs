@@ -1,7 +1,5 @@
 //! Configuration, command line, files, log, and systemd.
 
-mod support;
-
 use std::collections::BTreeSet;
 use std::net::UdpSocket;
 use std::os::linux::net::SocketAddrExt;
@@ -11,8 +9,8 @@ use std::process::{self, Command};
 use std::time::{Duration, Instant};
 use std::{env, fs, thread};
 
+use crate::support::*;
 use serde_json::json;
-use support::*;
 
 const SENT: &str = "Messages sent successfully";
 const NOTHING: &str = "No Updates";
@@ -32,23 +30,6 @@ fn has_line(text: &str, words: &[&str]) -> bool {
 fn mount(arguments: &[&str]) {
     let status = Command::new("mount").args(arguments).status();
     assert!(status.unwrap().success(), "mount {arguments:?}");
-}
-
-/// These mostly wait, so they run at the same time.
-#[test]
-fn all_that_takes_seconds() {
-    let tests: [(&str, fn()); 6] = [
-        ("without_a_token", without_a_token),
-        ("ip_family", ip_family),
-        ("proxies", proxies),
-        ("check_that_fails", check_that_fails),
-        (
-            "an_address_that_does_not_exist",
-            an_address_that_does_not_exist,
-        ),
-        ("notifications_to_systemd", notifications_to_systemd),
-    ];
-    in_parallel(&tests, |test| test());
 }
 
 // --- where configuration comes from ---
@@ -74,6 +55,7 @@ fn without_any_configuration() {
 }
 
 /// Without a token in config.ini: /message for any well-formed one, /update for the first bot that Telegram accepts.
+#[test]
 fn without_a_token() {
     let cases = [
         ("none", ""),
@@ -125,7 +107,7 @@ fn mote_token() {
     for word in ["sesame-open", &longest] {
         let mut setup = config(word);
         setup.secrets.push(word.to_string());
-        let gateway = start_fresh_with(&api, setup);
+        let gateway = start_with(&api, setup);
         let mote = Mote::new(gateway.address());
         for token in [word, TOKEN] {
             mote.post_separate("message", form(&api.url(), token, "5", "x"))
@@ -177,6 +159,7 @@ fn config_files() {
     });
 }
 
+#[test]
 fn ip_family() {
     let api = BotApi::with(BotApiOptions {
         listen: "[::1]:0".parse().unwrap(),
@@ -186,7 +169,7 @@ fn ip_family() {
     for (family, code) in [("any", "2.05"), ("ipv6", "2.05"), ("ipv4", "5.00")] {
         let config =
             format!("[telegram]\nbot_token = {TOKEN}\nurl = {url}\nip_family = {family}\n");
-        let gateway = start_fresh_with(&api, Setup::new(&api).config(&config));
+        let gateway = start_with(&api, Setup::new(&api).config(&config));
         let mote = Mote::new(gateway.address());
         mote.post_separate("message", form(&url, TOKEN, "5", family))
             .expect_code(code);
@@ -198,7 +181,7 @@ fn ip_family() {
 #[test]
 fn environment_files() {
     let ada_writes = |setup: Setup, api: &BotApi, password: &str| {
-        let gateway = start_fresh_with(api, setup);
+        let gateway = start_with(api, setup);
         api.person_writes(ADA, "Ada", &format!("config {password} interval 77"));
         let tokens = poll(&Mote::new(gateway.address()), api);
         assert_eq!(tokens, format!("i77;{ADA_TOKEN}"), "{password:?}");
@@ -223,6 +206,7 @@ fn environment_files() {
 }
 
 /// The real environment's, as ureq reads it: used, not used for a host, refused by it, and not taken from `.env`.
+#[test]
 fn proxies() {
     for (name, other, variables, in_file, code, asked) in [
         ("used", false, "HTTPS_PROXY", false, "2.05", true),
@@ -288,7 +272,7 @@ fn directories() {
     ] {
         fs::write(credentials.join(name), text.unwrap()).unwrap();
     }
-    let gateway = start_fresh_with(&api, setup);
+    let gateway = start_with(&api, setup);
     let mote = Mote::new(gateway.address());
     api.person_writes(ADA, "Ada", &format!("config {PASSWORD} interval 5"));
     assert_eq!(poll(&mote, &api), format!("i5;{ADA_TOKEN}"));
@@ -314,7 +298,7 @@ fn empty_system(etc: &TempDir) {
 /// An installed Pi: without a config.ini or .env here, those in /etc/coap_websocket count, for every command.
 #[test]
 fn installed() {
-    if !in_namespaces("installed") {
+    if !in_namespaces(installed) {
         return;
     }
     let (api, etc) = (BotApi::start(), TempDir::new());
@@ -330,7 +314,7 @@ fn installed() {
     }
     fs::write("/etc/coap_websocket/config.ini", &config).unwrap();
     fs::write("/etc/coap_websocket/.env", dotenv).unwrap();
-    let gateway = start_fresh_with(&api, setup.clone());
+    let gateway = start_with(&api, setup.clone());
     api.person_writes(ADA, "Ada", &format!("config {PASSWORD} interval 5"));
     let told = poll(&Mote::new(gateway.address()), &api);
     assert_eq!(told, format!("i5;{ADA_TOKEN}"));
@@ -362,67 +346,39 @@ fn installed() {
     assert!(!users.contains("Ada"), "{checked:?}");
 }
 
-/// The section of config.ini, all of a file, or a variable; its text; and what the reason names.
-const MISTAKES: [(&str, &str, &str); 20] = [
-    ("telegram", "nonsense", "config.ini:2"),
-    ("config.ini", "\n\n[telegram\nurl = x\n", "config.ini:3"),
-    ("telegram", "ip_family = ipv5", "config.ini:2 ip_family"),
-    (
-        "telegram",
-        "url = http://localhost/bot",
-        "config.ini:2 https",
-    ),
-    ("telegram", "url = nonsense", "config.ini:2"),
-    ("telegram", "\n\nbot_token = {T} x", "config.ini:4"),
-    ("telegram", "bot_token = 123456789", "config.ini:2"),
-    (
-        "telegram",
-        "mote_token = sesame",
-        "config.ini:2 mote_token bot_token",
-    ),
-    (
-        "telegram",
-        "bot_token = your_telegram_bot_token\nmote_token = sesame",
-        "config.ini:3 mote_token bot_token",
-    ),
-    (
-        "telegram",
-        "bot_token = {T}\nmote_token = a sesame",
-        "config.ini:3 mote_token",
-    ),
-    (
-        "telegram",
-        "bot_token = {T}\nmote_token = sesame&",
-        "config.ini:3 mote_token",
-    ),
-    (
-        "telegram",
-        "bot_token = {T}\nmote_token = 50-characters-are-one-more-than-the-firmware-holds",
-        "config.ini:3 mote_token",
-    ),
-    (".env", "# x\nPASSWORD sesame\n", ".env:2"),
-    (".env", "COAP_SERVER_PORT=70000\n", ".env COAP_SERVER_PORT"),
-    ("COAP_SERVER_PORT", "70000", "environment COAP_SERVER_PORT"),
-    ("COAP_SERVER_PORT", "coap", "COAP_SERVER_PORT"),
-    ("COAP_SERVER_IP", "gateway", "environment COAP_SERVER_IP"),
-    ("COAP_SERVER_IP", "fe80::1%lo", "COAP_SERVER_IP"),
-    (
-        "SSL_CERT_FILE",
-        "/nowhere/ca.pem",
-        "SSL_CERT_FILE /nowhere/ca.pem",
-    ),
-    ("SSL_CERT_FILE", "/dev/null", "SSL_CERT_FILE /dev/null"),
-];
+/// The section of config.ini, all of a file, or a variable; its text, with `¶` for the end of a line; and what the
+/// reason names.
+const MISTAKES: &str = "
+telegram         | nonsense                         | config.ini:2
+config.ini       | ¶¶[telegram¶url = x¶             | config.ini:3
+telegram         | ip_family = ipv5                 | config.ini:2 ip_family
+telegram         | url = http://localhost/bot       | config.ini:2 https
+telegram         | url = nonsense                   | config.ini:2
+telegram         | ¶¶bot_token = {T} x              | config.ini:4
+telegram         | bot_token = 123456789            | config.ini:2
+telegram         | mote_token = sesame              | config.ini:2 mote_token bot_token
+telegram         | bot_token = your_telegram_bot_token¶mote_token = sesame | config.ini:3 mote_token bot_token
+telegram         | bot_token = {T}¶mote_token = a sesame | config.ini:3 mote_token
+telegram         | bot_token = {T}¶mote_token = sesame&  | config.ini:3 mote_token
+telegram         | bot_token = {T}¶mote_token = 50-characters-are-one-more-than-the-firmware-holds | config.ini:3 mote_token
+.env             | # x¶PASSWORD sesame¶             | .env:2
+.env             | COAP_SERVER_PORT=70000           | .env COAP_SERVER_PORT
+COAP_SERVER_PORT | 70000                            | environment COAP_SERVER_PORT
+COAP_SERVER_PORT | coap                             | COAP_SERVER_PORT
+COAP_SERVER_IP   | gateway                          | environment COAP_SERVER_IP
+COAP_SERVER_IP   | fe80::1%lo                       | COAP_SERVER_IP
+SSL_CERT_FILE    | /nowhere/ca.pem                  | SSL_CERT_FILE /nowhere/ca.pem
+SSL_CERT_FILE    | /dev/null                        | SSL_CERT_FILE /dev/null
+";
 
 /// Bad configuration ends the start: one line with file, number and reason, exit status 1.
 #[test]
 fn bad_configuration() {
     let api = BotApi::start();
-    let cases = MISTAKES.map(|mistake| (mistake.1, mistake));
-    in_parallel(&cases, |(place, text, words)| {
+    each_row(MISTAKES, |[place, text, words]| {
         let good = Setup::new(&api);
-        let text = text.replace("{T}", TOKEN);
-        let setup = match *place {
+        let text = text.replace("{T}", TOKEN).replace('¶', "\n");
+        let setup = match place {
             "telegram" => good.config(&format!("[telegram]\n{text}\n")),
             "config.ini" => good.config(&text),
             ".env" => good.without("COAP_SERVER_PORT").dotenv(&text),
@@ -491,11 +447,11 @@ socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_RAW).sendto(packe
 /// Row 25c: it could not be answered, and comes again from the real address; else its text would be sent twice.
 #[test]
 fn from_the_unspecified_address() {
-    if !in_namespaces("from_the_unspecified_address") {
+    if !in_namespaces(from_the_unspecified_address) {
         return;
     }
     let api = BotApi::start();
-    let gateway = start_fresh_with(&api, Setup::new(&api));
+    let gateway = start_with(&api, Setup::new(&api));
     let mote = Mote::new(gateway.address());
     let request = mote.post("message", message(&api, "5", "x"));
     let send = |port: u16| {
@@ -562,7 +518,7 @@ fn arguments() {
 #[test]
 fn check() {
     let api = BotApi::start();
-    let gateway = start_fresh_with(&api, Setup::new(&api));
+    let gateway = start_with(&api, Setup::new(&api));
     let mote = Mote::new(gateway.address());
     api.person_writes(ADA, "Ada", "hi");
     assert_eq!(poll(&mote, &api), ADA_TOKEN);
@@ -586,31 +542,20 @@ fn check() {
     assert_eq!(poll(&mote, &api), both, "still there");
 }
 
+const FAILURES: &str = "
+error 401 Unauthorized            | Unauthorized
+refuse                            | efused
+certificate of another authority  | certificate
+page 200                          | HTTP 200
+hang                              | time
+webhook                           | webhook
+";
+
+#[test]
 fn check_that_fails() {
-    type Break = fn(&BotApi);
-    let cases: [(&str, (Break, &str)); 6] = [
-        (
-            "401",
-            (
-                |api| api.fail(every(""), Fault::error(401, "Unauthorized")),
-                "Unauthorized",
-            ),
-        ),
-        ("refused", (|api| api.refuse(), "efused")),
-        (
-            "certificate",
-            (|api| api.show(Certificate::OtherAuthority), "certificate"),
-        ),
-        (
-            "a page",
-            (|api| api.fail(every(""), Fault::Page(200)), "HTTP 200"),
-        ),
-        ("hang", (|api| api.fail(every(""), Fault::Hang), "time")),
-        ("a webhook", (|api| api.set_webhook(true), "webhook")),
-    ];
-    in_parallel(&cases, |(break_it, word)| {
+    each_row(FAILURES, |[trouble, word]| {
         let api = BotApi::start();
-        break_it(&api);
+        api.fail_with(trouble);
         let finished = Setup::new(&api).run(&["check"]);
         assert_eq!(finished.code(), Some(1), "{finished:?}");
         let said = finished.stdout + &finished.stderr;
@@ -699,15 +644,16 @@ fn log_rotation() {
     let old = "2026-01-31 12:00:00 [INFO] old\n".repeat((1 << 20) / 31 - 10);
     for movable in [true, false] {
         api.push_update(json!({})); // or Telegram holds the second one's first fetch for 3 s
-        let gateway = Gateway::prepared(Setup::new(&api), |directory| {
-            fs::write(directory.join("coap_server.log"), &old).unwrap();
-            let former = directory.join("coap_server.log.1");
-            if movable {
-                fs::write(former, "older\n").unwrap();
-            } else {
-                fs::create_dir_all(former.join("x")).unwrap();
-            }
-        });
+        let mut gateway = Gateway::stopped(Setup::new(&api));
+        let directory = gateway.directory();
+        fs::write(directory.join("coap_server.log"), &old).unwrap();
+        let former = directory.join("coap_server.log.1");
+        if movable {
+            fs::write(former, "older\n").unwrap();
+        } else {
+            fs::create_dir_all(former.join("x")).unwrap();
+        }
+        gateway.restart();
         let mote = Mote::new(gateway.address());
         for _ in 0..100 {
             mote.post_piggybacked("message", "nonsense")
@@ -745,14 +691,14 @@ fn no_place_for_anything() {
 /// mended; then nothing is lost.
 #[test]
 fn a_disk_that_cannot_be_written() {
-    if !in_namespaces("a_disk_that_cannot_be_written") {
+    if !in_namespaces(a_disk_that_cannot_be_written) {
         return;
     }
     let fill = |disk: &Path| drop(fs::write(disk.join("filler"), vec![0; 1 << 20]));
     let empty = |disk: &Path| fs::remove_file(disk.join("filler")).unwrap();
     let remount = |disk: &Path, how: &str| mount(&["-o", how, &disk.display().to_string()]);
-    let protect = |disk: &Path| remount(disk, "remount,ro");
-    let release = |disk: &Path| remount(disk, "remount,rw");
+    let protect = |disk: &Path| remount(disk, "remount,bind,ro");
+    let release = |disk: &Path| remount(disk, "remount,bind,rw");
     assert_disk_is_spoilt(false, fill, empty);
     assert_disk_is_spoilt(false, protect, release);
     assert_disk_is_spoilt(true, protect, release);
@@ -796,7 +742,7 @@ fn assert_disk_is_spoilt(later: bool, spoil: impl Fn(&Path), mend: impl Fn(&Path
 #[test]
 fn a_slow_disk() {
     let api = BotApi::start();
-    let gateway = start_fresh_with(&api, Setup::new(&api));
+    let gateway = start_with(&api, Setup::new(&api));
     let mote = Mote::new(gateway.address());
     let pipe = gateway.directory().join("state.json.new");
     let made = Command::new("mkfifo").arg(&pipe).status();
@@ -836,6 +782,7 @@ fn notifications(socket: &UnixDatagram, limit: Duration, done: impl Fn(&str) -> 
 }
 
 /// Ready, alive, and in words what it does; when Telegram stops and starts to answer, once each, also in the log.
+#[test]
 fn notifications_to_systemd() {
     let api = BotApi::start();
     let name = format!("coap_websocket-{}", process::id());
@@ -843,7 +790,7 @@ fn notifications_to_systemd() {
     let setup = Setup::new(&api)
         .env("NOTIFY_SOCKET", format!("@{name}"))
         .env("WATCHDOG_USEC", 2_000_000);
-    let gateway = start_fresh_with(&api, setup);
+    let gateway = start_with(&api, setup);
     let limit = Duration::from_secs(5);
     let told = notifications(&socket, limit, |all| {
         all.contains("READY=1") && all.contains("STATUS=") && all.contains("WATCHDOG=1")
@@ -881,6 +828,7 @@ fn notifications_to_systemd() {
 
 /// An address that does not exist yet: ready all the same, said once, tried every second for ever. Never with a bad
 /// configuration.
+#[test]
 fn an_address_that_does_not_exist() {
     let api = BotApi::start();
     let directory = TempDir::new();
@@ -909,7 +857,7 @@ fn an_address_that_does_not_exist() {
 /// It comes when the address does.
 #[test]
 fn an_address_that_appears() {
-    if !in_namespaces("an_address_that_appears") {
+    if !in_namespaces(an_address_that_appears) {
         return;
     }
     let api = BotApi::start();
