@@ -59,6 +59,7 @@ old_interface=''
 token_file='' password_file=''
 token='' password=''
 reply=''                  # what choose has found
+is_duplicate=false        # has another host the address?
 
 main() {
     local uninstall=false lock
@@ -101,10 +102,9 @@ finish() {
         echo "setup.sh: stopped before the end; mend what was said above, then run the same command again" >&2
 }
 
-# Until a note is kept, nothing has been changed.
+# Until there is a note, nothing has been changed.
 clear_stage() {
-    local notes=("$kept"/*.tar*)
-    if [ ${#notes[@]} -gt 0 ]; then rm -rf "$stage"; else rm -rf "$kept"; fi
+    if whole_note before >/dev/null || has_our_lines; then rm -rf "$stage"; else rm -rf "$kept"; fi
 }
 
 # The last run's address and interface stand in its line of rc.local.
@@ -459,13 +459,21 @@ add_address() {
     local there word=unchanged
     ! systemctl is-active -q NetworkManager || nmcli connection reload
     [ -e "/sys/class/net/$interface" ] || return 0
-    there=$(address_there "$address" "$interface")
-    [[ $there && $there != *tentative* ]] || word=added
-    # So that it is asked anew whether another host has it.
-    [[ $there != *tentative* ]] || ip -6 addr del "$address" dev "$interface"
-    [ ! -e "$stage/connection" ] || nmcli -w 15 connection up coap_websocket ifname "$interface" >/dev/null 2>&1 || true
     ip link set dev "$interface" up
-    ip -6 addr add "$address" dev "$interface" 2>/dev/null || true  # unless NetworkManager has
+    there=$(address_there "$address" "$interface")
+    if [[ ! $there || $there == *tentative* ]]; then
+        word=added
+        [ -z "$there" ] || ip -6 addr del "$address" dev "$interface"  # so that the kernel asks for its other owner anew
+        ip -6 addr add "$address" dev "$interface" || true
+        for _ in {1..10}; do
+            there=$(address_there "$address" "$interface")
+            [[ $there == *tentative* && $there != *dadfailed* ]] || break
+            sleep 0.3
+        done
+        [[ $there != *dadfailed* ]] || is_duplicate=true
+    fi
+    [ ! -e "$stage/connection" ] || $is_duplicate ||
+        nmcli -w 15 connection up coap_websocket ifname "$interface" >/dev/null 2>&1 || true
     echo "$address on $interface: $word"
 }
 
@@ -509,7 +517,8 @@ status() { systemctl show -P StatusText coap_websocket; }
 
 # Waits until the gateway serves; but not for an interface.
 await_service() {
-    local left=40
+    local left=30
+    $is_duplicate && return 1
     while [ -e "/sys/class/net/$interface" ] && [[ $(status) != "Serves CoAP on "* ]]; do
         [ $((left -= 1)) -gt 0 ] || return 1
         sleep 0.5
@@ -517,7 +526,7 @@ await_service() {
 }
 
 why_it_waits() {
-    if [[ $(address_there "$address" "$interface") == *dadfailed* ]]; then
+    if $is_duplicate; then
         echo "another host on $interface has $address, too; for another one: sudo bash setup.sh --address fd00:1234::1/64"
     elif [[ $(ip -o link show dev "$interface") != *LOWER_UP* ]]; then
         echo "$interface has no link: does the device at its other end run? Then plug it in again"
