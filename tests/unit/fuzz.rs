@@ -774,7 +774,10 @@ impl Town {
         }
         if !is_user && (before.is_user(writer.chat) || state.removed != before.removed) {
             let letters = &writer.letters;
-            assert!(letters.contains("remove") || letters == "stop", "{letters}");
+            assert!(
+                letters.contains("remove") || letters.starts_with("stop"),
+                "{letters}"
+            );
         }
         let is_open = !self.config.registration_by_password && !writer.text.is_empty();
         assert!(is_user || has_left || !is_open || before.users.len() >= 10);
