@@ -655,9 +655,11 @@ impl Gateway {
 
     /// Fetches what people wrote, and tells the mote everything unless it knows that.
     fn update(&mut self, token: &Secret, peer: SocketAddr, deadline: Instant) -> Response {
-        if !self.polling.last_page_counts(token, Instant::now())
-            && let Err(failure) = self.fetch(token, deadline)
-        {
+        let result = match self.polling.last_page_counts(token, Instant::now()) {
+            true => self.save().map_err(Failure::new), // nobody is told what is not saved
+            false => self.fetch(token, deadline),
+        };
+        if let Err(failure) = result {
             FAILURES.fetch_add(1, Relaxed);
             let mut response = Response::failed();
             response.detail = failure.reason;

@@ -114,25 +114,17 @@ fn a_line_of_64_kilobits() {
 /// A stranger's longest texts are read in little memory: the unit has 64 MB.
 #[test]
 fn the_memory_of_a_page() {
-    let cases = [
-        ("emojis", "🙂"),
-        ("letters", "ä"),
-        ("line breaks", "\n"),
-        ("ASCII", "a"),
-    ];
-    in_parallel(&cases, |character| {
-        let api = long_texts(90, &format!("x{}x", character.repeat(4094)));
-        let gateway = Gateway::with(Setup::new(&api));
-        let mote = Mote::new(gateway.address());
-        let is_heard = within(PATIENCE, || {
-            mote.post_separate("update", update(&api));
-            !api.texts_to(ADA).is_empty()
-        });
-        assert!(is_heard, "deaf");
-        let peak = gateway.status("VmHWM");
-        println!("{character:?}: {peak} KiB");
-        assert!(peak < 12 << 10, "{peak} KiB at the peak");
+    let api = long_texts(90, &"🙂".repeat(4096));
+    let gateway = Gateway::with(Setup::new(&api));
+    let mote = Mote::new(gateway.address());
+    let is_heard = within(Duration::from_secs(30), || {
+        mote.post_separate("update", update(&api));
+        !api.texts_to(ADA).is_empty()
     });
+    assert!(is_heard, "deaf");
+    let peak = gateway.status("VmHWM");
+    println!("{peak} KiB");
+    assert!(peak < 12 << 10, "{peak} KiB at the peak");
 }
 
 // --- connections that are dead without a word ---
@@ -509,6 +501,34 @@ fn a_page_that_cannot_be_read() {
     assert_eq!(limits.last(), Some(&Some(10)), "{limits:?}");
 }
 
+/// After a fetch that failed the next one comes in a minute; but whoever has written meanwhile is heard as soon as a text
+/// shows that Telegram is there.
+#[test]
+fn an_answer_ends_the_minute() {
+    let cases = [
+        ("closed", Fault::CloseUnanswered),
+        ("a page of the front end", Fault::Page(502)),
+        ("no HTTP", Fault::Bytes(b"SSH-2.0-OpenSSH_9.2\r\n".to_vec())),
+        ("hang", Fault::Hang),
+        ("500", Fault::error(500, "Internal Server Error: restart")),
+    ];
+    in_parallel(&cases, |fault| {
+        let api = BotApi::start();
+        api.fail(every("getUpdates"), fault.clone());
+        let gateway = Gateway::with(Setup::new(&api));
+        gateway.wait_for_log("cannot fetch what people write");
+        api.person_writes(ADA, "Ada", "hi");
+        thread::sleep(Duration::from_millis(3500)); // one that could not be read is tried again at once, for one message
+        api.heal();
+        let mote = Mote::new(gateway.address());
+        mote.post_separate("message", message(&api, "5", "x"))
+            .expect_code("2.05");
+        let is_heard = |seen: &Seen| !seen.texts_to(ADA).is_empty();
+        let is_in_time = api.wait_until(Duration::from_secs(5), is_heard);
+        assert!(is_in_time, "{}", gateway.log());
+    });
+}
+
 // --- too many requests ---
 
 /// Nobody asks again before the time is over, whatever form it has; motes are told so at once.
@@ -534,7 +554,7 @@ fn retry_after() {
             mote.post_separate("update", update(&api))
                 .expect("5.00", "");
             let taken = start.elapsed();
-            assert!(taken < Duration::from_millis(300), "{taken:?}");
+            assert!(taken < Duration::from_secs(1), "{taken:?}");
             assert_eq!(api.count("getUpdates"), 1, "asked too early");
             thread::sleep(Duration::from_millis(300));
         }

@@ -472,6 +472,54 @@ fn config_as_people_spell_it() {
     assert_none(&wrong);
 }
 
+/// A password is compared as it is, whatever it holds, though other words are not.
+#[test]
+fn odd_passwords() {
+    let passwords = [
+        "__init__",
+        "quo\"ted",
+        "dotted.",
+        "/slash/",
+        "at@lab_bot",
+        "ÄÖÜ-ß-🙂",
+        "👩\u{200d}🔬-lab",
+        "remove",
+        "stop",
+        "Config",
+        "<password>",
+        "{\"a\":1}",
+        "100%+5&x=y",
+        "-1",
+    ];
+    let cases = passwords.map(|password| (password, password));
+    in_parallel(&cases, |password| {
+        let scene = Scene::with(|setup| {
+            let mut setup = by_password(setup).dotenv(&format!("PASSWORD={password}\n"));
+            setup.secrets = vec![TOKEN.to_string()];
+            setup
+        });
+        let wrong = [
+            password.to_uppercase(),
+            password.to_lowercase(),
+            format!("{password}."),
+            format!("\"{password}\""),
+            format!("{password}\u{200b}"),
+            password.replace('_', " "),
+            password
+                .trim_matches(|c: char| !c.is_alphanumeric())
+                .to_string(),
+        ];
+        for (chat, wrong) in (FIRST..).zip(wrong.iter().filter(|wrong| wrong != password)) {
+            scene.writes(chat, "Thief", &format!("register {wrong}"));
+            scene.writes(chat, "Thief", &format!("config {wrong} interval 9"));
+        }
+        scene.writes(ADA, "Ada", &format!("register {password}"));
+        scene.writes(BOB, "Bob", &format!("config {password} interval 7"));
+        scene.catch_up();
+        assert_eq!(scene.tokens(), "i7;Ada:1234567890");
+    });
+}
+
 // --- passwords in the chat ---
 
 /// A caption is never carried out, only deleted.

@@ -339,6 +339,20 @@ fn odd_updates() {
     assert_eq!(api.waiting_updates(), 0, "confirmed");
 }
 
+/// Each bot has its own count: with another token in config.ini, the old offset would confirm what nobody has heard.
+#[test]
+fn another_bot() {
+    let api = BotApi::start();
+    api.person_writes(ADA, "Ada", "hi");
+    let mut gateway = Gateway::stopped(Setup::new(&api));
+    let state =
+        json!({"bot": "987654321", "offset": 700_000_005, "users": [{"name": "Bob", "chat": BOB}]});
+    fs::write(gateway.directory().join("state.json"), state.to_string()).unwrap();
+    gateway.restart();
+    let told = hear(&Mote::new(gateway.address()), &api);
+    assert_eq!(told, format!("Bob:2345678901;{ADA_TOKEN}"));
+}
+
 /// After a quiet week Telegram counts on from any number, also from a lower one.
 #[test]
 fn renumbered_updates() {
@@ -402,6 +416,7 @@ webhook                             | webhook
 error 500 restart                   | restart
 page 200                            | HTTP 200
 answer 200 {"ok":true,"result":{}}  | getUpdates
+endless                             | larger than request limit
 hang                                | time
 refuse                              | efused
 "#;
