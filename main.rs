@@ -2095,7 +2095,7 @@ impl Folders {
         let has_settings = Path::new("config.ini").exists() || Path::new(".env").exists();
         let uses_installation = is_installed && (is_inside || !has_settings);
         let folder = |variable: &str, installed: &str| match variable_of_environment(variable) {
-            Some(folder) => PathBuf::from(folder),
+            Some(folders) => folders.split(':').next().unwrap_or_default().into(),
             None if uses_installation => installed.into(),
             None => PathBuf::new(),
         };
