@@ -12,10 +12,10 @@
 //!
 //! One thread owns everything ([`Gateway`]) and does one thing at a time: it receives a datagram,
 //! sends the empty ACK, calls Telegram, sends the separate response, and only then writes to the
-//! disk and to people. What comes meanwhile waits in the socket. Nothing is shared or locked but
-//! what is known of the way to Telegram, for three kinds of threads help it: the heartbeat logs a
-//! line now and then; a text to several chats has a thread for each while it is sent; a look-up of
-//! Telegram's address has one, for it cannot be interrupted.
+//! disk and to people. What comes meanwhile waits in the socket. It shares nothing and locks nothing.
+//! Three kinds of threads help it: the heartbeat logs a line now and then; a text to several chats
+//! has a thread for each while it is sent; a look-up of Telegram's address has one, for it cannot be
+//! interrupted ([`Addresses`] locks for that).
 //!
 //! The way of a datagram: `run` → `receive` → `handle` → `judge`, which either refuses it (the
 //! answer goes inside the ACK) or says what is to be done → `deliver` or `update` → the separate
@@ -25,7 +25,7 @@
 //! → `State::summary`, which a mote gets with its next `/update`; and an answer by `answer_people`.
 //!
 //! Where the promises are kept: nothing is sent twice ([`coap::Exchanges`] knows duplicates,
-//! [`Telegram::call`] repeats only what surely had no effect); no change is lost ([`Motes`] counts
+//! [`Telegram::attempt`] repeats only what surely had no effect); no change is lost ([`Motes`] counts
 //! only what was acknowledged, `fetch_pages` saves before it confirms); nobody waits long
 //! ([`Polling`] says how long a call may take).
 
@@ -943,7 +943,7 @@ struct Telegram {
     url: String,
     /// When a call last ended without any HTTP answer. Connections that were idle then are not used
     /// any more: a router that has forgotten one has forgotten all.
-    silent_at: Mutex<Option<Instant>>,
+    silent_at: Option<Instant>,
 }
 
 /// What a call returns: the Bot API's `result`.
@@ -1024,13 +1024,13 @@ impl Telegram {
         Telegram {
             agent: ureq::Agent::with_parts(settings, connector, Addresses::default()),
             url: config.url.clone(),
-            silent_at: Mutex::default(),
+            silent_at: None,
         }
     }
 
     /// Returns the updates from `offset` on, at most `limit`; those before are confirmed.
     fn get_updates(
-        &self,
+        &mut self,
         token: &Secret,
         offset: i64,
         limit: usize,
@@ -1044,12 +1044,13 @@ impl Telegram {
     }
 
     /// Sends a text to every chat at the same time, to the first without a thread. Results in order.
-    fn send_to_all(&self, text: &Text, chats: &[ChatId], deadline: Instant) -> Vec<ApiResult> {
+    fn send_to_all(&mut self, text: &Text, chats: &[ChatId], deadline: Instant) -> Vec<ApiResult> {
+        let telegram = &*self;
         let send = |chat: &ChatId| {
             let body = json!({"chat_id": chat, "text": text.text});
-            self.call(&text.token, "sendMessage", &body, deadline)
+            telegram.attempt(&text.token, "sendMessage", &body, deadline)
         };
-        thread::scope(|scope| {
+        let results = thread::scope(|scope| {
             let mut threads = Vec::new();
             for chat in chats.iter().skip(1) {
                 threads.push(thread::Builder::new().spawn_scoped(scope, move || send(chat)));
@@ -1062,11 +1063,27 @@ impl Telegram {
                 });
             }
             results
-        })
+        });
+        for result in &results {
+            self.note_silence(result);
+        }
+        results
+    }
+
+    fn call(&mut self, token: &Secret, method: &str, body: &Value, deadline: Instant) -> ApiResult {
+        let result = self.attempt(token, method, body, deadline);
+        self.note_silence(&result);
+        result
+    }
+
+    fn note_silence(&mut self, result: &ApiResult) {
+        if result.as_ref().is_err_and(|failure| !failure.http_began) {
+            self.silent_at = Some(Instant::now());
+        }
     }
 
     /// Calls a method until the deadline: again only where the call before surely had no effect.
-    fn call(&self, token: &Secret, method: &str, body: &Value, deadline: Instant) -> ApiResult {
+    fn attempt(&self, token: &Secret, method: &str, body: &Value, deadline: Instant) -> ApiResult {
         let mut first_reason = None;
         let mut attempts_left = ATTEMPTS;
         loop {
@@ -1081,9 +1098,6 @@ impl Telegram {
                 _ if failure.is_final() => return Err(failure),
                 // Of attempts that came to nothing, the first tells more than the last.
                 _ => {
-                    if !failure.http_began {
-                        *self.silent_at.lock().expect("no thread panics") = Some(Instant::now());
-                    }
                     let reason = first_reason.unwrap_or(failure.reason);
                     return Err(Failure { reason, ..failure });
                 }
@@ -1123,8 +1137,7 @@ impl Telegram {
     /// that it may use. Whatever was idle when Telegram fell silent is older than that, and closed.
     fn with_limits(&self, request: PostRequest, deadline: Instant) -> PostRequest {
         let time_left = deadline.saturating_duration_since(Instant::now());
-        let silent_at = *self.silent_at.lock().expect("no thread panics");
-        let since_silence = silent_at.map_or(IDLE_CONNECTION, |at| at.elapsed());
+        let since_silence = self.silent_at.map_or(IDLE_CONNECTION, |at| at.elapsed());
         // Without limits of its own, as the first fetch, a request makes ureq keep the TLS settings.
         let is_usual = (FETCH_TIME - TIME_LEFT_SLACK..=FETCH_TIME).contains(&time_left);
         let idle_age = since_silence.min(IDLE_CONNECTION);
@@ -2540,7 +2553,7 @@ fn check() -> Result<(), String> {
     start_console()?;
     let config = Config::load(&Folders::find())?;
     let token = config.required_token()?;
-    let telegram = Telegram::new(&config);
+    let mut telegram = Telegram::new(&config);
     let deadline = Instant::now() + REQUEST_TIME;
     let fault = |failure: Failure| escape(&failure.reason);
     let bot = telegram.call(token, "getMe", &json!({}), deadline);
