@@ -18,7 +18,6 @@ pub struct NameServer {
 struct Behaviour {
     /// None: it says nothing at all.
     address: Option<Ipv4Addr>,
-    refuses: bool,
     delay: Duration,
     questions: usize,
 }
@@ -35,7 +34,6 @@ impl NameServer {
         let socket = UdpSocket::bind("127.0.0.53:53").unwrap();
         let behaviour = Arc::new(Mutex::new(Behaviour {
             address,
-            refuses: false,
             delay: Duration::ZERO,
             questions: 0,
         }));
@@ -45,18 +43,10 @@ impl NameServer {
             while let Ok((length, peer)) = socket.recv_from(&mut buffer) {
                 let mut behaviour = shared.lock().unwrap();
                 behaviour.questions += 1;
-                let Behaviour {
-                    address,
-                    refuses,
-                    delay,
-                    ..
-                } = *behaviour;
+                let Behaviour { address, delay, .. } = *behaviour;
                 drop(behaviour);
-                let response = match address {
-                    _ if refuses => refusal(&buffer[..length]),
-                    Some(address) => answer(&buffer[..length], address),
-                    None => continue,
-                };
+                let Some(address) = address else { continue };
+                let response = answer(&buffer[..length], address);
                 let socket = socket.try_clone().unwrap();
                 thread::spawn(move || {
                     thread::sleep(delay);
@@ -69,14 +59,7 @@ impl NameServer {
 
     /// What it answers from now on; without an address it is silent.
     pub fn knows(&self, address: impl Into<Option<Ipv4Addr>>) {
-        let mut behaviour = self.behaviour.lock().unwrap();
-        behaviour.address = address.into();
-        behaviour.refuses = false;
-    }
-
-    /// From now on it answers with the response code REFUSED.
-    pub fn refuses(&self) {
-        self.behaviour.lock().unwrap().refuses = true;
+        self.behaviour.lock().unwrap().address = address.into();
     }
 
     /// How late its answers are from now on.
@@ -87,13 +70,6 @@ impl NameServer {
     pub fn questions(&self) -> usize {
         self.behaviour.lock().unwrap().questions
     }
-}
-
-/// RFC 1035 §4.1.1: the question, as a response that refuses it.
-fn refusal(query: &[u8]) -> Vec<u8> {
-    let mut response = query.to_vec();
-    response[2..4].copy_from_slice(&0x8185_u16.to_be_bytes());
-    response
 }
 
 /// RFC 1035 §4.1: an address only for a question for one of IPv4.
