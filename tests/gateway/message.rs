@@ -443,7 +443,7 @@ fn a_look_up_serves_many_texts() {
     if !in_namespaces(a_look_up_serves_many_texts) {
         return;
     }
-    let names = NameServer::start(Some(Ipv4Addr::LOCALHOST), "");
+    let names = NameServer::start(Names::Lead(Ipv4Addr::LOCALHOST), "");
     let api = BotApi::with(BotApiOptions {
         names: vec!["telegram.test".to_string()],
         ..BotApiOptions::default()
