@@ -11,15 +11,15 @@
 //! * `GET /.well-known/core`: RFC 6690.
 //!
 //! One thread owns everything ([`Gateway`]) and does one thing at a time: it receives a datagram,
-//! sends the empty ACK, calls Telegram, sends the separate response, and only then writes to the
-//! disk and to people. What comes meanwhile waits in the socket. It shares nothing and locks nothing.
+//! sends the empty ACK, calls Telegram, sends the separate response, and only then writes to people
+//! and, unless the response told it, to the disk. What comes meanwhile waits in the socket. It shares nothing and locks nothing.
 //! Three kinds of threads help it: the heartbeat logs a line now and then; a text to several chats
 //! has a thread for each while it is sent; a look-up of Telegram's address has one, for it cannot be
 //! interrupted ([`Addresses`] locks for that).
 //!
-//! The way of a datagram: `run` → `receive` → `handle` → `judge`, which either refuses it (the
-//! answer goes inside the ACK) or says what is to be done → `deliver` or `update` → the separate
-//! response → `settle`.
+//! The way of a datagram: `run` → `receive` → `take_datagram` → `Exchanges::receive`, which knows
+//! duplicates and ACKs → `handle` → `judge`, which either refuses it (the answer goes inside the
+//! ACK) or says what is to be done → `deliver` or `update` → the separate response → `settle`.
 //!
 //! The way of a text that somebody writes to the bot: `fetch` → `People::take` → `State` → `save`
 //! → `State::summary`, which a mote gets with its next `/update`; and an answer by `answer_people`.
@@ -126,11 +126,11 @@ fn print(line: &str) -> Result<(), String> {
 // One thread receives, answers, and does what is due between the requests. It owns the socket, the
 // state and everything else that changes.
 
-/// The longest time between two signs of life for systemd's watchdog, and between two attempts to
-/// get the address.
+/// The time between two signs of life for systemd's watchdog (a call of Telegram may add 9 s), and
+/// between two attempts to get the address.
 const TICK: Duration = Duration::from_secs(1);
-/// How long what is due may be put off while datagrams wait without a pause. Promised are 2 s, of
-/// which the datagram that is handled just then takes a part.
+/// How long what is due may be put off while datagrams wait without a pause. Requests that each take
+/// longer (a slow Telegram) put it off until a quick datagram comes, such as the ACK of one of them.
 const OVERDUE_MAX: Duration = Duration::from_secs(1);
 /// How often it is checked that this host still has the address.
 const ADDRESS_CHECK: Duration = Duration::from_secs(60);
@@ -220,10 +220,12 @@ impl Gateway {
             if now < self.next_due() {
                 overdue_since = None;
             } else {
-                // Retransmissions wait until the socket is empty, for the ACK may be what waits.
+                // Both wait until the socket is empty, for an ACK that makes a retransmission needless
+                // may be in it; if it never is, for OVERDUE_MAX. But right behind a datagram that took
+                // as long itself, what came meanwhile is read first.
                 let since = *overdue_since.get_or_insert(now);
                 let is_overdue = now >= since + OVERDUE_MAX;
-                let took_long = now >= before + OVERDUE_MAX; // then many ACKs may wait
+                let took_long = now >= before + OVERDUE_MAX;
                 if is_idle || is_overdue && !took_long {
                     self.do_what_is_due(now);
                     overdue_since = None;
@@ -275,9 +277,9 @@ impl Gateway {
         let Some(token) = self.polling.token_if_due(now) else {
             return;
         };
-        let deadline = now + self.polling.time_for(FETCH_TIME, now);
+        let deadline = now + FETCH_TIME; // also in a hang: what is due is the try
         if mem::take(&mut self.people.get_a_turn) {
-            return self.settle(deadline);
+            return self.settle(deadline); // the fetch stays due
         }
         let _ = self.fetch(&token, deadline); // it logs why it failed
         self.settle(deadline);
@@ -309,7 +311,7 @@ impl Gateway {
         let id = request.packet.header.message_id;
         let begin = request.received_at;
         self.motes.note_request(peer, id, begin);
-        let deadline = begin + self.polling.time_for(REQUEST_TIME, begin);
+        let deadline = begin + self.polling.request_time(begin);
         let response = match work {
             Work::Message(text) => self.deliver(&text, deadline),
             Work::Update(token) => self.update(&token, peer, deadline),
@@ -331,7 +333,7 @@ impl Gateway {
     /// changed (what was fetched is saved already), then answers people, for nobody is told of a
     /// change that a power cut would undo.
     fn settle(&mut self, deadline: Instant) {
-        USERS.store(self.state.users.len() as u64, Relaxed);
+        USERS.store(self.state.users.len() as u64, Relaxed); // for the heartbeat
         if let Err(reason) = self.save() {
             return error!("{reason}");
         }
@@ -395,8 +397,8 @@ fn log_outcome(request: &Request, response: &Response) {
 
 // ---------- Judging a request ----------
 //
-// Everything that can be said about a request without Telegram is said here, in the order of the
-// RFC: options, path, method and formats, blocks, then the fields of the payload.
+// Everything that can be said about a request without Telegram is said here, in this order: options,
+// path, method and formats, blocks, then the fields of the payload.
 
 /// The keys of a payload's fields. A `&` is put in front of the first one.
 const URL: &str = "&url=";
@@ -647,6 +649,7 @@ impl Gateway {
     fn note_refusal(&mut self, chat: &ChatId, failure: &Failure) {
         warn!("sendMessage to {chat} failed: {}", failure.reason);
         let ChatId::Number(id) = *chat else { return };
+        // The ids of groups are negative, and do not fit.
         if failure.error_code == Some(403) && fits_firmware(id) {
             let who = self.state.remove(id);
             info!("{who} is removed: Telegram refuses messages to it");
@@ -767,16 +770,17 @@ impl Gateway {
 
 /// How long the gateway's own fetch may take, during which requests wait.
 const FETCH_TIME: Duration = Duration::from_secs(5);
-/// The pause between two fetches while nobody writes. ureq uses its idle connections in turn: the
-/// three of a text to three chats are then used every 45 s each, less than `IDLE_CONNECTION`.
+/// The pause between two fetches while nobody writes. It also keeps connections open for the next
+/// text: ureq uses the idle ones in turn, so that each of three is used every 45 s, before
+/// `IDLE_CONNECTION`. Of more than three, some are opened anew.
 const FETCH_EVERY: Duration = Duration::from_secs(15);
 /// The pause after a fetch with news, for whoever wrote may be about to write again, and after a page
 /// that was too much to be read. Then it doubles.
 const FETCH_SOON: Duration = Duration::from_secs(3);
 /// The pause after a failed fetch. In a hang, one call in this time may take its usual time.
 const FETCH_AFTER_FAILURE: Duration = Duration::from_secs(60);
-/// How long an empty page counts for the next fetch, too: tdlib/telegram-bot-api holds a
-/// `getUpdates` for 3 s that repeats the offset of the one before.
+/// For how long after an empty page an `/update` makes do without a fetch: tdlib/telegram-bot-api
+/// delays a `getUpdates` by up to 3 s that repeats the offset of the one before.
 const EMPTY_PAGE_HOLDS: Duration = Duration::from_secs(3);
 /// How long a request may take while Telegram does not answer, so that all who wait are soon told.
 const TIME_IN_A_HANG: Duration = Duration::from_secs(2);
@@ -787,18 +791,21 @@ const PAGE_LIMIT: usize = 10;
 struct Polling {
     /// The bot whose people are heard: the configured token, else the last that Telegram accepted.
     token: Option<Secret>,
-    /// When the gateway fetches on its own, and the pause before it.
+    /// When the gateway fetches on its own. In a hang also when a call, whoever makes it, has its
+    /// usual time again: that call is the try.
     next_fetch: Instant,
+    /// The pause before it while nothing fails.
     pause: Duration,
-    /// How many updates to ask for: one after a page that could not be read, until a page has come.
+    /// How many updates to ask for: one after a page that came too slowly or could not be read, until
+    /// a page has come.
     page_limit: usize,
     /// When the last page came, if it was empty.
     empty_page_at: Option<Instant>,
     /// Before this, Telegram wants no `getUpdates`: the `retry_after` of a 429.
     refused_until: Option<Instant>,
-    /// Whether the last fetch failed, and whether Telegram was out of reach then.
+    /// Whether the last fetch failed, and whether that was for want of Telegram's decision.
     is_failing: bool,
-    is_out_of_reach: bool,
+    is_undecided: bool,
     /// Whether Telegram hangs: the last call timed out before an answer began.
     hangs: bool,
 }
@@ -813,7 +820,7 @@ impl Polling {
             empty_page_at: None,
             refused_until: None,
             is_failing: false,
-            is_out_of_reach: false,
+            is_undecided: false,
             hangs: false,
         }
     }
@@ -844,11 +851,14 @@ impl Polling {
         (now < until).then(|| until - now)
     }
 
-    /// How long a call may take that begins now. In a hang 2 s; once a minute a call has its usual
-    /// time, to notice the end of the hang.
-    fn time_for(&self, usual: Duration, now: Instant) -> Duration {
+    /// How long a request may take that begins now.
+    fn request_time(&self, now: Instant) -> Duration {
         let is_short = self.hangs && now < self.next_fetch;
-        if is_short { TIME_IN_A_HANG } else { usual }
+        if is_short {
+            TIME_IN_A_HANG
+        } else {
+            REQUEST_TIME
+        }
     }
 
     fn note_page(&mut self, updates: usize, now: Instant) {
@@ -860,7 +870,7 @@ impl Polling {
     fn note_fetch(&mut self, token: &Secret, has_news: bool, now: Instant) {
         self.token = Some(token.clone());
         self.is_failing = false;
-        self.is_out_of_reach = false;
+        self.is_undecided = false;
         self.hangs = false;
         let longer = FETCH_EVERY.min(2 * self.pause);
         self.pause = if has_news { FETCH_SOON } else { longer };
@@ -870,8 +880,9 @@ impl Polling {
     /// A fetch that began then has failed.
     fn note_failed_fetch(&mut self, failure: &Failure, began: Instant, now: Instant) {
         self.is_failing = true;
-        // A 4xx is about getUpdates itself, such as a webhook: an accepted text tells nothing of it.
-        self.is_out_of_reach = failure.error_code.is_none_or(|code| code >= 500);
+        // A 4xx is about getUpdates alone, such as a webhook: that a text is accepted is then no reason
+        // to fetch at once, see `note_texts`.
+        self.is_undecided = failure.error_code.is_none_or(|code| code >= 500);
         let was_unreadable = failure.http_began && failure.error_code.is_none();
         if failure.timed_out {
             self.note_time_out(began);
@@ -890,12 +901,16 @@ impl Polling {
         }
     }
 
-    /// A text has been sent that began then. It may show that Telegram hangs, or answers again.
+    /// The calls for a text, which began then, have ended. They may show that Telegram hangs, or that
+    /// it answers again, be it with a refusal.
     fn note_texts(&mut self, results: &[ApiResult], began: Instant, now: Instant) {
-        let is_open = |result: &ApiResult| result.as_ref().is_err_and(|f| f.error_code.is_none());
+        let is_decided = |result: &ApiResult| match result {
+            Ok(_) => true,
+            Err(failure) => failure.error_code.is_some(),
+        };
         let timed_out = |result: &ApiResult| result.as_ref().is_err_and(|f| f.timed_out);
-        if !results.iter().all(is_open) {
-            if self.hangs || self.is_out_of_reach {
+        if results.iter().any(is_decided) {
+            if self.hangs || self.is_undecided {
                 self.next_fetch = now;
             }
             self.hangs = false;
@@ -904,7 +919,8 @@ impl Polling {
         }
     }
 
-    /// A call that began then got no answer in time. The first one and each try begin a new minute.
+    /// A call that began then got no answer in time. The call that begins the hang, and each try (see
+    /// `next_fetch`), put the next try off by a minute; the short calls between do not.
     fn note_time_out(&mut self, began: Instant) {
         let was_try = began >= self.next_fetch;
         if was_try || !self.hangs {
@@ -931,7 +947,7 @@ const ATTEMPT_PAUSE: Duration = Duration::from_millis(500);
 const PAGE_MAX: u64 = 1 << 20;
 /// How many bytes any other answer may have: a `Message` of 4,096 characters, all escaped, fits.
 const ANSWER_MAX: u64 = 64 << 10;
-/// How much less than the usual time still counts as that.
+/// How much of `FETCH_TIME` may have passed for a call to count as a fetch, see `with_limits`.
 const TIME_LEFT_SLACK: Duration = Duration::from_millis(100);
 /// How many characters of the reason of a failed call are kept.
 const REASON_MAX: usize = 300;
@@ -953,8 +969,9 @@ type ApiResult = Result<Value, Failure>;
 ///
 /// | | `error_code` | `retry_after` | `had_no_effect` | `timed_out` | `http_began` |
 /// |---|---|---|---|---|---|
-/// | nothing was sent | | | yes | maybe | |
+/// | nothing was sent but a head, at most | | | yes | maybe | |
 /// | no answer came | | | | maybe | |
+/// | it was never called (the disk, a 429 before) | | | | | |
 /// | a page that is not the Bot API's, or is too slow | | | | | yes |
 /// | the Bot API has refused it | yes | with 429 | | | yes |
 #[derive(Default)]
@@ -1108,7 +1125,8 @@ impl Telegram {
 
     fn post(&self, token: &Secret, method: &str, body: &Value, deadline: Instant) -> ApiResult {
         let body = body.to_string().into_bytes();
-        // ureq moves this slice on when it asks for the body: while it is whole, nothing is sent.
+        // ureq moves this slice on as it takes the body. While it is whole, at most the head was sent,
+        // and on that alone Telegram does not act.
         let mut unread = body.as_slice();
         let request = self.agent.post(format!("{}{}/{method}", self.url, token.0));
         let request = request
@@ -1133,12 +1151,14 @@ impl Telegram {
         })
     }
 
-    /// Sets the limits of a request that differ from the agent's: the time, and the age of connections
-    /// that it may use. Whatever was idle when Telegram fell silent is older than that, and closed.
+    /// Sets what differs from the agent's: the time, and for how long a connection may have been idle
+    /// to be used. Once Telegram has been silent, that is the time since then: what was idle already
+    /// at that moment is closed.
     fn with_limits(&self, request: PostRequest, deadline: Instant) -> PostRequest {
         let time_left = deadline.saturating_duration_since(Instant::now());
         let since_silence = self.silent_at.map_or(IDLE_CONNECTION, |at| at.elapsed());
-        // Without limits of its own, as the first fetch, a request makes ureq keep the TLS settings.
+        // Only a request without a config of its own lets ureq keep the TLS settings, which all later
+        // ones then use. So a fetch, which comes first and has the agent's own time, goes without.
         let is_usual = (FETCH_TIME - TIME_LEFT_SLACK..=FETCH_TIME).contains(&time_left);
         let idle_age = since_silence.min(IDLE_CONNECTION);
         if is_usual && idle_age == IDLE_CONNECTION {
@@ -1269,16 +1289,16 @@ impl Resolver for Addresses {
             if elapsed(look_up.ended_at) < ADDRESSES_HOLD {
                 return Ok(found.clone());
             }
-            let waited = elapsed(look_up.running_since);
-            patience = patience.min(NEW_ADDRESSES_TIME.saturating_sub(waited));
+            let runs_for = elapsed(look_up.running_since); // zero: it begins below
+            patience = patience.min(NEW_ADDRESSES_TIME.saturating_sub(runs_for));
         }
         if look_up.running_since.is_none() {
             self.start(uri.clone(), config.clone())?;
             look_up.running_since = Some(Instant::now());
         }
         let runs = |look_up: &mut LookUp| look_up.running_since.is_some();
-        let waited = self.changed.wait_timeout_while(look_up, patience, runs);
-        let (look_up, _) = waited.expect("no thread panics");
+        let outcome = self.changed.wait_timeout_while(look_up, patience, runs);
+        let (look_up, _) = outcome.expect("no thread panics");
         match &look_up.found {
             Some(found) => Ok(found.clone()),
             None if look_up.running_since.is_some() => Err(ureq::Error::Timeout(timeout.reason)),
@@ -1414,8 +1434,9 @@ impl State {
         self.removed.iter().any(|id| ChatId::Number(*id) == *chat)
     }
 
-    /// Registers a chat if there is room, and returns whether it is registered. A name is kept: names
-    /// that change their owners between two polls leave the firmware with one user twice, one never.
+    /// Registers a chat if there is room, and returns whether it is registered. Who is registered
+    /// keeps the name, even after changing it at Telegram: the firmware finds users by name, and of
+    /// two who swap theirs between two polls it would keep one twice and lose the other.
     fn register(&mut self, chat: i64, name: &str) -> bool {
         if self.is_user(chat) || self.users.len() >= USERS_MAX {
             return self.is_user(chat);
@@ -1445,8 +1466,11 @@ impl State {
     /// Finds the chat that somebody means by an id or by a user's name.
     fn find(&self, meant: &str) -> Option<i64> {
         let id = parse_number(meant).filter(|id| fits_firmware(*id));
-        if id.is_some() || visible_name(meant).is_empty() {
-            return id; // of no name at all, `clean_name` would make one
+        if id.is_some() {
+            return id;
+        }
+        if visible_name(meant).is_empty() {
+            return None; // `clean_name` would make a name of it
         }
         let name = clean_name(meant);
         let lower = name.to_lowercase();
@@ -1479,6 +1503,7 @@ impl State {
         for User { name, chat } in &self.users {
             tokens.push(format!("{name}:{chat}"));
         }
+        // At most 277 bytes: i120;f1; and ten times a name of 14, a colon, an id of 11 digits.
         let mut summary = tokens.join(";");
         for chat in self.removed.iter().rev() {
             let separator = if summary.is_empty() { "" } else { ";" };
@@ -1725,7 +1750,7 @@ struct People {
     answers: VecDeque<Answer>,
     /// What is to be deleted, the oldest first.
     deletions: VecDeque<Deletion>,
-    /// Whether the last fetch left no time for all of them: then they get a turn before the next.
+    /// Whether the gateway's last fetch left no time for all of them: then they get a turn before the next.
     get_a_turn: bool,
     /// Who has tried wrong passwords, the latest last.
     suspects: VecDeque<Suspect>,
@@ -1793,8 +1818,8 @@ impl People {
         }
         let is_newcomer = !state.is_user(id);
         let has_left = state.is_removed(&ChatId::Number(id));
-        let comes_back = !has_left || !text.is_empty();
-        if is_newcomer && comes_back && !config.registration_by_password {
+        let may_register = !has_left || !text.is_empty(); // a sticker brings back nobody who left
+        if is_newcomer && may_register && !config.registration_by_password {
             self.register(chat, state);
         }
         match command {
@@ -1807,7 +1832,7 @@ impl People {
                 self.say(id, NOT_UNDERSTOOD);
                 self.say(id, &help(config));
             }
-            _ => {} // a sticker, or the list is full
+            _ => {} // no text, or the list is full
         }
     }
 
@@ -2275,9 +2300,9 @@ impl Config {
 
 /// A line of settings.
 struct Setting {
-    /// File and line.
+    /// File and line, or the environment.
     place: String,
-    /// As the file spells it.
+    /// As it is spelled there.
     name: String,
     /// Not empty; maybe a secret, so that no message repeats it.
     value: String,
@@ -2469,6 +2494,7 @@ impl log::Log for Log {
 /// Returns what tells the journal the priority of a line, sd-daemon(3); nothing if the console is not
 /// the journal. A terminal may have inherited its variable.
 fn journal_priority(level: Level) -> &'static str {
+    // Of stderr, for stdout and stderr of the service both go to the journal.
     let is_journal = env::var_os("JOURNAL_STREAM").is_some() && !io::stderr().is_terminal();
     match level {
         _ if !is_journal => "",
@@ -2542,7 +2568,7 @@ fn notify(message: &str) {
 
 // ---------- `check` and `send` ----------
 //
-// What an operator calls by hand. Both change nothing.
+// What an operator calls by hand. `check` changes nothing; `send` is a mote for one message.
 
 fn check_settings() -> Result<(), String> {
     start_console()?;
@@ -2564,7 +2590,7 @@ fn check() -> Result<(), String> {
     let saved = read_file(&config.state_path)?;
     print_users(&State::parse(&config.state_path, saved)?)?;
     print("chats with messages not fetched yet (for others see the log):")?;
-    // Offset 1 confirms nothing, and is not the gateway's last one, which Telegram would hold.
+    // Offset 1 confirms nothing; and as the gateway asks for another, Telegram delays neither.
     let updates = telegram.get_updates(token, 1, PAGE_LIMIT, deadline);
     let mut printed = Vec::new();
     for update in updates.map_err(fault)? {
@@ -2690,11 +2716,14 @@ mod coap {
     pub const ACK_TIMEOUT: Duration = Duration::from_secs(2);
     pub const MAX_RETRANSMIT: u32 = 4;
     const ACK_RANDOM_MS: u64 = 1000;
-    const MAX_TRANSMIT_SPAN_S: u64 = 3 * ((1 << MAX_RETRANSMIT) - 1);
+    /// ACK_TIMEOUT times ACK_RANDOM_FACTOR, which is 1.5.
+    const ACK_TIMEOUT_MAX_S: u64 = 3;
+    const MAX_TRANSMIT_SPAN_S: u64 = ACK_TIMEOUT_MAX_S * ((1 << MAX_RETRANSMIT) - 1);
     const MAX_LATENCY_S: u64 = 100;
     const PROCESSING_DELAY_S: u64 = 2;
     const EXCHANGE_LIFETIME_S: u64 = MAX_TRANSMIT_SPAN_S + 2 * MAX_LATENCY_S + PROCESSING_DELAY_S;
-    pub const MAX_TRANSMIT_WAIT: Duration = Duration::from_secs(3 * ((2 << MAX_RETRANSMIT) - 1));
+    pub const MAX_TRANSMIT_WAIT: Duration =
+        Duration::from_secs(ACK_TIMEOUT_MAX_S * ((2 << MAX_RETRANSMIT) - 1));
     pub const NON_LIFETIME: Duration = Duration::from_secs(MAX_TRANSMIT_SPAN_S + MAX_LATENCY_S);
     pub const EXCHANGE_LIFETIME: Duration = Duration::from_secs(EXCHANGE_LIFETIME_S);
 
@@ -2702,7 +2731,7 @@ mod coap {
     pub const DATAGRAM_MAX: usize = 1 << 16;
     /// The longest payload of a request in bytes: 4,096 characters of 4 bytes, and the form.
     pub const BODY_MAX: usize = 17 << 10;
-    /// How many messages of a kind are remembered: those of 1,000 motes that all send four in
+    /// How many messages each `Memory` holds: those of 1,000 motes that all send four in
     /// `EXCHANGE_LIFETIME`. Each takes about 50 bytes.
     pub const SEEN_MAX: usize = 4096;
     /// How many responses may wait for their ACK. Each has at most 320 bytes.
@@ -2845,7 +2874,7 @@ mod coap {
     #[derive(Default)]
     pub struct Response {
         packet: Packet,
-        /// Comes back with its ACK, if it is separate.
+        /// What `Event::Acknowledged` brings back for it: the version that a mote is told.
         pub ticket: Option<u64>,
         /// What the log says about it.
         pub detail: String,
@@ -2909,7 +2938,7 @@ mod coap {
         /// It is answered with a reset or as its first copy was, or (no bytes) with silence.
         Send(Vec<u8>),
         Request(Request),
-        /// A response with this ticket has arrived.
+        /// The mote has acknowledged the separate response with this ticket.
         Acknowledged(u64),
     }
 
@@ -2990,9 +3019,10 @@ mod coap {
     pub struct Exchanges {
         last_message_id: u16,
         hasher: RandomState,
-        /// Requests that were promised a response: they had a token.
+        /// Requests that were promised a response: they held an acceptable token of a bot.
         begun: Memory,
-        /// Blocks that were answered 2.31; apart, for it takes no token to send many of them.
+        /// Blocks that were answered 2.31. Apart, for anybody can send many of them: the bot's token is
+        /// looked for in a whole body only.
         continued: Memory,
         /// The oldest comes first.
         unacknowledged: VecDeque<Unacknowledged>,
@@ -3179,7 +3209,9 @@ mod coap {
             if length != block.number * block.size {
                 return Err(Response::error(incomplete, "A block is missing"));
             }
-            // If a replaced body goes on here, too, this may be its block, unless both began alike.
+            // A client without Request-Tag may send two bodies at once; the second has then replaced
+            // the first. A block that fits behind both could belong to either, so it is refused,
+            // unless both hold the same bytes so far.
             let digest = self.hasher.hash_one(&assembly.body);
             let is_other = |other: &Replaced| other.length == length && other.digest != digest;
             if assembly.replaced.iter().any(is_other) {
@@ -3215,9 +3247,9 @@ mod coap {
 
     // ----- Bytes -----
 
-    /// Reads a message by RFC 7252 §3, §4.2 and §4.3. `Err` is the RST that a malformed CON gets,
-    /// empty for others. The codec is laxer than the RFC. What it reads must therefore be what it
-    /// would write; this refuses a marker without a payload, among others.
+    /// Reads a message by RFC 7252 §3, §4.2 and §4.3. `Err` is the RST that a CON gets, empty for
+    /// others. The codec is laxer than the RFC. What it reads must therefore be what it would write;
+    /// this refuses a marker without a payload, among others.
     fn parse(datagram: &[u8]) -> Result<Packet, Vec<u8>> {
         let [first, code, high, low, ..] = *datagram else {
             return Err(Vec::new());

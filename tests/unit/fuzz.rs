@@ -1009,9 +1009,9 @@ fn script_of_fetches(script: &[u8]) {
             due >= refused_until || now >= refused_until,
             "it asks too soon"
         );
-        let time = polling.time_for(REQUEST_TIME, now);
+        let time = polling.request_time(now);
         assert!(time == REQUEST_TIME || time == Duration::from_secs(2) && polling.hangs);
-        assert_eq!(polling.time_for(FETCH_TIME, minute_later), FETCH_TIME);
+        assert_eq!(polling.request_time(minute_later), REQUEST_TIME);
         assert_eq!(polling.page_limit, if is_last_page_unread { 1 } else { 10 });
     }
 }

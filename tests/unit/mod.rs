@@ -310,7 +310,7 @@ impl Fetches {
 
     /// What a request gets, in seconds.
     fn time(&self, seconds: u64) -> f64 {
-        let time = self.polling.time_for(REQUEST_TIME, self.at(seconds));
+        let time = self.polling.request_time(self.at(seconds));
         time.as_secs_f64()
     }
 }
