@@ -4,10 +4,10 @@ use std::fs::{self, File};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::Mutex;
+use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
-use std::{env, process, thread};
+use std::{env, thread};
 
 use super::{BotApi, Mote, PATIENCE, TempDir, within};
 
@@ -29,34 +29,58 @@ pub fn binary() -> PathBuf {
 
 /// `::1`, as motes speak IPv6; `127.0.0.1` where this machine does not, as in some containers.
 pub fn loopback() -> IpAddr {
-    let ipv6 = IpAddr::from(Ipv6Addr::LOCALHOST);
-    match UdpSocket::bind((ipv6, 0)) {
-        Ok(_) => ipv6,
-        Err(_) => Ipv4Addr::LOCALHOST.into(),
-    }
+    static LOOPBACK: LazyLock<IpAddr> = LazyLock::new(|| {
+        let ipv6 = IpAddr::from(Ipv6Addr::LOCALHOST);
+        match UdpSocket::bind((ipv6, 0)) {
+            Ok(_) => ipv6,
+            Err(_) => Ipv4Addr::LOCALHOST.into(),
+        }
+    });
+    *LOOPBACK
 }
 
-/// A UDP port that nothing uses. It is chosen outside the range from which the system takes ports by itself, so that
-/// no socket of another test can take it before the gateway does. The TCP port of the same number is held as long as
-/// this process runs: that keeps other test programs off, also while a gateway is restarted.
+/// A UDP port that nothing uses. It lies outside the range from which the system takes ports by itself, so that no
+/// socket of another test can take it before the gateway does, also while a gateway is restarted.
 pub fn free_udp_port() -> u16 {
-    static NEXT: AtomicU16 = AtomicU16::new(0);
-    static HELD: Mutex<Vec<TcpListener>> = Mutex::new(Vec::new());
+    static BLOCK: LazyLock<PortBlock> = LazyLock::new(PortBlock::claim);
     // Not tried with a socket: a program that another thread starts just then would hold a copy of it for a moment.
     let used = fs::read_to_string("/proc/net/udp").unwrap()
-        + &fs::read_to_string("/proc/net/udp6").unwrap();
-    let start = (process::id() * 37 % 10_000) as u16;
-    for _ in 0..10_000 {
-        let port = 20_000 + (start + NEXT.fetch_add(1, Ordering::Relaxed)) % 12_000;
-        let Ok(held) = TcpListener::bind(("127.0.0.1", port)) else {
-            continue;
-        };
+        + &fs::read_to_string("/proc/net/udp6").unwrap_or_default();
+    for _ in 0..PortBlock::PORTS {
+        let port = BLOCK.next();
         if !used.contains(&format!(":{port:04X} ")) {
-            HELD.lock().unwrap().push(held);
             return port;
         }
     }
     panic!("no free UDP port");
+}
+
+/// Ports of this process alone, as long as it holds the first one's namesake of TCP.
+struct PortBlock {
+    first: u16,
+    given: AtomicU16,
+    _held: TcpListener,
+}
+
+impl PortBlock {
+    const PORTS: u16 = 1_500;
+
+    fn claim() -> Self {
+        for first in (20_000..32_000).step_by(Self::PORTS.into()) {
+            if let Ok(held) = TcpListener::bind(("127.0.0.1", first)) {
+                return Self {
+                    first,
+                    given: AtomicU16::new(0),
+                    _held: held,
+                };
+            }
+        }
+        panic!("eight other programs of these tests run");
+    }
+
+    fn next(&self) -> u16 {
+        self.first + self.given.fetch_add(1, Ordering::Relaxed) % Self::PORTS
+    }
 }
 
 /// What a gateway is started with.
