@@ -314,7 +314,7 @@ prepare_settings() {
 # choose WHAT FILE GIVEN INSTALLED OFFER: sets reply from the file, else to what the environment gave, else to what is
 # installed, else to what is typed on the terminal, where Enter takes the offer.
 choose() {
-    local what=$1 file=$2 given=$3 installed=$4 offer=$5 refusal hidden=''
+    local what=$1 file=$2 given=$3 installed=$4 offer=$5 refusal hidden='' hint="as BotFather shows it"
     if [ "$file" = - ]; then
         given='' installed='' offer=''
     elif [ -n "$file" ]; then
@@ -322,13 +322,13 @@ choose() {
         [ -n "$given" ] || die "cannot read the $what from $file: write it there as the first line, then run this again"
     fi
     [ -z "$(refusal_of_value "$what" "$offer")" ] || offer=''
-    [ "$what" != password ] || hidden=s
+    [ "$what" != password ] || hidden=s hint="8 characters or more, no blanks"
     reply=${given:-$installed}
     while refusal=$(refusal_of_value "$what" "$reply"); [ -n "$refusal" ]; do
         [ -z "$given" ] || die "that is no $what: $refusal; nothing was changed"
         [ -t 0 ] || die "no $what and no terminal to ask for it: write it to a file, then run this with --${what#* }-file FILE"
         [ -z "$reply" ] || echo "That is no $what: $refusal." >&2
-        printf '%s%s: ' "${what^}" "${offer:+, or Enter for the one of the program before}" >&2
+        printf '%s (%s)%s: ' "${what^}" "$hint" "${offer:+, or Enter for the one of the program before}" >&2
         read "-r$hidden" reply || die "no $what: nothing was changed"
         [ -z "$hidden" ] || echo >&2
         reply=${reply:-$offer}
@@ -380,7 +380,7 @@ value_of() {
 }
 
 # Takes a BOM, a carriage return, blanks and quotes off both ends of a line.
-bare() { LC_ALL=C sed "s/^\xef\xbb\xbf//; s/^[[:space:]]*//; s/[[:space:]]*\$//; s/^\"\(.*\)\"\$/\1/; t; s/^'\(.*\)'\$/\1/"; }
+bare() { LC_ALL=C sed "s/^\xef\xbb\xbf//; s/^[[:space:]]*//; s/[[:space:]]*\$//; s/^\([\"']\)\(.*\)\1\$/\2/"; }
 
 # with_value FILE KEY VALUE: the text of FILE with that value, every other line as it is.
 with_value() {
