@@ -12,20 +12,20 @@
 //!
 //! One thread owns everything ([`Gateway`]) and does one thing at a time: it receives a datagram,
 //! sends the empty ACK, calls Telegram, sends the separate response, and only then writes to the
-//! disk and to people. What comes meanwhile waits in the socket. Nothing is shared, so nothing is
-//! locked. Three kinds of threads help it: the heartbeat logs a line now and then; a text to several
-//! chats has a thread for each while it is sent; a look-up of Telegram's address has one, for it
-//! cannot be interrupted.
+//! disk and to people. What comes meanwhile waits in the socket. It shares nothing and locks nothing.
+//! Three kinds of threads help it: the heartbeat logs a line now and then; a text to several chats
+//! has a thread for each while it is sent; a look-up of Telegram's address has one, for it cannot be
+//! interrupted ([`Addresses`] locks for that).
 //!
 //! The way of a datagram: `run` → `receive` → `handle` → `judge`, which either refuses it (the
 //! answer goes inside the ACK) or says what is to be done → `deliver` or `update` → the separate
 //! response → `settle`.
 //!
 //! The way of a text that somebody writes to the bot: `fetch` → `People::take` → `State` → `save`
-//! → `State::tokens`, which a mote gets with its next `/update`; and an answer by `answer_people`.
+//! → `State::summary`, which a mote gets with its next `/update`; and an answer by `answer_people`.
 //!
 //! Where the promises are kept: nothing is sent twice ([`coap::Exchanges`] knows duplicates,
-//! [`Telegram::call`] repeats only what surely had no effect); no change is lost ([`Motes`] counts
+//! [`Telegram::attempt`] repeats only what surely had no effect); no change is lost ([`Motes`] counts
 //! only what was acknowledged, `fetch_pages` saves before it confirms); nobody waits long
 //! ([`Polling`] says how long a call may take).
 
@@ -39,7 +39,7 @@ use std::os::unix::net::{SocketAddr as UnixAddress, UnixDatagram};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use std::{env, fmt, mem, thread};
 
@@ -57,12 +57,13 @@ use ureq::unversioned::transport::{DefaultConnector, NextTimeout};
 
 // ---------- What the program promises ----------
 //
-// Every other limit stands at the head of the section that keeps it.
+// Every other limit stands at the head of the section that keeps it. A limit without a reason only
+// bounds memory or time, far above what a Pi with a handful of motes meets.
 
-/// What Telegram gets for one request. RIOT's nanocoap_sock waits 10 s after the empty ACK; we
-/// promise 9 s and keep half a second for ourselves.
+/// How long Telegram may take for one request. RIOT's nanocoap_sock waits 10 s after the empty ACK;
+/// we promise 9 s and keep half a second for ourselves.
 const REQUEST_TIME: Duration = Duration::from_millis(8500);
-/// How many people can be registered: the firmware keeps 10. It names as many chats in a request.
+/// How many people can be registered: the firmware keeps 10, and names no more chats in a request.
 const USERS_MAX: usize = 10;
 /// The longest text in characters. Bot API, sendMessage.
 const TEXT_MAX: usize = 4096;
@@ -86,31 +87,29 @@ usage: coap_websocket                    serve
                                          send one message through a running gateway
        coap_websocket --help | --version";
 
+const VERSION: &str = concat!("coap_websocket ", env!("CARGO_PKG_VERSION"));
+
 fn main() -> ExitCode {
-    let mut arguments = Vec::new();
-    for argument in env::args_os().skip(1) {
-        arguments.push(argument.to_string_lossy().into_owned());
-    }
-    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    let outcome = match arguments[..] {
+    let words = env::args_os().map(|word| word.to_string_lossy().into_owned());
+    let words: Vec<String> = words.skip(1).collect();
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let outcome = match words[..] {
         [] => serve(),
         ["check"] => check(),
         ["check", "--settings"] => check_settings(),
-        ["send", "-i", chat, "-m", text] | ["send", "-m", text, "-i", chat] => {
-            send(chat, text, None)
-        }
-        ["send", "-i", chat, "-m", text, "-u", uri] if uri.starts_with("coap://") => {
-            send(chat, text, Some(uri))
+        ["send", "-i", id, "-m", text] | ["send", "-m", text, "-i", id] => send(id, text, None),
+        ["send", "-i", id, "-m", text, "-u", uri] if uri.starts_with("coap://") => {
+            send(id, text, Some(uri))
         }
         ["--help" | "-h"] => print(USAGE),
-        ["--version" | "-V"] => print(concat!("coap_websocket ", env!("CARGO_PKG_VERSION"))),
+        ["--version" | "-V"] => print(VERSION),
         _ => {
             let _ = writeln!(io::stderr(), "{USAGE}");
             return ExitCode::from(2);
         }
     };
     if let Err(reason) = outcome {
-        let priority = journal_priority(Level::Error, io::stderr().is_terminal());
+        let priority = journal_priority(Level::Error);
         let _ = writeln!(io::stderr(), "{priority}coap_websocket: {reason}");
         return ExitCode::FAILURE;
     }
@@ -119,8 +118,7 @@ fn main() -> ExitCode {
 
 /// Prints a line. `println!` would take a closed pipe for a reason to panic.
 fn print(line: &str) -> Result<(), String> {
-    let _ = writeln!(io::stdout(), "{line}");
-    Ok(())
+    writeln!(io::stdout(), "{line}").map_err(|error| format!("cannot write: {error}"))
 }
 
 // ---------- The loop ----------
@@ -131,7 +129,8 @@ fn print(line: &str) -> Result<(), String> {
 /// The longest time between two signs of life for systemd's watchdog, and between two attempts to
 /// get the address.
 const TICK: Duration = Duration::from_secs(1);
-/// How long what is due may be put off while datagrams wait without a pause. Promised are 2 s.
+/// How long what is due may be put off while datagrams wait without a pause. Promised are 2 s, of
+/// which the datagram that is handled just then takes a part.
 const OVERDUE_MAX: Duration = Duration::from_secs(1);
 /// How often it is checked that this host still has the address.
 const ADDRESS_CHECK: Duration = Duration::from_secs(60);
@@ -155,7 +154,7 @@ struct Gateway {
 /// Serves for ever. A fault of the start ends it; nothing that comes by network does.
 fn serve() -> Result<(), String> {
     let folders = Folders::find();
-    if folders.are_a_services {
+    if folders.belong_to_the_service {
         return Err(format!(
             "{INSTALLED_SETTINGS} belongs to the service, and two gateways would take each other's \
             messages; run: sudo systemctl start coap_websocket"
@@ -164,23 +163,19 @@ fn serve() -> Result<(), String> {
     start_log(folders.log.join("coap_server.log"))?;
     let config = Config::load(&folders)?;
     let state = State::open(&config)?;
-    notify("READY=1");
+    notify("READY=1"); // before there is an address: a unit that waits would hold up the boot
     let socket = bind(config.listen)?;
     thread::spawn(heartbeat);
     Gateway::new(config, state, socket).run()
 }
 
-/// Waits for the address as long as this host cannot use it. READY=1 was sent before, for a unit
-/// that waits would hold up the boot.
+/// Waits for the address as long as this host cannot use it.
 fn bind(listen: SocketAddr) -> Result<UdpSocket, String> {
     let mut is_told = false;
     loop {
         match UdpSocket::bind(listen) {
-            Ok(socket) => return Ok(socket),
-            Err(error) if error.kind() != ErrorKind::AddrNotAvailable => {
-                return Err(format!("cannot bind {listen}: {error}"));
-            }
-            Err(_) => {}
+            Err(error) if error.kind() == ErrorKind::AddrNotAvailable => {}
+            result => return result.map_err(|error| format!("cannot bind {listen}: {error}")),
         }
         if !is_told {
             let cause = "it is not there, or another host has it too";
@@ -210,13 +205,10 @@ impl Gateway {
     }
 
     fn run(&mut self) -> ! {
-        let version = env!("CARGO_PKG_VERSION");
-        info!(
-            "coap_websocket {version} serves CoAP on {}",
-            self.config.listen
-        );
+        let listen = self.config.listen;
+        info!("{VERSION} serves CoAP on {listen}");
         self.tell_status();
-        self.settle(Instant::now(), Turn::First); // tells at once of a disk that cannot be written
+        self.settle(Instant::now()); // tells at once of a disk that cannot be written
         let mut buffer = vec![0; coap::DATAGRAM_MAX];
         let mut next_tick = Instant::now();
         let mut next_address_check = Instant::now() + ADDRESS_CHECK;
@@ -228,11 +220,11 @@ impl Gateway {
             if now < self.next_due() {
                 overdue_since = None;
             } else {
-                // Retransmissions wait until the socket is empty, for the ACK may be what waits,
-                // above all behind a request that took long.
+                // Retransmissions wait until the socket is empty, for the ACK may be what waits.
                 let since = *overdue_since.get_or_insert(now);
-                let is_overdue = now >= since + OVERDUE_MAX && now < before + OVERDUE_MAX;
-                if is_idle || is_overdue {
+                let is_overdue = now >= since + OVERDUE_MAX;
+                let took_long = now >= before + OVERDUE_MAX; // then many ACKs may wait
+                if is_idle || is_overdue && !took_long {
                     self.do_what_is_due(now);
                     overdue_since = None;
                 }
@@ -252,33 +244,26 @@ impl Gateway {
     /// nothing waits in the socket.
     fn receive(&mut self, buffer: &mut [u8]) -> bool {
         let due_in = self.next_due().saturating_duration_since(Instant::now());
-        let patience = due_in.clamp(Duration::from_millis(1), TICK); // zero would be no limit
+        let patience = due_in.max(Duration::from_millis(1)); // std refuses zero
         let _ = self.socket.set_read_timeout(Some(patience));
         match self.socket.recv_from(buffer) {
-            Ok((length, peer)) => {
-                self.take_datagram(peer, &buffer[..length]);
-                false
-            }
-            Err(error) if error.kind() == ErrorKind::WouldBlock => true,
-            Err(error) if error.kind() == ErrorKind::Interrupted => false,
+            Ok((length, peer)) => self.take_datagram(peer, &buffer[..length]),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return true,
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
             Err(error) => {
                 warn!("cannot receive: {error}");
                 thread::sleep(TICK);
-                true
             }
         }
+        false
     }
 
     /// When the next retransmission or fetch is due; within the next tick if nothing else is.
     fn next_due(&self) -> Instant {
-        let mut due = Instant::now() + TICK;
-        if let Some(retransmission) = self.exchanges.next_due() {
-            due = due.min(retransmission);
-        }
-        if let Some(fetch) = self.polling.next_due() {
-            due = due.min(fetch);
-        }
-        due
+        let tick = Instant::now() + TICK;
+        let retransmission = self.exchanges.next_due().unwrap_or(tick);
+        let fetch = self.polling.next_due().unwrap_or(tick);
+        tick.min(retransmission).min(fetch)
     }
 
     /// Retransmits and fetches, if that is due. What found no time after the last fetch gets a turn
@@ -291,11 +276,12 @@ impl Gateway {
             return;
         };
         let deadline = now + self.polling.time_for(FETCH_TIME, now);
-        if mem::take(&mut self.people.has_leftovers) {
-            return self.settle(deadline, Turn::Last);
+        if mem::take(&mut self.people.get_a_turn) {
+            return self.settle(deadline);
         }
         let _ = self.fetch(&token, deadline); // it logs why it failed
-        self.settle(deadline, Turn::First);
+        self.settle(deadline);
+        self.people.get_a_turn = self.people.are_waiting();
     }
 
     fn take_datagram(&mut self, peer: SocketAddr, datagram: &[u8]) {
@@ -306,80 +292,79 @@ impl Gateway {
         }
     }
 
-    /// Answers a request: at once, or with an empty ACK, a call of Telegram, and then a separate
-    /// response.
+    /// Answers a request: at once, or with an empty ACK, a call of Telegram, a separate response.
     fn handle(&mut self, mut request: Request) {
-        let work = match self.judge(&mut request) {
+        let peer = request.peer;
+        let verdict = self.judge(&mut request);
+        let work = match verdict.unwrap_or_else(Verdict::Reply) {
             Verdict::Work(work) => work,
             Verdict::Reply(response) => {
                 let reply = self.exchanges.respond_now(&request, &response);
-                self.transmit(request.peer, &reply);
-                log_outcome(&request, &response);
-                return;
+                self.transmit(peer, &reply);
+                return log_outcome(&request, &response);
             }
         };
         let acknowledgement = self.exchanges.promise(&request);
-        self.transmit(request.peer, &acknowledgement);
+        self.transmit(peer, &acknowledgement);
+        let id = request.packet.header.message_id;
         let begin = request.received_at;
-        self.motes
-            .note_request(request.peer, request.message_id(), begin);
+        self.motes.note_request(peer, id, begin);
         let deadline = begin + self.polling.time_for(REQUEST_TIME, begin);
         let response = match work {
             Work::Message(text) => self.deliver(&text, deadline),
-            Work::Update(token) => self.update(&token, request.peer, deadline),
+            Work::Update(token) => self.update(&token, peer, deadline),
         };
         let bytes = self.exchanges.respond(Instant::now(), &request, &response);
-        self.transmit(request.peer, &bytes);
+        self.transmit(peer, &bytes);
         log_outcome(&request, &response);
-        self.settle(deadline, Turn::First);
+        self.settle(deadline);
     }
 
-    /// Sends a datagram, if there is one. One that cannot be sent is one that was lost: CoAP
-    /// retransmits.
+    /// Sends a datagram, if there is one. One that cannot be sent counts as lost: CoAP retransmits.
     fn transmit(&self, peer: SocketAddr, bytes: &[u8]) {
         if !bytes.is_empty() {
             let _ = self.socket.send_to(bytes, peer);
         }
     }
 
-    /// Does what can wait until the mote has its response: the disk, then the people, for nobody is
-    /// told of a change that a power cut would undo.
-    fn settle(&mut self, deadline: Instant, turn: Turn) {
+    /// Does what can wait until the mote has its response. It saves what the request itself has
+    /// changed (what was fetched is saved already), then answers people, for nobody is told of a
+    /// change that a power cut would undo.
+    fn settle(&mut self, deadline: Instant) {
         USERS.store(self.state.users.len() as u64, Relaxed);
-        match self.save() {
-            Ok(()) => self.answer_people(deadline, turn),
-            Err(reason) => error!("{reason}"),
+        if let Err(reason) = self.save() {
+            return error!("{reason}");
+        }
+        if let Some(token) = self.polling.token.clone() {
+            self.delete_passwords(&token, deadline);
+            self.answer_people(&token, deadline);
         }
     }
 
     /// Writes `state.json` if it is not what it should be.
     fn save(&mut self) -> Result<(), String> {
-        if self.saved.as_ref() != Some(&self.state) {
-            let path = &self.config.state_path;
-            if let Err(error) = self.state.write(path) {
-                return Err(format!("cannot write {}: {error}", path.display()));
-            }
-            self.saved = Some(self.state.clone());
+        if self.saved.as_ref() == Some(&self.state) {
+            return Ok(());
         }
+        let path = &self.config.state_path;
+        let result = self.state.write(path);
+        result.map_err(|error| format!("cannot write {}: {error}", path.display()))?;
+        self.saved = Some(self.state.clone());
         Ok(())
     }
 
-    /// Tells when this host has lost the address, or has it back. Serving just goes on: the socket
-    /// outlives both.
+    /// Tells when this host has lost the address, or has it back. The socket outlives both.
     fn check_address(&mut self) {
         let ip = self.config.listen.ip();
-        let is_gone = match UdpSocket::bind((ip, 0)) {
-            Ok(_) => false,
-            Err(error) => error.kind() == ErrorKind::AddrNotAvailable,
-        };
+        let result = UdpSocket::bind((ip, 0));
+        let is_gone = result.is_err_and(|error| error.kind() == ErrorKind::AddrNotAvailable);
         if is_gone == self.address_is_gone {
             return;
         }
         self.address_is_gone = is_gone;
-        if is_gone {
-            warn!("address {ip} has gone: its link is down, or another host has it too");
-        } else {
-            info!("address {ip} is back");
+        match is_gone {
+            true => warn!("address {ip} has gone: its link is down, or another host has it too"),
+            false => info!("address {ip} is back"),
         }
         self.tell_status();
     }
@@ -390,7 +375,7 @@ impl Gateway {
         if self.address_is_gone {
             status += ", but this address has gone (link down, or another host has it)";
         }
-        if self.polling.fails() {
+        if self.polling.is_failing {
             status += ", but cannot fetch what people write";
         }
         notify(&status);
@@ -398,10 +383,8 @@ impl Gateway {
 }
 
 fn log_outcome(request: &Request, response: &Response) {
-    let level = match response.is_failure() {
-        true => Level::Warn,
-        false => Level::Info,
-    };
+    let failed = response.is(ResponseType::InternalServerError);
+    let level = if failed { Level::Warn } else { Level::Info };
     let mut line = format!("{} {request} -> {}", request.peer, response.code());
     line += &format!(" in {} ms", request.received_at.elapsed().as_millis());
     if !response.detail.is_empty() {
@@ -479,19 +462,12 @@ impl fmt::Display for ChatId {
 }
 
 impl Gateway {
-    /// Decides what to do with a request, or how to answer it at once.
-    fn judge(&mut self, request: &mut Request) -> Verdict {
-        self.accept(request).unwrap_or_else(Verdict::Reply)
-    }
-
-    /// `Err` refuses the request.
-    fn accept(&mut self, request: &mut Request) -> Result<Verdict, Response> {
+    /// Decides what to do with a request, or how to answer it at once. `Err` refuses it.
+    fn judge(&mut self, request: &mut Request) -> Result<Verdict, Response> {
         request.check_options()?;
         let path = request.path();
         match path.as_str() {
-            "message" | "update" => {
-                check_formats(request, RequestType::Post, coap::TEXT_PLAIN)?;
-            }
+            "message" | "update" => check_formats(request, RequestType::Post, coap::TEXT_PLAIN)?,
             ".well-known/core" => {
                 check_formats(request, RequestType::Get, coap::LINK_FORMAT)?;
                 let code = ResponseType::Content;
@@ -554,18 +530,15 @@ impl Gateway {
             return Err(forbidden("url"));
         }
         let presented = field(payload, TOKEN);
-        let Some(own) = &self.config.token else {
-            let token = Secret(presented.to_string());
-            return match token.is_bot_token() {
-                true => Ok(token),
-                false => Err(Response::bad_request("Malformed token")),
-            };
-        };
+        let token = Secret(presented.to_string());
         let mote_token = self.config.mote_token.as_ref();
-        if own.matches(presented) || mote_token.is_some_and(|word| word.matches(presented)) {
-            return Ok(own.clone());
+        let is_word = mote_token.is_some_and(|word| word.matches(presented));
+        match &self.config.token {
+            Some(own) if is_word || own.matches(presented) => Ok(own.clone()),
+            Some(_) => Err(forbidden("token")),
+            None if token.is_bot_token() => Ok(token),
+            None => Err(Response::bad_request("Malformed token")),
         }
-        Err(forbidden("token"))
     }
 }
 
@@ -577,7 +550,7 @@ fn forbidden(what: &str) -> Response {
 /// Checks method, Content-Format, Accept and Block2. RFC 7252 §5.8, §5.10.3 and §5.10.4.
 fn check_formats(request: &Request, method: RequestType, format: u16) -> Result<(), Response> {
     let error = |code, reason| Err(Response::error(code, reason));
-    if request.code() != MessageClass::Request(method) {
+    if request.packet.header.code != MessageClass::Request(method) {
         return error(ResponseType::MethodNotAllowed, "Method not allowed");
     }
     let given = request.uint(CoapOption::ContentFormat);
@@ -602,15 +575,9 @@ fn field<'a>(payload: &'a str, key: &str) -> &'a str {
     let Some(start) = payload.find(key) else {
         return "";
     };
-    let mut end = payload.len();
-    for other in KEYS {
-        if let Some(position) = payload.find(other)
-            && position > start
-        {
-            end = end.min(position);
-        }
-    }
-    trim(&payload[start + key.len()..end])
+    let starts = KEYS.iter().filter_map(|other| payload.find(other));
+    let end = starts.filter(|other| *other > start).min();
+    trim(&payload[start + key.len()..end.unwrap_or(payload.len())])
 }
 
 /// Strips what the firmware puts around its fields: NUL up to a fixed length, and line feeds.
@@ -643,27 +610,12 @@ fn chats(list: &str) -> Result<Vec<ChatId>, Response> {
     Ok(chats)
 }
 
-/// Reads a decimal number. A leading `+`, which Rust would take, is nothing that anybody means.
-fn parse_number<T: std::str::FromStr>(text: &str) -> Option<T> {
-    if text.starts_with('+') {
-        return None;
-    }
-    text.parse().ok()
-}
-
 // ---------- Message and update ----------
 //
 // What is done for an accepted request: texts go to Telegram, and what people wrote comes from it.
 
 const MESSAGES_SENT: &str = "Messages sent successfully";
 const NO_UPDATES: &str = "No Updates";
-
-/// Whether what finds no time in this turn gets another one.
-#[derive(Clone, Copy, PartialEq)]
-enum Turn {
-    First,
-    Last,
-}
 
 impl Gateway {
     /// Sends a text to every chat but the removed ones. The request has succeeded if one of them
@@ -673,100 +625,86 @@ impl Gateway {
         let mut chats = text.chats.clone();
         chats.retain(|chat| !self.state.is_removed(chat));
         let results = self.telegram.send_to_all(text, &chats, deadline);
-        let mut sent = 0;
-        let mut timed_out = 0;
-        let mut is_answered = false;
+        self.polling.note_texts(&results, began, Instant::now());
+        let sent = results.iter().filter(|result| result.is_ok()).count();
         for (chat, result) in chats.iter().zip(results) {
-            match result {
-                Ok(_) => {
-                    sent += 1;
-                    is_answered = true;
-                }
-                Err(failure) => {
-                    timed_out += usize::from(failure.timed_out);
-                    is_answered |= failure.error_code.is_some();
-                    self.note_refusal(chat, &failure);
-                }
+            if let Err(failure) = result {
+                self.note_refusal(chat, &failure);
             }
-        }
-        if is_answered {
-            self.polling.answered(Instant::now());
-        } else if timed_out > 0 && timed_out == chats.len() {
-            self.polling.timed_out(began);
         }
         FORWARDED.fetch_add(sent as u64, Relaxed);
         FAILURES.fetch_add((chats.len() - sent) as u64, Relaxed);
-        let mut response = match sent > 0 || chats.is_empty() {
-            true => Response::text(ResponseType::Content, MESSAGES_SENT),
-            false => Response::failed(),
-        };
+        let mut response = Response::failed();
+        if sent > 0 || chats.is_empty() {
+            response = Response::text(ResponseType::Content, MESSAGES_SENT);
+        }
         response.detail = format!("{sent} of {} chats", text.chats.len());
         response
     }
 
-    /// Logs why a chat did not get a text. A person who blocked the bot is removed as if they had
-    /// asked; a group that refuses may have the bot back tomorrow.
+    /// Removes a person who has blocked the bot, as if they had asked, and logs why a chat did not get
+    /// a text. A group that refuses may have the bot back tomorrow.
     fn note_refusal(&mut self, chat: &ChatId, failure: &Failure) {
         warn!("sendMessage to {chat} failed: {}", failure.reason);
-        let ChatId::Number(id) = *chat else {
-            return;
-        };
+        let ChatId::Number(id) = *chat else { return };
         if failure.error_code == Some(403) && fits_firmware(id) {
-            let user = self.state.remove(id);
-            info!("{user} is removed: Telegram refuses messages to it");
+            let who = self.state.remove(id);
+            info!("{who} is removed: Telegram refuses messages to it");
         }
     }
 
     /// Fetches what people wrote, and tells the mote everything unless it knows that.
     fn update(&mut self, token: &Secret, peer: SocketAddr, deadline: Instant) -> Response {
-        if !self.polling.is_too_soon(token, Instant::now())
-            && let Err(failure) = self.fetch(token, deadline)
-        {
+        let result = match self.polling.last_page_counts(token, Instant::now()) {
+            true => self.save().map_err(Failure::new), // nobody is told what is not saved
+            false => self.fetch(token, deadline),
+        };
+        if let Err(failure) = result {
             FAILURES.fetch_add(1, Relaxed);
             let mut response = Response::failed();
             response.detail = failure.reason;
             return response;
         }
-        let tokens = self.state.tokens();
-        let version = self.motes.offer(&tokens);
+        let summary = self.state.summary();
+        let version = self.motes.offer(&summary);
         let knows = self.motes.has_acknowledged(peer, version, Instant::now());
-        if tokens.is_empty() || knows {
+        if summary.is_empty() || knows {
             return Response::text(ResponseType::Valid, NO_UPDATES);
         }
-        let mut response = Response::text(ResponseType::Content, &tokens);
+        let mut response = Response::text(ResponseType::Content, &summary);
         response.ticket = Some(version);
-        response.detail = tokens;
+        response.detail = summary;
         response
     }
 
     /// Takes in what people wrote. The log tells once when trouble starts, and once when it ends.
     fn fetch(&mut self, token: &Secret, deadline: Instant) -> Result<(), Failure> {
         let began = Instant::now();
-        if let Some(left) = self.polling.pause_left(began) {
+        if let Some(left) = self.polling.refused_for(began) {
             let seconds = left.as_secs_f64().ceil();
             let reason = format!("Telegram wants no getUpdates for another {seconds} s");
             return Err(Failure::new(reason));
         }
-        let failed_before = self.polling.fails();
+        let was_failing = self.polling.is_failing;
         let result = self.fetch_pages(token, deadline);
-        match &result {
-            Ok(has_news) => self.polling.fetched(token, *has_news, Instant::now()),
-            Err(failure) => self.polling.failed(failure, began, Instant::now()),
+        let now = Instant::now();
+        if let Err(failure) = &result {
+            self.polling.note_failed_fetch(failure, began, now);
         }
-        if self.polling.fails() != failed_before {
+        if self.polling.is_failing != was_failing {
             match &result {
-                Ok(_) => info!("Telegram answers again"),
+                Ok(()) => info!("Telegram answers again"),
                 Err(failure) => warn!("cannot fetch what people write: {}", failure.reason),
             }
             self.tell_status();
         }
-        result.map(drop)
+        result
     }
 
     /// Takes pages until one is empty, which alone proves that there is no more, or half the time is
-    /// used: the rest is for answers, and the next fetch goes on. Returns whether anybody had
-    /// written. Progress is saved before the next call confirms it and before anybody is answered.
-    fn fetch_pages(&mut self, token: &Secret, deadline: Instant) -> Result<bool, Failure> {
+    /// used: the rest is for answers, and the next fetch goes on. Progress is saved before the next
+    /// call confirms it and before anybody is answered.
+    fn fetch_pages(&mut self, token: &Secret, deadline: Instant) -> Result<(), Failure> {
         let began = Instant::now();
         let half_time = began + deadline.saturating_duration_since(began) / 2;
         let mut has_news = false;
@@ -775,7 +713,7 @@ impl Gateway {
             let offset = self.state.offset;
             let limit = self.polling.page_limit;
             let page = self.telegram.get_updates(token, offset, limit, deadline)?;
-            self.polling.page_read(page.len(), Instant::now());
+            self.polling.note_page(page.len(), Instant::now());
             self.state.bot = Some(token.bot_id().to_string());
             for update in &page {
                 self.people.take(update, &mut self.state, &self.config);
@@ -784,54 +722,42 @@ impl Gateway {
             has_news |= has_moved;
             if !has_moved || Instant::now() >= half_time {
                 self.save().map_err(Failure::new)?;
-                return Ok(has_news);
+                self.polling.note_fetch(token, has_news, Instant::now());
+                return Ok(());
             }
         }
     }
 
-    /// Deletes people's passwords from their chats, then tells them what became of their messages.
-    /// Best effort: a deletion is kept until Telegram has decided it; an answer that has found no
-    /// time in its last turn is dropped.
-    fn answer_people(&mut self, deadline: Instant, turn: Turn) {
-        let Some(token) = self.polling.token.clone() else {
-            return;
-        };
-        for deletion in mem::take(&mut self.people.deletions) {
+    /// Deletes messages that hold a password. One stays on the list until Telegram has decided.
+    fn delete_passwords(&mut self, token: &Secret, deadline: Instant) {
+        let mut undecided = VecDeque::new();
+        while Instant::now() < deadline
+            && let Some(deletion) = self.people.deletions.pop_front()
+        {
             let Deletion { chat, message_id } = deletion;
-            let mut is_done = false;
-            if Instant::now() < deadline {
-                let body = json!({"chat_id": chat, "message_id": message_id});
-                let result = self.telegram.call(&token, "deleteMessage", &body, deadline);
-                is_done = result.as_ref().err().is_none_or(Failure::is_final);
-                if let Err(failure) = result {
-                    warn!("deleteMessage in {chat} failed: {}", failure.reason);
+            let body = json!({"chat_id": chat, "message_id": message_id});
+            if let Err(failure) = self.telegram.call(token, "deleteMessage", &body, deadline) {
+                warn!("deleteMessage in {chat} failed: {}", failure.reason);
+                if !failure.is_final() {
+                    undecided.push_back(deletion);
                 }
             }
-            if !is_done {
-                self.people.deletions.push_back(deletion);
+        }
+        undecided.append(&mut self.people.deletions);
+        self.people.deletions = undecided;
+    }
+
+    /// Tells people what became of their messages. An answer is sent once, when there is time.
+    fn answer_people(&mut self, token: &Secret, deadline: Instant) {
+        while Instant::now() < deadline
+            && let Some(Answer { chat, texts }) = self.people.answers.pop_front()
+        {
+            let text = format!("{:.TEXT_MAX$}", texts.join("\n\n"));
+            let body = json!({"chat_id": chat, "text": text});
+            if let Err(failure) = self.telegram.call(token, "sendMessage", &body, deadline) {
+                warn!("sendMessage to {chat} failed: {}", failure.reason);
             }
         }
-        let mut late = Vec::new();
-        for answer in mem::take(&mut self.people.answers) {
-            if Instant::now() >= deadline {
-                late.push(answer);
-                continue;
-            }
-            let text = format!("{:.TEXT_MAX$}", answer.texts.join("\n\n"));
-            let body = json!({"chat_id": answer.chat, "text": text});
-            let result = self.telegram.call(&token, "sendMessage", &body, deadline);
-            if let Err(failure) = result {
-                warn!("sendMessage to {} failed: {}", answer.chat, failure.reason);
-            }
-        }
-        if turn == Turn::Last {
-            if !late.is_empty() {
-                warn!("no time left: {} answers to people are dropped", late.len());
-            }
-            return;
-        }
-        self.people.has_leftovers = !late.is_empty() || !self.people.deletions.is_empty();
-        self.people.answers = late;
     }
 }
 
@@ -839,48 +765,42 @@ impl Gateway {
 //
 // When to fetch, how much, and how long a call may take. It has no clock: the time is an argument.
 
-/// What the gateway's own fetch gets, during which requests wait.
+/// How long the gateway's own fetch may take, during which requests wait.
 const FETCH_TIME: Duration = Duration::from_secs(5);
-/// The pause between two fetches while nobody writes. Three connections take turns, so each is
-/// used every 45 s and stays open.
+/// The pause between two fetches while nobody writes. ureq uses its idle connections in turn: the
+/// three of a text to three chats are then used every 45 s each, less than `IDLE_CONNECTION`.
 const FETCH_EVERY: Duration = Duration::from_secs(15);
-/// The pause after a failed fetch. In a hang, one call in this time may take all its time.
+/// The pause after a fetch with news, for whoever wrote may be about to write again, and after a page
+/// that was too much to be read. Then it doubles.
+const FETCH_SOON: Duration = Duration::from_secs(3);
+/// The pause after a failed fetch. In a hang, one call in this time may take its usual time.
 const FETCH_AFTER_FAILURE: Duration = Duration::from_secs(60);
 /// How long an empty page counts for the next fetch, too: tdlib/telegram-bot-api holds a
-/// `getUpdates` for 3 s that repeats the offset of the one before. It is also the pause after
-/// somebody has written, for they may be about to write again.
+/// `getUpdates` for 3 s that repeats the offset of the one before.
 const EMPTY_PAGE_HOLDS: Duration = Duration::from_secs(3);
-/// What a request gets while Telegram does not answer, so that all who wait are soon told.
+/// How long a request may take while Telegram does not answer, so that all who wait are soon told.
 const TIME_IN_A_HANG: Duration = Duration::from_secs(2);
 /// How many updates a page may hold. Ten of the longest are half a megabyte.
 const PAGE_LIMIT: usize = 10;
 
-/// What the last calls say about the next ones.
+/// Knows when to fetch next, how much to ask for, and how long calls may take.
 struct Polling {
     /// The bot whose people are heard: the configured token, else the last that Telegram accepted.
     token: Option<Secret>,
-    /// When the gateway fetches on its own.
+    /// When the gateway fetches on its own, and the pause before it.
     next_fetch: Instant,
-    /// The pause before the fetch after that: 3, 6, 12, 15 s after somebody has written.
     pause: Duration,
     /// How many updates to ask for: one after a page that could not be read, until a page has come.
     page_limit: usize,
-    /// When a page was empty, if the last one was.
-    nobody_wrote: Option<Instant>,
+    /// When the last page came, if it was empty.
+    empty_page_at: Option<Instant>,
     /// Before this, Telegram wants no `getUpdates`: the `retry_after` of a 429.
     refused_until: Option<Instant>,
-    /// Whether the last fetch failed, and whether that was for want of the Bot API's decision.
-    failure: Option<FetchFailure>,
-    /// Whether the last call of Telegram timed out before an answer began.
+    /// Whether the last fetch failed, and whether Telegram was out of reach then.
+    is_failing: bool,
+    is_out_of_reach: bool,
+    /// Whether Telegram hangs: the last call timed out before an answer began.
     hangs: bool,
-}
-
-#[derive(Clone, Copy, PartialEq)]
-enum FetchFailure {
-    /// The Bot API has refused it.
-    Refused,
-    /// Nothing was heard of the Bot API.
-    Unanswered,
 }
 
 impl Polling {
@@ -890,9 +810,10 @@ impl Polling {
             next_fetch: now,
             pause: FETCH_EVERY,
             page_limit: PAGE_LIMIT,
-            nobody_wrote: None,
+            empty_page_at: None,
             refused_until: None,
-            failure: None,
+            is_failing: false,
+            is_out_of_reach: false,
             hangs: false,
         }
     }
@@ -900,107 +821,96 @@ impl Polling {
     /// When the gateway fetches on its own; never before it knows a bot.
     fn next_due(&self) -> Option<Instant> {
         self.token.as_ref()?;
-        Some(match self.refused_until {
-            Some(until) => until.max(self.next_fetch),
-            None => self.next_fetch,
-        })
+        let refused_until = self.refused_until.unwrap_or(self.next_fetch);
+        Some(refused_until.max(self.next_fetch))
     }
 
     fn token_if_due(&self, now: Instant) -> Option<Secret> {
-        match now >= self.next_due()? {
-            true => self.token.clone(),
-            false => None,
-        }
+        let is_due = now >= self.next_due()?;
+        if is_due { self.token.clone() } else { None }
     }
 
-    fn fails(&self) -> bool {
-        self.failure.is_some()
+    /// Whether the last page of this bot still counts, as nobody had written.
+    fn last_page_counts(&self, token: &Secret, now: Instant) -> bool {
+        let (Some(own), Some(at)) = (&self.token, self.empty_page_at) else {
+            return false;
+        };
+        own.matches(&token.0) && now < at + EMPTY_PAGE_HOLDS
     }
 
-    /// Whether the last page of this bot still counts: it was empty, and Telegram would hold a
-    /// fetch that repeats its offset.
-    fn is_too_soon(&self, token: &Secret, now: Instant) -> bool {
-        let is_own = self.token.as_ref().is_some_and(|own| own.matches(&token.0));
-        let is_fresh = self
-            .nobody_wrote
-            .is_some_and(|at| now < at + EMPTY_PAGE_HOLDS);
-        is_own && is_fresh
-    }
-
-    /// How long Telegram wants no `getUpdates`.
-    fn pause_left(&self, now: Instant) -> Option<Duration> {
+    /// For how long Telegram wants no `getUpdates`.
+    fn refused_for(&self, now: Instant) -> Option<Duration> {
         let until = self.refused_until?;
         (now < until).then(|| until - now)
     }
 
-    /// What a call gets that begins now. In a hang it is little, but that one call a minute tries
-    /// with all its time and so notices the end of it.
+    /// How long a call may take that begins now. In a hang 2 s; once a minute a call has its usual
+    /// time, to notice the end of the hang.
     fn time_for(&self, usual: Duration, now: Instant) -> Duration {
-        match self.hangs && now < self.next_fetch {
-            true => TIME_IN_A_HANG,
-            false => usual,
-        }
+        let is_short = self.hangs && now < self.next_fetch;
+        if is_short { TIME_IN_A_HANG } else { usual }
     }
 
-    /// A page with so many updates has come.
-    fn page_read(&mut self, updates: usize, now: Instant) {
+    fn note_page(&mut self, updates: usize, now: Instant) {
         self.page_limit = PAGE_LIMIT;
-        self.nobody_wrote = (updates == 0).then_some(now);
+        self.empty_page_at = (updates == 0).then_some(now);
     }
 
-    /// A fetch has ended well: with news, the next one follows soon.
-    fn fetched(&mut self, token: &Secret, has_news: bool, now: Instant) {
+    /// A fetch has ended well. The pauses after news are 3, 6, 12, 15 s.
+    fn note_fetch(&mut self, token: &Secret, has_news: bool, now: Instant) {
         self.token = Some(token.clone());
-        self.failure = None;
+        self.is_failing = false;
+        self.is_out_of_reach = false;
         self.hangs = false;
-        self.pause = match has_news {
-            true => EMPTY_PAGE_HOLDS,
-            false => FETCH_EVERY.min(2 * self.pause),
-        };
+        let longer = FETCH_EVERY.min(2 * self.pause);
+        self.pause = if has_news { FETCH_SOON } else { longer };
         self.next_fetch = now + self.pause;
     }
 
-    /// A fetch has failed. What was too much to be read is asked for again soon, but one by one.
-    fn failed(&mut self, failure: &Failure, began: Instant, now: Instant) {
-        self.failure = Some(match failure.error_code {
-            Some(_) => FetchFailure::Refused,
-            None => FetchFailure::Unanswered,
-        });
+    /// A fetch that began then has failed.
+    fn note_failed_fetch(&mut self, failure: &Failure, began: Instant, now: Instant) {
+        self.is_failing = true;
+        // A 4xx is about getUpdates itself, such as a webhook: an accepted text tells nothing of it.
+        self.is_out_of_reach = failure.error_code.is_none_or(|code| code >= 500);
+        let was_unreadable = failure.http_began && failure.error_code.is_none();
         if failure.timed_out {
-            self.page_limit = 1;
-            return self.timed_out(began);
+            self.note_time_out(began);
+        } else {
+            self.hangs = false;
+            self.next_fetch = now + FETCH_AFTER_FAILURE;
         }
-        self.hangs = false;
-        self.next_fetch = now + FETCH_AFTER_FAILURE;
-        if failure.error_code.is_none() && failure.answer_began {
-            if self.page_limit > 1 {
-                self.next_fetch = now + EMPTY_PAGE_HOLDS;
-            }
+        if was_unreadable && self.page_limit > 1 {
+            self.next_fetch = now + FETCH_SOON; // if one is too much, too, it is not the size
+        }
+        if was_unreadable || failure.timed_out {
             self.page_limit = 1;
         }
-        if failure.error_code == Some(429)
-            && let Some(retry_after) = failure.retry_in
-        {
+        if let Some(retry_after) = failure.retry_after {
             self.refused_until = Some(now + retry_after);
         }
     }
 
-    /// A call that began then got no answer in time: Telegram hangs. The minute until the next try
-    /// begins with the first such call, and with each try that had all its time.
-    fn timed_out(&mut self, began: Instant) {
-        if !self.hangs || began >= self.next_fetch {
+    /// A text has been sent that began then. It may show that Telegram hangs, or answers again.
+    fn note_texts(&mut self, results: &[ApiResult], began: Instant, now: Instant) {
+        let is_open = |result: &ApiResult| result.as_ref().is_err_and(|f| f.error_code.is_none());
+        let timed_out = |result: &ApiResult| result.as_ref().is_err_and(|f| f.timed_out);
+        if !results.iter().all(is_open) {
+            if self.hangs || self.is_out_of_reach {
+                self.next_fetch = now;
+            }
+            self.hangs = false;
+        } else if !results.is_empty() && results.iter().all(timed_out) {
+            self.note_time_out(began);
+        }
+    }
+
+    /// A call that began then got no answer in time. The first one and each try begin a new minute.
+    fn note_time_out(&mut self, began: Instant) {
+        let was_try = began >= self.next_fetch;
+        if was_try || !self.hangs {
             self.next_fetch = began + FETCH_AFTER_FAILURE;
         }
         self.hangs = true;
-    }
-
-    /// Telegram has answered a text: no reason to wait for the next fetch, if it was for want of
-    /// an answer.
-    fn answered(&mut self, now: Instant) {
-        if self.hangs || self.failure == Some(FetchFailure::Unanswered) {
-            self.hangs = false;
-            self.next_fetch = now;
-        }
     }
 }
 
@@ -1018,9 +928,11 @@ const CONNECT_TIME: Duration = Duration::from_secs(4);
 const ATTEMPTS: u32 = 3;
 const ATTEMPT_PAUSE: Duration = Duration::from_millis(500);
 /// How many bytes a page of updates may have: ten of the longest take about half of that.
-const PAGE_BYTES_MAX: u64 = 1 << 20;
+const PAGE_MAX: u64 = 1 << 20;
 /// How many bytes any other answer may have: a `Message` of 4,096 characters, all escaped, fits.
-const ANSWER_BYTES_MAX: u64 = 64 << 10;
+const ANSWER_MAX: u64 = 64 << 10;
+/// How much less than the usual time still counts as that.
+const TIME_LEFT_SLACK: Duration = Duration::from_millis(100);
 /// How many characters of the reason of a failed call are kept.
 const REASON_MAX: usize = 300;
 /// The longest `retry_after` in seconds that is believed: Telegram keeps updates for a day.
@@ -1029,27 +941,35 @@ const RETRY_AFTER_MAX: f64 = 86_400.0;
 struct Telegram {
     agent: ureq::Agent,
     url: String,
-    /// When a call last ended without an HTTP answer. Connections that were idle then are not used
+    /// When a call last ended without any HTTP answer. Connections that were idle then are not used
     /// any more: a router that has forgotten one has forgotten all.
-    unanswered_at: Option<Instant>,
+    silent_at: Option<Instant>,
 }
 
 /// What a call returns: the Bot API's `result`.
 type ApiResult = Result<Value, Failure>;
 
 /// Why a call did not succeed.
+///
+/// | | `error_code` | `retry_after` | `had_no_effect` | `timed_out` | `http_began` |
+/// |---|---|---|---|---|---|
+/// | nothing was sent | | | yes | maybe | |
+/// | no answer came | | | | maybe | |
+/// | a page that is not the Bot API's, or is too slow | | | | | yes |
+/// | the Bot API has refused it | yes | with 429 | | | yes |
 #[derive(Default)]
 struct Failure {
     /// Tells a person what failed and why. It never holds the token.
     reason: String,
-    /// Bot API, `error_code`; none if the Bot API has decided nothing.
+    /// Both are the Bot API's.
     error_code: Option<u64>,
-    /// The pause before another attempt, if that cannot do anything twice.
-    retry_in: Option<Duration>,
+    retry_after: Option<Duration>,
+    /// Telegram surely has not acted on it.
+    had_no_effect: bool,
     /// No answer began in time.
     timed_out: bool,
     /// An HTTP answer began, whoever sent it.
-    answer_began: bool,
+    http_began: bool,
 }
 
 impl Failure {
@@ -1061,9 +981,24 @@ impl Failure {
         }
     }
 
-    /// Whether the Bot API has decided, and would decide the same again.
+    /// A failure with an HTTP answer.
+    fn with_answer(reason: impl Into<String>) -> Failure {
+        let mut failure = Failure::new(reason.into());
+        failure.http_began = true;
+        failure
+    }
+
+    /// The pause before another attempt, if that cannot do anything twice.
+    fn retry_in(&self) -> Option<Duration> {
+        match self.had_no_effect {
+            true => Some(ATTEMPT_PAUSE),
+            false => self.retry_after,
+        }
+    }
+
+    /// Whether the Bot API has decided, and not only put it off.
     fn is_final(&self) -> bool {
-        self.error_code.is_some() && self.retry_in.is_none()
+        self.error_code.is_some_and(|code| code != 429)
     }
 }
 
@@ -1073,14 +1008,13 @@ impl Telegram {
         let settings = ureq::Agent::config_builder()
             .http_status_as_error(false) // description and retry_after are in the body
             .max_redirects(0)
-            .max_redirects_will_error(false)
             .ip_family(config.ip_family)
             .proxy(config.proxy.clone()) // `None` is the direct way, whatever the environment says
             .tls_config(tls.build())
-            .timeout_global(Some(REQUEST_TIME))
+            .timeout_global(Some(FETCH_TIME))
             .timeout_connect(Some(CONNECT_TIME))
             .timeout_resolve(Some(CONNECT_TIME))
-            .input_buffer_size(8 << 10) // half of ureq's: a text to ten chats has ten of them
+            .input_buffer_size(8 << 10) // ureq's has 128 KiB, and a text to ten chats ten of them
             .output_buffer_size(8 << 10)
             .max_idle_connections(USERS_MAX)
             .max_idle_connections_per_host(USERS_MAX)
@@ -1090,7 +1024,7 @@ impl Telegram {
         Telegram {
             agent: ureq::Agent::with_parts(settings, connector, Addresses::default()),
             url: config.url.clone(),
-            unanswered_at: None,
+            silent_at: None,
         }
     }
 
@@ -1105,16 +1039,11 @@ impl Telegram {
         let body = json!({"offset": offset, "limit": limit, "allowed_updates": ["message"]});
         match self.call(token, "getUpdates", &body, deadline)? {
             Value::Array(page) => Ok(page),
-            _ => Err(Failure {
-                reason: "getUpdates: the result is no list".to_string(),
-                answer_began: true,
-                ..Failure::default()
-            }),
+            _ => Err(Failure::with_answer("getUpdates: the result is no list")),
         }
     }
 
-    /// Sends a text to every chat at the same time; results are in the order of the chats. The
-    /// first chat needs no thread.
+    /// Sends a text to every chat at the same time, to the first without a thread. Results in order.
     fn send_to_all(&mut self, text: &Text, chats: &[ChatId], deadline: Instant) -> Vec<ApiResult> {
         let telegram = &*self;
         let send = |chat: &ChatId| {
@@ -1135,22 +1064,21 @@ impl Telegram {
             }
             results
         });
-        results.iter().for_each(|result| self.note(result));
+        for result in &results {
+            self.note_silence(result);
+        }
         results
     }
 
-    /// Calls a method of the Bot API.
     fn call(&mut self, token: &Secret, method: &str, body: &Value, deadline: Instant) -> ApiResult {
         let result = self.attempt(token, method, body, deadline);
-        self.note(&result);
+        self.note_silence(&result);
         result
     }
 
-    fn note(&mut self, result: &ApiResult) {
-        if let Err(failure) = result
-            && !failure.answer_began
-        {
-            self.unanswered_at = Some(Instant::now());
+    fn note_silence(&mut self, result: &ApiResult) {
+        if result.as_ref().is_err_and(|failure| !failure.http_began) {
+            self.silent_at = Some(Instant::now());
         }
     }
 
@@ -1165,10 +1093,10 @@ impl Telegram {
             };
             attempts_left -= 1;
             let time_left = deadline.saturating_duration_since(Instant::now());
-            match failure.retry_in {
+            match failure.retry_in() {
                 Some(pause) if attempts_left > 0 && pause < time_left => thread::sleep(pause),
                 _ if failure.is_final() => return Err(failure),
-                // The first reason tells more than the last one's.
+                // Of attempts that came to nothing, the first tells more than the last.
                 _ => {
                     let reason = first_reason.unwrap_or(failure.reason);
                     return Err(Failure { reason, ..failure });
@@ -1178,50 +1106,46 @@ impl Telegram {
         }
     }
 
-    /// Calls a method once.
     fn post(&self, token: &Secret, method: &str, body: &Value, deadline: Instant) -> ApiResult {
         let body = body.to_string().into_bytes();
+        // ureq moves this slice on when it asks for the body: while it is whole, nothing is sent.
         let mut unread = body.as_slice();
         let request = self.agent.post(format!("{}{}/{method}", self.url, token.0));
         let request = request
             .header("content-type", "application/json")
             .header("content-length", body.len())
-            // A front end that always packs would make a delivered text look refused.
+            // Nothing here can unpack: a delivered text would look refused.
             .header("accept-encoding", "identity");
         let request = self.with_limits(request, deadline);
-        let mut failure = match request.send(ureq::SendBody::from_reader(&mut unread)) {
-            Ok(response) => match read_response(response, method) {
-                Ok(result) => return Ok(result),
-                Err(failure) => failure,
-            },
-            Err(error) => Failure {
+        let result = match request.send(ureq::SendBody::from_reader(&mut unread)) {
+            Ok(response) => read_response(response, method),
+            Err(error) => Err(Failure {
                 reason: describe(&error),
-                // As long as nobody asked for the body, Telegram cannot have acted on the call.
-                retry_in: (unread.len() == body.len()).then_some(ATTEMPT_PAUSE),
+                had_no_effect: unread.len() == body.len(),
                 timed_out: matches!(error, ureq::Error::Timeout(_)),
                 ..Failure::default()
-            },
+            }),
         };
-        let reason = failure.reason.replace(&token.0, "<token>");
-        failure.reason = format!("{}: {reason:.REASON_MAX$}", self.url);
-        Err(failure)
+        result.map_err(|failure| {
+            let reason = failure.reason.replace(&token.0, "<token>");
+            let reason = format!("{}: {reason:.REASON_MAX$}", self.url);
+            Failure { reason, ..failure }
+        })
     }
 
-    /// Sets what differs from the agent's own settings, if anything does: only of requests without
-    /// settings of their own does ureq keep the TLS configuration.
+    /// Sets the limits of a request that differ from the agent's: the time, and the age of connections
+    /// that it may use. Whatever was idle when Telegram fell silent is older than that, and closed.
     fn with_limits(&self, request: PostRequest, deadline: Instant) -> PostRequest {
         let time_left = deadline.saturating_duration_since(Instant::now());
-        let since_trouble = self
-            .unanswered_at
-            .map_or(IDLE_CONNECTION, |at| at.elapsed());
-        let has_usual_time = time_left + Duration::from_millis(100) >= REQUEST_TIME;
-        if has_usual_time && since_trouble >= IDLE_CONNECTION {
+        let since_silence = self.silent_at.map_or(IDLE_CONNECTION, |at| at.elapsed());
+        // Without limits of its own, as the first fetch, a request makes ureq keep the TLS settings.
+        let is_usual = (FETCH_TIME - TIME_LEFT_SLACK..=FETCH_TIME).contains(&time_left);
+        let idle_age = since_silence.min(IDLE_CONNECTION);
+        if is_usual && idle_age == IDLE_CONNECTION {
             return request;
         }
         let config = request.config().timeout_global(Some(time_left));
-        config
-            .max_idle_age(since_trouble.min(IDLE_CONNECTION))
-            .build()
+        config.max_idle_age(idle_age).build()
     }
 }
 
@@ -1243,17 +1167,14 @@ fn describe(error: &ureq::Error) -> String {
 
 fn read_response(mut response: ureq::http::Response<ureq::Body>, method: &str) -> ApiResult {
     let status = response.status().as_u16();
-    let limit = match method {
-        "getUpdates" => PAGE_BYTES_MAX,
-        _ => ANSWER_BYTES_MAX,
-    };
+    let is_page = method == "getUpdates";
+    let limit = if is_page { PAGE_MAX } else { ANSWER_MAX };
     match response.body_mut().with_config().limit(limit).read_to_vec() {
         Ok(body) => read_answer(status, &body),
-        Err(error) => Err(Failure {
-            reason: format!("HTTP {status}, then {}", describe(&error)),
-            answer_began: true,
-            ..Failure::default()
-        }),
+        Err(error) => {
+            let reason = format!("HTTP {status}, then {}", describe(&error));
+            Err(Failure::with_answer(reason))
+        }
     }
 }
 
@@ -1269,11 +1190,9 @@ fn read_answer(status: u16, body: &[u8]) -> ApiResult {
         },
         Err(error) => format!("no JSON: {error}"),
     };
-    Err(Failure {
-        reason: format!("HTTP {status} with {} bytes, {cause}", body.len()),
-        answer_began: true,
-        ..Failure::default()
-    })
+    let length = body.len();
+    let reason = format!("HTTP {status} with {length} bytes, {cause}");
+    Err(Failure::with_answer(reason))
 }
 
 /// Reads what the Bot API says when it refuses a call, and adds what to do about it.
@@ -1283,10 +1202,11 @@ fn read_refusal(answer: &Value) -> Option<Failure> {
         return None;
     }
     let description = answer["description"].as_str().unwrap_or("no description");
+    let has_webhook = description.to_lowercase().contains("webhook");
     let parameters = &answer["parameters"];
     let hint = match code {
         401 | 404 => " (is the bot's token right?)",
-        409 if description.contains("ebhook") => " (open <url><token>/deleteWebhook once)",
+        409 if has_webhook => " (open <url><token>/deleteWebhook once)",
         409 => " (stop the other program that uses this bot)",
         _ => "",
     };
@@ -1294,14 +1214,12 @@ fn read_refusal(answer: &Value) -> Option<Failure> {
     if let Some(id) = parameters["migrate_to_chat_id"].as_i64() {
         reason += &format!(" (its id is now {id}: tell the mote)");
     }
-    let retry_after = seconds(&parameters["retry_after"]);
-    Some(Failure {
-        reason,
-        error_code: Some(code),
-        retry_in: retry_after.filter(|_| code == 429),
-        answer_began: true,
-        ..Failure::default()
-    })
+    let mut failure = Failure::with_answer(reason);
+    failure.error_code = Some(code);
+    if code == 429 {
+        failure.retry_after = seconds(&parameters["retry_after"]);
+    }
+    Some(failure)
 }
 
 /// Reads a number of seconds: an integer, a fraction, or either as a string.
@@ -1319,21 +1237,20 @@ fn seconds(value: &Value) -> Option<Duration> {
 const ADDRESSES_HOLD: Duration = Duration::from_secs(60);
 const NEW_ADDRESSES_TIME: Duration = Duration::from_secs(1);
 
-/// Keeps the addresses of the host (the Bot API's, or the proxy's), for ureq asks for them on each
-/// call. There is one look-up at a time, in a thread of its own, and its answer counts whenever it
-/// comes.
+/// Keeps the addresses of the Bot API or the proxy, for ureq asks for them on each call. There is
+/// one look-up at a time, in a thread of its own, and its answer counts whenever it comes.
 #[derive(Debug, Default)]
 struct Addresses {
     look_up: Arc<Mutex<LookUp>>,
-    ended: Arc<Condvar>,
+    changed: Arc<Condvar>,
 }
 
 #[derive(Debug, Default)]
 struct LookUp {
-    /// When the one that runs began.
-    began: Option<Instant>,
-    /// When the last one ended.
-    ended: Option<Instant>,
+    /// When the one that runs began; none if none runs.
+    running_since: Option<Instant>,
+    /// When the last one ended, well or not.
+    ended_at: Option<Instant>,
     /// What the last successful one found. It serves while the name server fails.
     found: Option<ResolvedSocketAddrs>,
 }
@@ -1345,30 +1262,26 @@ impl Resolver for Addresses {
         config: &ureq::config::Config,
         timeout: NextTimeout,
     ) -> Result<ResolvedSocketAddrs, ureq::Error> {
-        let mut look_up = lock(&self.look_up);
-        let mut patience = *timeout.after;
+        let mut look_up = self.look_up.lock().expect("no thread panics");
+        let elapsed = |at: Option<Instant>| at.map_or(Duration::ZERO, |at| at.elapsed());
+        let mut patience = *timeout.after; // as a Duration of std
         if let Some(found) = &look_up.found {
-            let age = look_up
-                .ended
-                .map_or(Duration::ZERO, |ended| ended.elapsed());
-            if age < ADDRESSES_HOLD {
+            if elapsed(look_up.ended_at) < ADDRESSES_HOLD {
                 return Ok(found.clone());
             }
-            let waited = look_up
-                .began
-                .map_or(Duration::ZERO, |began| began.elapsed());
+            let waited = elapsed(look_up.running_since);
             patience = patience.min(NEW_ADDRESSES_TIME.saturating_sub(waited));
         }
-        if look_up.began.is_none() {
+        if look_up.running_since.is_none() {
             self.start(uri.clone(), config.clone())?;
-            look_up.began = Some(Instant::now());
+            look_up.running_since = Some(Instant::now());
         }
-        let is_running = |look_up: &mut LookUp| look_up.began.is_some();
-        let waited = self.ended.wait_timeout_while(look_up, patience, is_running);
-        let (look_up, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        let runs = |look_up: &mut LookUp| look_up.running_since.is_some();
+        let waited = self.changed.wait_timeout_while(look_up, patience, runs);
+        let (look_up, _) = waited.expect("no thread panics");
         match &look_up.found {
             Some(found) => Ok(found.clone()),
-            None if look_up.began.is_some() => Err(ureq::Error::Timeout(timeout.reason)),
+            None if look_up.running_since.is_some() => Err(ureq::Error::Timeout(timeout.reason)),
             None => Err(ureq::Error::HostNotFound),
         }
     }
@@ -1378,24 +1291,20 @@ impl Addresses {
     /// Starts a look-up. Without a time-out, ureq's resolver starts no thread of its own.
     fn start(&self, uri: Uri, config: ureq::config::Config) -> io::Result<()> {
         let shared = Arc::clone(&self.look_up);
-        let ended = Arc::clone(&self.ended);
+        let changed = Arc::clone(&self.changed);
         let run = move || {
             let resolver = DefaultResolver::default();
             let result = resolver.resolve(&uri, &config, NextTimeout::default());
-            let mut look_up = lock(&shared);
-            look_up.began = None;
-            look_up.ended = Some(Instant::now());
+            let mut look_up = shared.lock().expect("no thread panics");
+            look_up.running_since = None;
+            look_up.ended_at = Some(Instant::now());
             if let Ok(found) = result {
                 look_up.found = Some(found);
             }
-            ended.notify_all();
+            changed.notify_all();
         };
         thread::Builder::new().spawn(run).map(drop)
     }
-}
-
-fn lock(look_up: &Mutex<LookUp>) -> MutexGuard<'_, LookUp> {
-    look_up.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 // ---------- State ----------
@@ -1407,8 +1316,7 @@ fn lock(look_up: &Mutex<LookUp>) -> MutexGuard<'_, LookUp> {
 const REMOVED_MAX: usize = 100;
 /// How many bytes of a user's name the firmware keeps.
 const NAME_MAX: usize = 14;
-/// The largest chat id that the firmware keeps whole: 11 characters. It cuts longer ones, so that
-/// they name another chat.
+/// The largest chat id that the firmware keeps whole. A longer one it cuts: that is another chat.
 const CHAT_ID_MAX: i64 = 99_999_999_999;
 /// The longest reply in bytes that the firmware takes. A longer one is thrown away whole.
 const REPLY_MAX: usize = 302;
@@ -1425,10 +1333,9 @@ struct State {
     users: Vec<User>,
     /// Chats to which nothing is sent until they write again, the latest last.
     removed: Vec<i64>,
-    /// The id of the bot that `offset` belongs to.
+    /// The id of the bot that `offset` belongs to. Without a configured token, no other is served.
     bot: Option<String>,
-    /// Bot API, getUpdates: the id of the next update. It may fall, for after a quiet week Telegram
-    /// numbers anew.
+    /// Bot API, getUpdates: the next update's id. It may fall: Telegram numbers anew after a week.
     offset: i64,
 }
 
@@ -1445,32 +1352,21 @@ impl fmt::Display for User {
     }
 }
 
-/// What has become of somebody who wants to be registered.
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum Registration {
-    New,
-    Known,
-    /// As many are registered as the firmware can keep.
-    Full,
-}
-
 impl State {
     /// Reads the state. A damaged file is set aside, for the gateway must start. One that cannot be
     /// read ends the start and stays as it is: it may hold everybody.
     fn open(config: &Config) -> Result<State, String> {
         let path = &config.state_path;
-        let mut state = match State::read(path) {
-            Ok(state) => state,
-            Err(error) if error.kind() != ErrorKind::InvalidData => return Err(error.to_string()),
-            Err(error) => {
-                let aside = beside(path, ".damaged");
-                match fs::rename(path, &aside) {
-                    Ok(()) => error!("{error}; starting anew, it is kept as {}", aside.display()),
-                    Err(fault) => error!("{error}; starting anew, it cannot be kept: {fault}"),
-                }
-                State::default()
+        let content = read_file(path)?;
+        let mut state = State::parse(path, content).unwrap_or_else(|reason| {
+            let aside = beside(path, ".damaged");
+            match fs::rename(path, &aside) {
+                Ok(()) => error!("{reason}; starting anew, it is kept as {}", aside.display()),
+                Err(error) => error!("{reason}; starting anew, it cannot be kept: {error}"),
             }
-        };
+            State::default()
+        });
+        // Nobody is lost for want of a name in the file.
         for index in 0..state.users.len() {
             if state.users[index].name.is_empty() {
                 state.users[index].name = state.free_name("");
@@ -1486,21 +1382,18 @@ impl State {
         Ok(state)
     }
 
-    /// Reads the file, if there is one. `InvalidData` means that it was read and is no state.
-    fn read(path: &Path) -> io::Result<State> {
-        let fault = |kind, error: &dyn fmt::Display| {
-            io::Error::new(kind, format!("cannot read {}: {error}", path.display()))
+    /// Reads the content of the file, if there is one.
+    fn parse(path: &Path, content: Option<Vec<u8>>) -> Result<State, String> {
+        let Some(content) = content else {
+            return Ok(State::default());
         };
-        let content = match fs::read(path) {
-            Ok(content) => content,
-            Err(error) if is_missing(&error) => return Ok(State::default()),
-            Err(error) => return Err(fault(error.kind(), &error)),
-        };
-        serde_json::from_slice(&content).map_err(|error| fault(ErrorKind::InvalidData, &error))
+        // An array, too, would be a State to serde, with its values in order.
+        let object = serde_json::from_slice::<serde_json::Map<String, Value>>(&content);
+        let state = object.and_then(|object| State::deserialize(Value::Object(object)));
+        state.map_err(|error| format!("cannot read {}: {error}", path.display()))
     }
 
-    /// Replaces the file, readable by its owner alone. After a power cut there is the old or the
-    /// new one.
+    /// Replaces the file, readable by its owner alone. A power cut leaves the old or the new one.
     fn write(&self, path: &Path) -> io::Result<()> {
         let new = beside(path, ".new");
         let mut options = OpenOptions::new();
@@ -1509,11 +1402,8 @@ impl State {
         file.write_all(&serde_json::to_vec_pretty(self)?)?;
         file.sync_all()?;
         fs::rename(&new, path)?;
-        let folder = match path.parent() {
-            Some(folder) if !folder.as_os_str().is_empty() => folder,
-            _ => Path::new("."),
-        };
-        File::open(folder)?.sync_all()
+        let whole = Path::new(".").join(path); // a bare name has no folder
+        File::open(whole.parent().unwrap_or(&whole))?.sync_all()
     }
 
     fn is_user(&self, chat: i64) -> bool {
@@ -1524,25 +1414,21 @@ impl State {
         self.removed.iter().any(|id| ChatId::Number(*id) == *chat)
     }
 
-    /// Registers a chat as long as there is room. A name is given once and kept: names that change
-    /// their owners between two polls would leave the firmware with one user doubled and one lost.
-    fn register(&mut self, chat: i64, name: &str) -> Registration {
-        if self.is_user(chat) {
-            return Registration::Known;
-        }
-        if self.users.len() >= USERS_MAX {
-            return Registration::Full;
+    /// Registers a chat if there is room, and returns whether it is registered. A name is kept: names
+    /// that change their owners between two polls leave the firmware with one user twice, one never.
+    fn register(&mut self, chat: i64, name: &str) -> bool {
+        if self.is_user(chat) || self.users.len() >= USERS_MAX {
+            return self.is_user(chat);
         }
         self.removed.retain(|removed| *removed != chat);
         let name = self.free_name(name);
         let user = User { name, chat };
         info!("{user} is registered");
         self.users.push(user);
-        Registration::New
+        true
     }
 
-    /// Removes a chat, known or not: the firmware may have it built in. Returns the user for the
-    /// log.
+    /// Removes a chat, known or not: the firmware may have it built in. Returns who it was.
     fn remove(&mut self, chat: i64) -> String {
         let mut shown = chat.to_string();
         if let Some(index) = self.users.iter().position(|user| user.chat == chat) {
@@ -1558,23 +1444,15 @@ impl State {
 
     /// Finds the chat that somebody means by an id or by a user's name.
     fn find(&self, meant: &str) -> Option<i64> {
-        if let Some(id) = parse_number(meant)
-            && fits_firmware(id)
-        {
-            return Some(id);
-        }
-        if visible_name(meant).is_empty() {
-            return None;
+        let id = parse_number(meant).filter(|id| fits_firmware(*id));
+        if id.is_some() || visible_name(meant).is_empty() {
+            return id; // of no name at all, `clean_name` would make one
         }
         let name = clean_name(meant);
-        let mut found = self.users.iter().find(|user| user.name == name);
-        if found.is_none() {
-            let name = name.to_lowercase();
-            found = self
-                .users
-                .iter()
-                .find(|user| user.name.to_lowercase() == name);
-        }
+        let lower = name.to_lowercase();
+        let is_like = |user: &&User| user.name.to_lowercase() == lower;
+        let exact = self.users.iter().find(|user| user.name == name);
+        let found = exact.or_else(|| self.users.iter().find(is_like));
         found.map(|user| user.chat)
     }
 
@@ -1592,35 +1470,42 @@ impl State {
     }
 
     /// Returns all that a mote should know: removals first, for they make room; then settings and
-    /// users. Of the removals, the newest that still fit go with them: the firmware has room for
-    /// those of its users that are gone, and the others hold all the same.
-    fn tokens(&self) -> String {
+    /// users. A removal that does not fit any more is not told, but nothing is sent to that chat
+    /// either; the newest are the last to be left out.
+    fn summary(&self) -> String {
         let mut tokens = Vec::new();
-        if let Some(minutes) = self.interval {
-            tokens.push(format!("i{minutes}"));
-        }
-        if let Some(on) = self.feedback {
-            tokens.push(format!("f{on}"));
-        }
+        tokens.extend(self.interval.map(|minutes| format!("i{minutes}")));
+        tokens.extend(self.feedback.map(|on| format!("f{on}")));
         for User { name, chat } in &self.users {
             tokens.push(format!("{name}:{chat}"));
         }
-        let mut tokens = tokens.join(";");
+        let mut summary = tokens.join(";");
         for chat in self.removed.iter().rev() {
-            let separator = if tokens.is_empty() { "" } else { ";" };
-            let longer = format!("r{chat}{separator}{tokens}");
+            let separator = if summary.is_empty() { "" } else { ";" };
+            let longer = format!("r{chat}{separator}{summary}");
             if longer.len() > REPLY_MAX {
                 break;
             }
-            tokens = longer;
+            summary = longer;
         }
-        tokens
+        summary
     }
 }
 
-/// Whether there is no such file, maybe for want of its folder.
-fn is_missing(error: &io::Error) -> bool {
-    matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory)
+/// Reads a number as people mean it: Rust would take a leading `+`, too.
+fn parse_number<T: std::str::FromStr>(text: &str) -> Option<T> {
+    let is_strange = text.starts_with('+');
+    if is_strange { None } else { text.parse().ok() }
+}
+
+/// Reads a file, if there is one. An error names it.
+fn read_file(path: &Path) -> Result<Option<Vec<u8>>, String> {
+    match fs::read(path) {
+        Ok(content) => Ok(Some(content)),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(error) if error.kind() == ErrorKind::NotADirectory => Ok(None),
+        Err(error) => Err(format!("cannot read {}: {error}", path.display())),
+    }
 }
 
 fn beside(path: &Path, suffix: &str) -> PathBuf {
@@ -1629,8 +1514,7 @@ fn beside(path: &Path, suffix: &str) -> PathBuf {
     name.into()
 }
 
-/// Whether the firmware can hold this chat whole, and remove it: it removes only ids that begin
-/// with a digit.
+/// Whether the firmware keeps this id whole, and can remove it: for that it begins with a digit.
 fn fits_firmware(chat: i64) -> bool {
     (1..=CHAT_ID_MAX).contains(&chat)
 }
@@ -1663,8 +1547,7 @@ fn visible_name(name: &str) -> String {
 /// Whether the firmware would take a name for a setting, a removal, everybody, or an id.
 fn is_misread(name: &str) -> bool {
     match name.as_bytes() {
-        [b'f', b'0' | b'1', ..] => true,
-        [b'i' | b'r', b'0'..=b'9', ..] => true,
+        [b'f', b'0' | b'1', ..] | [b'i' | b'r', b'0'..=b'9', ..] => true,
         name => name == b"all" || name.iter().all(u8::is_ascii_digit),
     }
 }
@@ -1699,9 +1582,9 @@ const MESSAGE_ID_STEP_MAX: u16 = 64;
 struct Motes {
     /// The longest silent one comes first.
     motes: Vec<Mote>,
-    /// The number of the state that was last offered, and its text.
+    /// The number of the summary that was last offered, and its text.
     version: u64,
-    tokens: String,
+    summary: String,
 }
 
 struct Mote {
@@ -1716,42 +1599,39 @@ struct Mote {
 }
 
 impl Motes {
-    /// Returns the version of these tokens: a new one if they are not those that were last offered.
-    fn offer(&mut self, tokens: &str) -> u64 {
-        if self.tokens != tokens {
-            self.tokens = tokens.to_string();
+    /// Returns the version of this summary: a new one if it is not the one that was last offered.
+    fn offer(&mut self, summary: &str) -> u64 {
+        if self.summary != summary {
+            self.summary = summary.to_string();
             self.version += 1;
         }
         self.version
     }
 
     /// Remembers a mote by its request. One whose message ID does not go on from the highest has
-    /// restarted, and knows nothing. A client with a new port for each request counts anew with
-    /// each.
+    /// restarted, and knows nothing. Another port is another client, whose message IDs say nothing.
     fn note_request(&mut self, peer: SocketAddr, message_id: u16, now: Instant) {
         let address = peer.ip().to_canonical();
         let index = self.motes.iter().position(|mote| mote.address == address);
-        let mut mote = match index {
-            Some(index) => self.motes.remove(index),
-            None => Mote {
-                address,
-                port: peer.port(),
-                message_id: message_id.wrapping_sub(1),
-                message_id_at: now,
-                version: 0,
-                acknowledged_at: now,
-            },
-        };
-        let ahead = message_id.wrapping_sub(mote.message_id);
-        let behind = mote.message_id.wrapping_sub(message_id);
-        let is_next = (1..=MESSAGE_ID_STEP_MAX).contains(&ahead);
-        let is_late = (1..=MESSAGE_ID_STEP_MAX).contains(&behind)
+        let known = index.map(|index| self.motes.remove(index));
+        let mut mote = known.unwrap_or(Mote {
+            address,
+            port: peer.port(),
+            message_id: message_id.wrapping_sub(1), // so that this one goes on from it
+            message_id_at: now,
+            version: 0,
+            acknowledged_at: now,
+        });
+        let steps = 1..=MESSAGE_ID_STEP_MAX;
+        let is_same_client = mote.port == peer.port();
+        let is_next = steps.contains(&message_id.wrapping_sub(mote.message_id));
+        let is_late = steps.contains(&mote.message_id.wrapping_sub(message_id))
             && now < mote.message_id_at + coap::MAX_TRANSMIT_WAIT;
-        if mote.port == peer.port() && !is_next && !is_late {
+        if is_same_client && !is_next && !is_late {
             info!("{address} has restarted, its message ID says: it is told everything");
             mote.version = 0;
         }
-        if mote.port != peer.port() || !is_late {
+        if !is_same_client || !is_late {
             mote.port = peer.port();
             mote.message_id = message_id;
             mote.message_id_at = now;
@@ -1771,12 +1651,9 @@ impl Motes {
 
     /// Whether a mote knows this version, and not for so long that it may have restarted since.
     fn has_acknowledged(&mut self, peer: SocketAddr, version: u64, now: Instant) -> bool {
-        match self.find(peer) {
-            Some(mote) => {
-                mote.version == version && now < mote.acknowledged_at + ACKNOWLEDGED_HOLDS
-            }
-            None => false,
-        }
+        self.find(peer).is_some_and(|mote| {
+            mote.version == version && now < mote.acknowledged_at + ACKNOWLEDGED_HOLDS
+        })
     }
 
     fn find(&mut self, peer: SocketAddr) -> Option<&mut Mote> {
@@ -1790,26 +1667,19 @@ impl Motes {
 // What people write to the bot, and what they are answered. Only ids and the chat's type decide;
 // everything else in a message may be missing or odd.
 
-/// How many messages that hold a password wait for their deletion.
+/// How many messages that hold a password wait for their deletion, and how many chats for an answer.
 const DELETIONS_MAX: usize = 100;
+const ANSWERS_MAX: usize = 100;
 /// How many chats are remembered for their wrong passwords.
 const SUSPECTS_MAX: usize = 256;
 const REGISTERED: &str = "You are registered.";
 const HOW_TO_REGISTER: &str = "To register, write: register <password>";
 const NOT_UNDERSTOOD: &str = "I do not understand that.";
 const WRONG_PASSWORD: &str = "Wrong password. Nothing was changed.";
+const TOO_MANY_WRONG_PASSWORDS: &str =
+    "Wrong password. Your config and register messages are ignored for an hour.";
 
-/// Bot API, `Message`: what is needed of it.
-struct Message {
-    id: Option<i64>,
-    chat: Chat,
-    is_by_a_bot: bool,
-    text: String,
-    caption: String,
-    has_media: bool,
-}
-
-/// Bot API, `Chat`.
+/// What is needed of the Bot API's `Chat`.
 struct Chat {
     id: i64,
     kind: String,
@@ -1825,79 +1695,38 @@ impl fmt::Display for Chat {
 impl Chat {
     /// None without an id or a type. People have first names, groups have titles.
     fn read(chat: &Value) -> Option<Chat> {
-        let mut name = "";
-        for key in ["first_name", "title", "username"] {
-            if name.is_empty() {
-                name = chat[key].as_str().unwrap_or_default();
-            }
-        }
+        let text = |key: &str| chat[key].as_str().filter(|text| !text.is_empty());
+        let name = text("first_name").or(text("title")).or(text("username"));
         Some(Chat {
             id: chat["id"].as_i64()?,
             kind: chat["type"].as_str()?.to_string(),
-            name: name.to_string(),
+            name: name.unwrap_or_default().to_string(),
         })
     }
 }
 
-impl Message {
-    /// None without a chat that has an id and a type.
-    fn read(message: &Value) -> Option<Message> {
-        let text = |key: &str| message[key].as_str().unwrap_or_default().to_string();
-        Some(Message {
-            id: message["message_id"].as_i64(),
-            chat: Chat::read(&message["chat"])?,
-            is_by_a_bot: message["from"]["is_bot"] == true,
-            text: text("text"),
-            caption: text("caption"),
-            has_media: has_media(message),
-        })
-    }
-
-    fn is_service_message(&self) -> bool {
-        self.text.is_empty() && self.caption.is_empty() && !self.has_media
-    }
-}
-
-/// Whether somebody has sent something, Bot API, Message. Whatever else comes without a text is a
-/// service message: it tells what happened in the chat.
+/// Whether somebody has sent something else than a text. Bot API, Message.
 fn has_media(message: &Value) -> bool {
-    let is_media = |key: &str| {
-        matches!(
-            key,
-            "animation"
-                | "audio"
-                | "checklist"
-                | "contact"
-                | "dice"
-                | "document"
-                | "game"
-                | "invoice"
-                | "live_photo"
-                | "location"
-                | "paid_media"
-                | "photo"
-                | "poll"
-                | "sticker"
-                | "story"
-                | "venue"
-                | "video"
-                | "video_note"
-                | "voice"
-        )
-    };
-    let mut content = message.as_object().into_iter().flatten();
-    content.any(|(key, value)| is_media(key) && !value.is_null())
+    for (key, value) in message.as_object().into_iter().flatten() {
+        match key.as_str() {
+            _ if value.is_null() => {}
+            "animation" | "audio" | "checklist" | "contact" | "dice" | "document" | "game"
+            | "invoice" | "live_photo" | "location" | "paid_media" | "photo" | "poll"
+            | "sticker" | "story" | "venue" | "video" | "video_note" | "voice" => return true,
+            _ => {}
+        }
+    }
+    false
 }
 
-/// Those who write to the bot.
 #[derive(Default)]
 struct People {
-    /// What is to be said as soon as it is saved.
-    answers: Vec<Answer>,
+    /// What is to be said as soon as it is saved, the oldest first.
+    answers: VecDeque<Answer>,
     /// What is to be deleted, the oldest first.
     deletions: VecDeque<Deletion>,
-    /// Whether some of both has found no time, and gets a turn of its own.
-    has_leftovers: bool,
+    /// Whether the last fetch left no time for all of them: then they get a turn before the next.
+    get_a_turn: bool,
     /// Who has tried wrong passwords, the latest last.
     suspects: VecDeque<Suspect>,
 }
@@ -1922,106 +1751,89 @@ struct Suspect {
 }
 
 impl People {
+    fn are_waiting(&self) -> bool {
+        !self.answers.is_empty() || !self.deletions.is_empty()
+    }
+
     /// Takes an update in. Progress comes first: one that cannot be understood must not come back.
     fn take(&mut self, update: &Value, state: &mut State, config: &Config) {
         let Some(id) = update["update_id"].as_i64() else {
             return info!("an update without an id is ignored");
         };
         state.offset = id.saturating_add(1);
-        match Message::read(&update["message"]) {
+        let message = &update["message"];
+        match Chat::read(&message["chat"]) {
             None => info!("update {id} is ignored: it is no message in a chat with id and type"),
-            Some(message) => self.hear(&message, state, config),
+            Some(chat) => self.hear(&chat, message, state, config),
         }
     }
 
-    /// Carries out what somebody has written. Whoever writes is registered, unless that takes the
-    /// password.
-    fn hear(&mut self, message: &Message, state: &mut State, config: &Config) {
-        let chat = message.chat.id;
-        if message.is_by_a_bot {
-            return info!("{} is a bot, and ignored", message.chat);
+    /// Carries out what somebody has written, and registers them unless that takes the password.
+    fn hear(&mut self, chat: &Chat, message: &Value, state: &mut State, config: &Config) {
+        let id = chat.id;
+        let text = message["text"].as_str().unwrap_or_default();
+        let caption = message["caption"].as_str().unwrap_or_default();
+        if message["from"]["is_bot"] == true {
+            return info!("{chat} is a bot, and ignored");
         }
-        if message.chat.kind != "private" || !fits_firmware(chat) {
-            return info!("{} cannot register", message.chat);
+        if chat.kind != "private" || !fits_firmware(id) {
+            return info!("{chat} cannot register");
         }
-        if message.is_service_message() {
-            return;
+        if text.is_empty() && caption.is_empty() && !has_media(message) {
+            return; // a service message: it tells what happened in the chat
         }
-        let command = Command::read(&message.text, config);
-        if command.has_password() || Command::read(&message.caption, config).has_password() {
-            self.delete(message);
+        let command = Command::read(text, config);
+        if command.has_password() || Command::read(caption, config).has_password() {
+            self.delete(id, message);
         }
-        let mut registration = Registration::Known;
-        if !config.registration_by_password && !matches!(command, Command::Leave) {
-            registration = self.register_writer(message, state);
+        if let Command::Leave = command {
+            let who = state.remove(id);
+            info!("{who} is removed, as asked");
+            return self.say(id, &removal_notice(config));
+        }
+        let is_newcomer = !state.is_user(id);
+        let has_left = state.is_removed(&ChatId::Number(id));
+        let comes_back = !has_left || !text.is_empty();
+        if is_newcomer && comes_back && !config.registration_by_password {
+            self.register(chat, state);
         }
         match command {
-            Command::Leave => {
-                let user = state.remove(chat);
-                info!("{user} is removed, as asked");
-                self.say(chat, &removed(config));
+            Command::Config(words) => self.configure(id, &words, state, config),
+            Command::Register(words) => self.on_register(chat, &words, state, config),
+            Command::Help => self.say(id, &help(config)),
+            _ if is_newcomer && config.registration_by_password => self.say(id, HOW_TO_REGISTER),
+            _ if is_newcomer && state.is_user(id) => self.say(id, &help(config)),
+            Command::Unknown if !is_newcomer => {
+                self.say(id, NOT_UNDERSTOOD);
+                self.say(id, &help(config));
             }
-            Command::Config(words) => self.configure(chat, &words, state, config),
-            Command::Register(words) => self.register(message, &words, state, config),
-            Command::Help => self.say(chat, &help(config)),
-            _ if registration == Registration::New => self.say(chat, &help(config)),
-            _ if config.registration_by_password && !state.is_user(chat) => {
-                self.say(chat, HOW_TO_REGISTER);
-            }
-            Command::None => {}
-            Command::Unknown if registration == Registration::Full => {}
-            Command::Unknown => {
-                self.say(chat, NOT_UNDERSTOOD);
-                self.say(chat, &help(config));
-            }
+            _ => {} // a sticker, or the list is full
         }
     }
 
-    /// Registers whoever writes, as long as there is room. Somebody who left comes back by nothing
-    /// but a text.
-    fn register_writer(&mut self, message: &Message, state: &mut State) -> Registration {
-        let chat = &message.chat;
-        if message.text.is_empty() && state.is_removed(&ChatId::Number(chat.id)) {
-            return Registration::Known;
-        }
-        let registration = state.register(chat.id, &chat.name);
-        self.tell_registration(chat.id, registration);
-        registration
-    }
-
-    fn tell_registration(&mut self, chat: i64, registration: Registration) {
-        match registration {
-            Registration::New => self.say(chat, REGISTERED),
-            Registration::Known => {}
-            Registration::Full => self.say(
-                chat,
-                &format!("The list is full: {USERS_MAX} people are registered already."),
-            ),
-        }
+    /// Registers a chat as long as there is room, and says so.
+    fn register(&mut self, chat: &Chat, state: &mut State) {
+        let full = format!("The list is full: {USERS_MAX} people are registered already.");
+        let is_registered = state.register(chat.id, &chat.name);
+        self.say(chat.id, if is_registered { REGISTERED } else { &full });
     }
 
     /// Carries out `register <password>`.
-    fn register(&mut self, message: &Message, words: &[&str], state: &mut State, config: &Config) {
-        let chat = message.chat.id;
-        if self.is_locked_out(chat) {
+    fn on_register(&mut self, chat: &Chat, words: &[&str], state: &mut State, config: &Config) {
+        if self.is_locked_out(chat.id) {
             return;
         }
         let [_, guess] = *words else {
-            return self.say(chat, HOW_TO_REGISTER);
+            return self.say(chat.id, HOW_TO_REGISTER);
         };
-        if !self.is_right(chat, guess, config) {
-            return;
+        if self.check_password(chat.id, guess, config) {
+            self.register(chat, state);
+            self.say(chat.id, &help(config));
         }
-        match state.register(chat, &message.chat.name) {
-            Registration::Known => self.say(chat, REGISTERED),
-            registration => self.tell_registration(chat, registration),
-        }
-        self.say(chat, &help(config));
     }
 
-    /// Carries out `config <password> <key> <value>`. Counts as a guess only with at least four
-    /// words. Key and value are looked at after the password, so that nobody learns anything
-    /// without it.
+    /// Carries out `config <password> <key> <value>`. Only four words or more are a guess. Key and
+    /// value are looked at after the password, so that nobody learns anything without it.
     fn configure(&mut self, chat: i64, words: &[&str], state: &mut State, config: &Config) {
         if config.password.is_none() {
             return self.say(chat, "No password is set, so nothing can be changed.");
@@ -2029,18 +1841,16 @@ impl People {
         if self.is_locked_out(chat) {
             return;
         }
-        let [_, guess, key, first_value, ..] = *words else {
+        let [_, guess, key, _, ..] = *words else {
             return self.say(chat, &config_form());
         };
-        if !self.is_right(chat, guess, config) {
+        if !self.check_password(chat, guess, config) {
             return;
         }
-        let number = match words.len() {
-            4 => read_value(first_value),
-            _ => None,
-        };
+        let value = words[3..].join(" ");
+        let number = parse_number(unquote(&value));
         let confirmation = match (plain(key).as_str(), number) {
-            ("remove", _) => return self.remove_other(chat, &words[3..].join(" "), state, config),
+            ("remove", _) => return self.remove_other(chat, &value, state, config),
             ("interval", Some(minutes @ INTERVAL_MIN..=INTERVAL_MAX)) => {
                 state.interval = Some(minutes);
                 format!("The interval is set to {minutes} minutes.")
@@ -2066,8 +1876,9 @@ impl People {
         info!("chat {chat}: {confirmation}");
         self.say(chat, &confirmation);
         if was_user {
-            let told = format!("Somebody with the password did it: {}", removed(config));
-            self.say(other, &told);
+            let notice = removal_notice(config);
+            let notice = format!("Somebody with the password did it: {notice}");
+            self.say(other, &notice);
         }
     }
 
@@ -2077,31 +1888,24 @@ impl People {
         locked_until.is_some_and(|until| Instant::now() < until)
     }
 
-    /// Compares the password, and counts a wrong one.
-    fn is_right(&mut self, chat: i64, guess: &str, config: &Config) -> bool {
-        let index = self
-            .suspects
-            .iter()
-            .position(|suspect| suspect.chat == chat);
+    /// Returns whether the password is right. A wrong one is counted and answered.
+    fn check_password(&mut self, chat: i64, guess: &str, config: &Config) -> bool {
+        let index = self.suspects.iter().position(|known| known.chat == chat);
         let suspect = index.and_then(|index| self.suspects.remove(index));
-        if config
-            .password
-            .as_ref()
-            .is_some_and(|password| password.matches(guess))
-        {
+        let password = config.password.as_ref();
+        if password.is_some_and(|password| password.matches(guess)) {
             return true;
         }
         let mut wrong = 1 + suspect.map_or(0, |suspect| suspect.wrong);
         let mut locked_until = None;
-        let mut answer = WRONG_PASSWORD.to_string();
+        let mut answer = WRONG_PASSWORD;
         if wrong >= WRONG_PASSWORDS_MAX {
             wrong = 0;
             locked_until = Some(Instant::now() + LOCKED_OUT);
-            let minutes = LOCKED_OUT.as_secs() / 60;
-            answer = format!("Wrong password. Your commands are ignored for {minutes} minutes.");
+            answer = TOO_MANY_WRONG_PASSWORDS;
         }
         warn!("chat {chat}: {answer}");
-        self.say(chat, &answer);
+        self.say(chat, answer);
         if self.suspects.len() >= SUSPECTS_MAX {
             self.suspects.pop_front();
         }
@@ -2114,36 +1918,38 @@ impl People {
     }
 
     /// Keeps a message for deletion. If there are too many, the oldest stays in its chat.
-    fn delete(&mut self, message: &Message) {
-        let Some(message_id) = message.id else {
+    fn delete(&mut self, chat: i64, message: &Value) {
+        let Some(message_id) = message["message_id"].as_i64() else {
             return;
         };
         if self.deletions.len() >= DELETIONS_MAX {
             self.deletions.pop_front();
         }
-        let chat = message.chat.id;
         self.deletions.push_back(Deletion { chat, message_id });
     }
 
-    /// Adds to what a chat is told at once, each text once.
+    /// Adds a text to what a chat is told, once. If too many chats wait, the oldest hears nothing.
     fn say(&mut self, chat: i64, text: &str) {
-        let index = self.answers.iter().position(|answer| answer.chat == chat);
-        let index = index.unwrap_or_else(|| {
-            let texts = Vec::new();
-            self.answers.push(Answer { chat, texts });
-            self.answers.len() - 1
-        });
-        let texts = &mut self.answers[index].texts;
-        if !texts.iter().any(|said| said == text) {
-            texts.push(text.to_string());
+        let text = text.to_string();
+        if let Some(answer) = self.answers.iter_mut().find(|answer| answer.chat == chat) {
+            if !answer.texts.contains(&text) {
+                answer.texts.push(text);
+            }
+            return;
         }
+        if self.answers.len() >= ANSWERS_MAX {
+            warn!("no time left: an answer to a person is dropped");
+            self.answers.pop_front();
+        }
+        let texts = vec![text];
+        self.answers.push_back(Answer { chat, texts });
     }
 }
 
 /// What somebody wants. Commands with a password keep their words as they were written.
 enum Command<'a> {
     /// There is no text.
-    None,
+    Nothing,
     Leave,
     Help,
     Config(Vec<&'a str>),
@@ -2156,23 +1962,24 @@ impl<'a> Command<'a> {
     fn read(text: &'a str, config: &Config) -> Command<'a> {
         let mut words: Vec<&str> = text.split_whitespace().collect();
         words.retain(|word| !word.chars().all(is_invisible));
-        let mut phrase = Vec::new();
-        for (index, word) in words.iter().enumerate() {
-            let mut word = plain(word);
-            if index == 0
-                && let Some((command, _bot)) = word.split_once('@')
-            {
-                word = plain(command);
-            }
-            phrase.extend(
-                word.split('_')
-                    .filter(|part| !part.is_empty())
-                    .map(str::to_string),
-            );
+        if words.is_empty() {
+            return Command::Nothing;
         }
-        let phrase: Vec<&str> = phrase.iter().map(String::as_str).collect();
+        // Signs in front are no words; further behind, they may be the password.
+        let signs = words.iter().take_while(|word| plain(word).is_empty());
+        words.drain(..signs.count());
+        let Some(first) = words.first() else {
+            return Command::Unknown;
+        };
+        let first = plain(first);
+        let command = first.split('@').next().unwrap_or_default();
+        let mut phrase = plain(command).replace('_', " ");
+        for word in &words[1..] {
+            phrase += " ";
+            phrase += &plain(word).replace('_', " ");
+        }
+        let phrase: Vec<&str> = phrase.split_whitespace().collect();
         match phrase[..] {
-            _ if words.is_empty() => Command::None,
             ["remove", "me"] | ["stop"] => Command::Leave,
             ["help"] | ["start", ..] => Command::Help,
             ["config", ..] => Command::Config(words),
@@ -2186,64 +1993,51 @@ impl<'a> Command<'a> {
     }
 }
 
-/// Returns a word as it is compared: lower-case, without invisible characters and without anything
-/// around it that is neither letter nor digit.
+/// Returns a word for comparison: lower-case, visible, from the first to the last letter or digit.
 fn plain(word: &str) -> String {
     let mut visible = word.to_lowercase();
     visible.retain(|c| !is_invisible(c));
-    visible
-        .trim_matches(|c: char| !c.is_alphanumeric())
-        .to_string()
+    let word = visible.trim_matches(|c: char| !c.is_alphanumeric());
+    word.to_string()
 }
 
 /// Strips what people put around a value: quotes, brackets, and the end of a sentence.
 fn unquote(value: &str) -> &str {
     let is_around = |c: char| "\"'“”„‘’«»<>()[]`".contains(c) || is_invisible(c);
     let value = value.trim_matches(is_around);
-    value
-        .trim_end_matches(['.', ',', ';', ':', '!', '?'])
-        .trim_matches(is_around)
-}
-
-/// Reads the value of a setting. A sign in front of it is no part of a number that is allowed.
-fn read_value(value: &str) -> Option<u8> {
-    let value = unquote(value);
-    match value.starts_with('+') {
-        true => None,
-        false => value.parse().ok(),
-    }
+    let value = value.trim_end_matches(['.', ',', ';', ':', '!', '?']);
+    value.trim_matches(is_around)
 }
 
 /// Returns what the bot can do with these settings.
 fn help(config: &Config) -> String {
-    let mut lines = vec!["I pass on what the sensors report.".to_string()];
+    let mut help = "I pass on what the sensors report.\n".to_string();
     if config.registration_by_password {
-        lines.push("register <password> - get the messages".to_string());
+        help += "register <password> - get the messages\n";
     }
-    lines.push("remove me - no more messages".to_string());
+    help += "remove me - no more messages\n";
     if config.password.is_some() {
-        lines.extend([
-            format!("config <password> interval <{INTERVAL_MIN}..{INTERVAL_MAX}> - minutes between two reports"),
-            "config <password> feedback <0|1> - LED feedback off or on".to_string(),
-            "config <password> remove <name or id> - no more messages for somebody else".to_string(),
-        ]);
+        help += &config_commands();
     }
-    lines.push("help - this text".to_string());
-    lines.join("\n")
+    help + "help - this text"
 }
 
-fn config_form() -> String {
+fn config_commands() -> String {
     format!(
-        "Allowed is: config <password> interval <{INTERVAL_MIN}..{INTERVAL_MAX}>, \
-        or: config <password> feedback <0|1>, or: config <password> remove <name or id>. \
-        Nothing was changed."
+        "config <password> interval <{INTERVAL_MIN}..{INTERVAL_MAX}> - minutes between two reports\n\
+        config <password> feedback <0|1> - LED feedback off or on\n\
+        config <password> remove <name or id> - no more messages for somebody else\n"
     )
 }
 
-fn removed(config: &Config) -> String {
+fn config_form() -> String {
+    format!("Nothing was changed. Allowed is:\n{}", config_commands())
+}
+
+fn removal_notice(config: &Config) -> String {
     let again = match config.registration_by_password {
-        true => HOW_TO_REGISTER.replace("To register,", "To register again,"),
-        false => "Write anything to register again.".to_string(),
+        true => "To register again, write: register <password>",
+        false => "Write anything to register again.",
     };
     format!("You are removed and get no more messages. {again}")
 }
@@ -2272,8 +2066,7 @@ const VARIABLES: [&str; 5] = [
 struct Secret(String);
 
 impl Secret {
-    /// Whether this is `<bot id>:<letters, digits, _ and ->`, so that it can stand in a URL as it
-    /// is.
+    /// Whether this is `<bot id>:<letters, digits, _ and ->`: it stands in a URL as it is.
     fn is_bot_token(&self) -> bool {
         let (id, key) = self.0.split_once(':').unwrap_or_default();
         let is_id = (1..=20).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_digit());
@@ -2296,14 +2089,13 @@ impl Secret {
     }
 }
 
-/// Where things are.
 struct Folders {
     config_ini: PathBuf,
     dot_env: PathBuf,
     state: PathBuf,
     log: PathBuf,
     /// Whether the state is an installed service's, and this is not the service.
-    are_a_services: bool,
+    belong_to_the_service: bool,
 }
 
 impl Folders {
@@ -2315,33 +2107,25 @@ impl Folders {
         let is_inside = env::current_dir().is_ok_and(|here| here == Path::new(INSTALLED_SETTINGS));
         let has_settings = Path::new("config.ini").exists() || Path::new(".env").exists();
         let uses_installation = is_installed && (is_inside || !has_settings);
-        let folder = |variable: &str, installed: &str| match named_folder(variable) {
-            Some(folder) => folder,
+        let folder = |variable: &str, installed: &str| match variable_of_environment(variable) {
+            Some(folders) => folders.split(':').next().unwrap_or_default().into(),
             None if uses_installation => installed.into(),
             None => PathBuf::new(),
         };
         let settings = folder("CREDENTIALS_DIRECTORY", INSTALLED_SETTINGS);
-        let dot_env = match named_folder("CREDENTIALS_DIRECTORY") {
-            Some(_) => "env", // a credential's name has no dot in front
-            None => ".env",
-        };
+        let are_credentials = variable_of_environment("CREDENTIALS_DIRECTORY").is_some();
+        let dot_env = if are_credentials { "env" } else { ".env" }; // systemd wants no dot there
+        let is_service = variable_of_environment("STATE_DIRECTORY").is_some();
         Folders {
             config_ini: settings.join("config.ini"),
             dot_env: settings.join(dot_env),
             state: folder("STATE_DIRECTORY", INSTALLED_STATE),
             log: folder("LOGS_DIRECTORY", INSTALLED_LOG),
-            are_a_services: uses_installation && named_folder("STATE_DIRECTORY").is_none(),
+            belong_to_the_service: uses_installation && !is_service,
         }
     }
 }
 
-/// Returns the folder that systemd names; of several, the first.
-fn named_folder(variable: &str) -> Option<PathBuf> {
-    let value = variable_of_environment(variable)?;
-    value.split(':').next().map(PathBuf::from)
-}
-
-/// What the operator has set, checked.
 struct Config {
     /// The only Bot API url that is served and connected to.
     url: String,
@@ -2392,28 +2176,25 @@ impl Config {
             }
         }
         for name in VARIABLES {
+            if let Err(env::VarError::NotUnicode(_)) = env::var(name) {
+                return Err(format!("environment: {name} is not UTF-8 text"));
+            }
             if let Some(value) = variable_of_environment(name) {
-                let origin = "environment".to_string();
+                let place = "environment".to_string();
                 let name = name.to_string();
-                config.set_variable(&Setting {
-                    origin,
-                    name,
-                    value,
-                })?;
+                config.set_variable(&Setting { place, name, value })?;
             }
         }
         for setting in &of_ini {
             config.check_with_the_rest(setting)?;
         }
-        let file = folders.config_ini.display();
+        let ini = folders.config_ini.display();
+        let env = folders.dot_env.display();
         if config.token.is_none() {
-            warn!(
-                "no bot_token is set in {file}: /message serves any token, /update the first bot"
-            );
+            warn!("no bot_token is set in {ini}: /message serves any token, /update the first bot");
         }
-        let file = folders.dot_env.display();
         if config.password.is_none() {
-            warn!("no PASSWORD is set in {file}: every `config` is refused");
+            warn!("no PASSWORD is set in {env}: every `config` is refused");
         }
         Ok(config)
     }
@@ -2422,26 +2203,23 @@ impl Config {
     fn set_ini(&mut self, setting: &Setting) -> Result<(), String> {
         let value = setting.value.as_str();
         let secret = Secret(value.to_string());
+        let refuse = |rule: &str| Err(setting.fault(rule));
+        let word = format!("is not a word of at most {MOTE_TOKEN_MAX} bytes without &");
         match (setting.name.to_lowercase().as_str(), value) {
-            ("bot_token", "your_telegram_bot_token") => {}
+            ("bot_token", "your_telegram_bot_token") => {} // the template's: not set
             ("bot_token", _) if secret.is_bot_token() => self.token = Some(secret),
-            ("bot_token", _) => {
-                return Err(setting.fault("is not a bot token (digits, a colon, letters)"));
-            }
+            ("bot_token", _) => return refuse("is not a bot token (digits, a colon, letters)"),
             ("mote_token", _) if is_mote_token(value) => self.mote_token = Some(secret),
-            ("mote_token", _) => {
-                let rule = format!("is not a word of at most {MOTE_TOKEN_MAX} bytes without &");
-                return Err(setting.fault(&rule));
-            }
+            ("mote_token", _) => return refuse(&word),
             ("registration", "open") => self.registration_by_password = false,
             ("registration", "password") => self.registration_by_password = true,
-            ("registration", _) => return Err(setting.fault("is neither open nor password")),
+            ("registration", _) => return refuse("is neither open nor password"),
             ("url", _) if is_https_url(value) => self.url = value.to_string(),
-            ("url", _) => return Err(setting.fault("is not of the form https://host/bot")),
+            ("url", _) => return refuse("is not of the form https://host/bot"),
             ("ip_family", "any") => self.ip_family = IpFamily::Any,
             ("ip_family", "ipv4") => self.ip_family = IpFamily::Ipv4Only,
             ("ip_family", "ipv6") => self.ip_family = IpFamily::Ipv6Only,
-            ("ip_family", _) => return Err(setting.fault("is none of any, ipv4, ipv6")),
+            ("ip_family", _) => return refuse("is none of any, ipv4, ipv6"),
             _ => warn!("{}", setting.fault("is unknown and ignored")),
         }
         Ok(())
@@ -2450,22 +2228,20 @@ impl Config {
     /// Sets what stands in `.env` or in the environment.
     fn set_variable(&mut self, setting: &Setting) -> Result<(), String> {
         let value = setting.value.as_str();
+        let refuse = |rule: &str| Err(setting.fault(rule));
         match setting.name.as_str() {
             "PASSWORD" if value.contains(char::is_whitespace) => {
-                return Err(setting.fault("holds white space, which nobody could send"));
+                return refuse("holds white space, which nobody could send");
             }
             "PASSWORD" => self.password = Some(Secret(value.to_string())),
             "COAP_SERVER_IP" => match value.parse() {
                 Ok(ip) if is_one_address(ip) => self.listen.set_ip(ip),
-                Ok(_) => {
-                    let rule = "is not one address: name the one that the motes send to";
-                    return Err(setting.fault(rule));
-                }
-                Err(_) => return Err(setting.fault("is not an IP address (without a zone)")),
+                Ok(_) => return refuse("is not one address: name the one that the motes send to"),
+                Err(_) => return refuse("is not an IP address (without a zone)"),
             },
             "COAP_SERVER_PORT" => match value.parse() {
                 Ok(port) => self.listen.set_port(port),
-                Err(_) => return Err(setting.fault("is not a port (0 to 65535)")),
+                Err(_) => return refuse("is not a port (0 to 65535)"),
             },
             "SSL_CERT_FILE" => {
                 self.roots = read_roots(value).map_err(|reason| setting.fault(&reason))?;
@@ -2481,15 +2257,13 @@ impl Config {
 
     /// Refuses what works only together with something that is not set.
     fn check_with_the_rest(&self, setting: &Setting) -> Result<(), String> {
-        match setting.name.to_lowercase().as_str() {
-            "mote_token" if self.token.is_none() => {
-                Err(setting.fault("does not work without bot_token"))
-            }
-            "registration" if self.registration_by_password && self.password.is_none() => {
-                Err(setting.fault("does not work without PASSWORD, which .env sets"))
-            }
-            _ => Ok(()),
-        }
+        let needs_password = self.registration_by_password && self.password.is_none();
+        let missing = match setting.name.to_lowercase().as_str() {
+            "mote_token" if self.token.is_none() => "bot_token",
+            "registration" if needs_password => "PASSWORD, which .env sets",
+            _ => return Ok(()),
+        };
+        Err(setting.fault(&format!("does not work without {missing}")))
     }
 
     /// Returns the token for the commands that cannot do without.
@@ -2502,7 +2276,7 @@ impl Config {
 /// A line of settings.
 struct Setting {
     /// File and line.
-    origin: String,
+    place: String,
     /// As the file spells it.
     name: String,
     /// Not empty; maybe a secret, so that no message repeats it.
@@ -2511,42 +2285,33 @@ struct Setting {
 
 impl Setting {
     /// Reads `NAME=value`; the value may stand in quotes.
-    fn read(origin: String, line: &str) -> Result<Setting, String> {
+    fn read(place: String, line: &str) -> Result<Setting, String> {
         let line = line.strip_prefix("export ").unwrap_or(line);
         let Some((name, value)) = line.split_once('=') else {
-            return Err(format!("{origin}: not `NAME=value`"));
+            return Err(format!("{place}: not `NAME=value`"));
         };
         let name = name.trim().to_string();
         let value = value.trim();
-        let unquote = |quote: char| value.strip_prefix(quote)?.strip_suffix(quote);
-        let value = unquote('"').or(unquote('\'')).unwrap_or(value).to_string();
-        Ok(Setting {
-            origin,
-            name,
-            value,
-        })
+        let between = |quote: char| value.strip_prefix(quote)?.strip_suffix(quote);
+        let value = between('"').or(between('\'')).unwrap_or(value).to_string();
+        Ok(Setting { place, name, value })
     }
 
     fn fault(&self, rule: &str) -> String {
-        format!("{}: {} {rule}", self.origin, self.name)
+        format!("{}: {} {rule}", self.place, self.name)
     }
 }
 
-/// Reads the settings of a file, if there is one: of a section, or of a file without sections. What
-/// is set to nothing is not set.
+/// Reads the settings of a file or of a section of it. What is set to nothing is not set.
 fn read_settings(path: &Path, section: Option<&str>) -> Result<Vec<Setting>, String> {
-    let content = match fs::read(path) {
-        Ok(content) => content,
-        Err(error) if is_missing(&error) => return Ok(Vec::new()),
-        Err(error) => return Err(format!("cannot read {}: {error}", path.display())),
-    };
+    let content = read_file(path)?.unwrap_or_default();
     let content = content.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&content);
     let mut current = None;
     let mut settings: Vec<Setting> = Vec::new();
     for (number, line) in (1..).zip(content.split(|byte| *byte == b'\n')) {
-        let origin = format!("{}:{number}", path.display());
+        let place = format!("{}:{number}", path.display());
         let Ok(line) = str::from_utf8(line) else {
-            return Err(format!("{origin}: not UTF-8 text"));
+            return Err(format!("{place}: not UTF-8 text"));
         };
         let line = line.trim();
         if line.is_empty() || line.starts_with(['#', ';']) {
@@ -2554,17 +2319,15 @@ fn read_settings(path: &Path, section: Option<&str>) -> Result<Vec<Setting>, Str
         }
         if section.is_some() && line.starts_with('[') {
             let Some((name, _)) = line[1..].split_once(']') else {
-                return Err(format!("{origin}: `[` without `]`"));
+                return Err(format!("{place}: `[` without `]`"));
             };
             current = Some(name.trim());
         } else if section.is_some() && current.is_none() {
-            return Err(format!("{origin}: no section yet; put [telegram] above it"));
+            return Err(format!("{place}: no section yet; put [telegram] above it"));
         } else if current == section {
-            let setting = Setting::read(origin, line)?;
-            if settings
-                .iter()
-                .any(|other| other.name.eq_ignore_ascii_case(&setting.name))
-            {
+            let setting = Setting::read(place, line)?;
+            let is_same = |other: &Setting| other.name.eq_ignore_ascii_case(&setting.name);
+            if settings.iter().any(is_same) {
                 return Err(setting.fault("is set twice; remove one of them"));
             }
             settings.push(setting);
@@ -2580,7 +2343,7 @@ fn variable_of_environment(name: &str) -> Option<String> {
     (!value.is_empty()).then_some(value)
 }
 
-/// The firmware's form has no way to hold white space or `&` in a token.
+/// Whether a mote can present this word: its form has no way to hold white space or `&` in a token.
 fn is_mote_token(value: &str) -> bool {
     let separates = |c: char| c.is_whitespace() || c == '&';
     value.len() <= MOTE_TOKEN_MAX && !value.contains(separates)
@@ -2654,12 +2417,12 @@ fn console(level: LevelFilter) -> SimpleLogger {
 }
 
 fn start_log(path: PathBuf) -> Result<(), String> {
-    let console = console(LevelFilter::Info);
     let name = path.display().to_string();
+    let console = console(LevelFilter::Info);
     let log = Log { console, path };
-    let result = log.append("");
+    let probe = log.append(""); // can it be written?
     log::set_boxed_logger(Box::new(log)).map_err(|error| error.to_string())?;
-    if let Err(error) = result {
+    if let Err(error) = probe {
         warn!("cannot write {name}, so the log goes to the console alone: {error}");
     }
     Ok(())
@@ -2690,29 +2453,28 @@ impl log::Log for Log {
         }
         let text = escape(&record.args().to_string());
         let mut out = io::stdout().lock(); // so that the priority stays with its line
-        let priority = journal_priority(record.level(), out.is_terminal());
-        let _ = write!(out, "{priority}");
-        let mut escaped = log::Record::builder();
-        escaped.metadata(record.metadata().clone());
-        self.console
-            .log(&escaped.args(format_args!("{text}")).build());
-        let time = utc(unix_now());
-        let _ = self.append(&format!("{time} [{}] {text}\n", record.level()));
+        let level = record.level();
+        let _ = write!(out, "{}", journal_priority(level));
+        let mut copy = log::Record::builder();
+        copy.metadata(record.metadata().clone());
+        self.console.log(&copy.args(format_args!("{text}")).build());
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        let time = utc(now.unwrap_or_default().as_secs());
+        let _ = self.append(&format!("{time} [{level}] {text}\n"));
     }
 
     fn flush(&self) {}
 }
 
-/// Returns what the journal reads a line's priority from, sd-daemon(3): nothing where the console is
-/// not the journal.
-fn journal_priority(level: Level, is_terminal: bool) -> &'static str {
-    if is_terminal || env::var_os("JOURNAL_STREAM").is_none() {
-        return "";
-    }
+/// Returns what tells the journal the priority of a line, sd-daemon(3); nothing if the console is not
+/// the journal. A terminal may have inherited its variable.
+fn journal_priority(level: Level) -> &'static str {
+    let is_journal = env::var_os("JOURNAL_STREAM").is_some() && !io::stderr().is_terminal();
     match level {
+        _ if !is_journal => "",
         Level::Error => "<3>",
         Level::Warn => "<4>",
-        Level::Info | Level::Debug | Level::Trace => "<6>",
+        _ => "<6>",
     }
 }
 
@@ -2727,11 +2489,6 @@ fn escape(text: &str) -> String {
         }
     }
     escaped
-}
-
-fn unix_now() -> u64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH);
-    now.map_or(0, |now| now.as_secs())
 }
 
 /// Returns `2026-01-31 12:00:00` for Unix seconds: H. Hinnant's `civil_from_days`, with his names
@@ -2789,8 +2546,7 @@ fn notify(message: &str) {
 
 fn check_settings() -> Result<(), String> {
     start_console()?;
-    Config::load(&Folders::find())?;
-    Ok(())
+    Config::load(&Folders::find()).map(drop)
 }
 
 fn check() -> Result<(), String> {
@@ -2805,9 +2561,10 @@ fn check() -> Result<(), String> {
     let name = bot["first_name"].as_str().unwrap_or("?");
     let username = bot["username"].as_str().unwrap_or("?");
     print(&escape(&format!("bot: {name} (@{username})")))?;
-    print_users(&State::read(&config.state_path).map_err(|error| error.to_string())?)?;
+    let saved = read_file(&config.state_path)?;
+    print_users(&State::parse(&config.state_path, saved)?)?;
     print("chats with messages not fetched yet (for others see the log):")?;
-    // 1 confirms nothing, and is no offset of the gateway's: Telegram would hold a repeated one.
+    // Offset 1 confirms nothing, and is not the gateway's last one, which Telegram would hold.
     let updates = telegram.get_updates(token, 1, PAGE_LIMIT, deadline);
     let mut printed = Vec::new();
     for update in updates.map_err(fault)? {
@@ -2845,13 +2602,12 @@ fn print_users(state: &State) -> Result<(), String> {
 fn send(chat: &str, text: &str, uri: Option<&str>) -> Result<(), String> {
     let config = Config::load(&Folders::find())?;
     let token = config.required_token()?;
-    let token = config.mote_token.as_ref().unwrap_or(token);
+    let Secret(token) = config.mote_token.as_ref().unwrap_or(token);
     let peer = match uri {
         Some(uri) => address_of(uri).ok_or_else(|| format!("cannot resolve {}", escape(uri)))?,
         None => config.listen,
     };
     let url = &config.url;
-    let token = &token.0;
     let form = format!("url={url}&token={token}&chat_ids={chat}&text={text}");
     let answer = match exchange(peer, &coap::post("message", &form)) {
         Ok(Some(answer)) => answer,
@@ -2870,11 +2626,9 @@ fn send(chat: &str, text: &str, uri: Option<&str>) -> Result<(), String> {
 fn address_of(uri: &str) -> Option<SocketAddr> {
     let host = uri.strip_prefix("coap://")?.trim_end_matches('/');
     let with_port = format!("{host}:{}", coap::PORT);
-    let mut found = match host.to_socket_addrs() {
-        Ok(found) => found,
-        Err(_) => with_port.to_socket_addrs().ok()?,
-    };
-    found.next()
+    let found = host.to_socket_addrs();
+    let found = found.or_else(|_| with_port.to_socket_addrs());
+    found.ok()?.next()
 }
 
 /// Plays a client's side of one exchange, RFC 7252 §4.2. `None`: nobody answers.
@@ -2937,13 +2691,11 @@ mod coap {
     pub const MAX_RETRANSMIT: u32 = 4;
     const ACK_RANDOM_MS: u64 = 1000;
     const MAX_TRANSMIT_SPAN_S: u64 = 3 * ((1 << MAX_RETRANSMIT) - 1);
-    const MAX_TRANSMIT_WAIT_S: u64 = 3 * ((2 << MAX_RETRANSMIT) - 1);
     const MAX_LATENCY_S: u64 = 100;
     const PROCESSING_DELAY_S: u64 = 2;
-    const NON_LIFETIME_S: u64 = MAX_TRANSMIT_SPAN_S + MAX_LATENCY_S;
-    const EXCHANGE_LIFETIME_S: u64 = NON_LIFETIME_S + MAX_LATENCY_S + PROCESSING_DELAY_S;
-    pub const MAX_TRANSMIT_WAIT: Duration = Duration::from_secs(MAX_TRANSMIT_WAIT_S);
-    pub const NON_LIFETIME: Duration = Duration::from_secs(NON_LIFETIME_S);
+    const EXCHANGE_LIFETIME_S: u64 = MAX_TRANSMIT_SPAN_S + 2 * MAX_LATENCY_S + PROCESSING_DELAY_S;
+    pub const MAX_TRANSMIT_WAIT: Duration = Duration::from_secs(3 * ((2 << MAX_RETRANSMIT) - 1));
+    pub const NON_LIFETIME: Duration = Duration::from_secs(MAX_TRANSMIT_SPAN_S + MAX_LATENCY_S);
     pub const EXCHANGE_LIFETIME: Duration = Duration::from_secs(EXCHANGE_LIFETIME_S);
 
     /// The longest datagram: UDP carries no more.
@@ -2958,8 +2710,10 @@ mod coap {
     /// How many bytes all unfinished bodies may take, and how long one waits for its next block.
     pub const ASSEMBLIES_MAX: usize = 512 << 10;
     pub const ASSEMBLY_LIFETIME: Duration = Duration::from_secs(60);
-    /// What an assembly takes beside its body and its tags, about.
-    const ASSEMBLY_OVERHEAD: usize = 192;
+    /// How many replaced bodies of one sender are told apart.
+    const REPLACED_MAX: usize = 8;
+    /// What an assembly takes beside its body, at most about.
+    const ASSEMBLY_OVERHEAD: usize = 256;
 
     /// Content formats, RFC 7252 §12.3.
     pub const TEXT_PLAIN: u16 = 0;
@@ -2993,11 +2747,10 @@ mod coap {
         digest: u64,
     }
 
-    /// As the log shows it. Of the path only the start, up to a colon: somebody may have put the
-    /// token there.
+    /// Shows what the log says. The path ends at a colon: somebody may have put the token there.
     impl fmt::Display for Request {
         fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            let method = match self.code() {
+            let method = match self.packet.header.code {
                 MessageClass::Request(RequestType::Get) => "GET",
                 MessageClass::Request(RequestType::Post) => "POST",
                 MessageClass::Request(RequestType::Put) => "PUT",
@@ -3011,14 +2764,6 @@ mod coap {
     }
 
     impl Request {
-        pub fn code(&self) -> MessageClass {
-            self.packet.header.code
-        }
-
-        pub fn message_id(&self) -> u16 {
-            self.packet.header.message_id
-        }
-
         fn is_confirmable(&self) -> bool {
             self.packet.header.get_type() == MessageType::Confirmable
         }
@@ -3027,8 +2772,7 @@ mod coap {
             self.packet.get_option(option).into_iter().flatten()
         }
 
-        /// Returns the path as in a URI: segments joined with `/`, and one inside a segment
-        /// encoded. RFC 7252 §6.5.
+        /// Returns the path as in a URI: with `/` between segments, encoded inside. RFC 7252 §6.5.
         pub fn path(&self) -> String {
             let mut path = Vec::new();
             for segment in self.values(CoapOption::UriPath) {
@@ -3082,7 +2826,7 @@ mod coap {
                     _ => return Err(bad_option(number, "not supported")),
                 };
                 let is_valid = values.iter().all(|value| lengths.contains(&value.len()));
-                if !is_valid || values.len() > 1 && !is_repeatable {
+                if !is_valid || (values.len() > 1 && !is_repeatable) {
                     return Err(bad_option(number, "malformed"));
                 }
             }
@@ -3098,6 +2842,7 @@ mod coap {
     // ----- Responses -----
 
     /// A response. Its type, message ID and token come from the exchange.
+    #[derive(Default)]
     pub struct Response {
         packet: Packet,
         /// Comes back with its ACK, if it is separate.
@@ -3108,17 +2853,12 @@ mod coap {
 
     impl Response {
         fn new(code: ResponseType) -> Response {
-            let mut packet = Packet::new();
-            packet.header.code = MessageClass::Response(code);
-            Response {
-                packet,
-                ticket: None,
-                detail: String::new(),
-            }
+            let mut response = Response::default();
+            response.packet.header.code = MessageClass::Response(code);
+            response
         }
 
-        /// An error with a diagnostic payload, RFC 7252 §5.5.2, which leaves only inside an ACK:
-        /// see `encode`.
+        /// An error with a diagnostic payload, RFC 7252 §5.5.2. `encode` drops it outside an ACK.
         pub fn error(code: ResponseType, reason: &str) -> Response {
             let mut response = Response::new(code);
             response.packet.payload = reason.as_bytes().to_vec();
@@ -3142,11 +2882,9 @@ mod coap {
 
         pub fn content(code: ResponseType, format: u16, payload: &str) -> Response {
             let mut response = Response::new(code);
-            let format = OptionValueU16(format);
-            response
-                .packet
-                .add_option_as(CoapOption::ContentFormat, format);
-            response.packet.payload = payload.as_bytes().to_vec();
+            let packet = &mut response.packet;
+            packet.add_option_as(CoapOption::ContentFormat, OptionValueU16(format));
+            packet.payload = payload.as_bytes().to_vec();
             response
         }
 
@@ -3154,17 +2892,8 @@ mod coap {
             Response::content(code, TEXT_PLAIN, payload)
         }
 
-        fn is(&self, code: ResponseType) -> bool {
+        pub fn is(&self, code: ResponseType) -> bool {
             self.code() == MessageClass::Response(code)
-        }
-
-        /// Whether the gateway has failed, not the client.
-        pub fn is_failure(&self) -> bool {
-            self.is(ResponseType::InternalServerError)
-        }
-
-        fn is_success(&self) -> bool {
-            u8::from(self.code()) >> 5 == 2
         }
 
         /// Shown as in `2.05`.
@@ -3198,22 +2927,21 @@ mod coap {
 
     impl Memory {
         fn find(&self, digest: u64, now: Instant) -> Option<&Seen> {
-            self.0
-                .iter()
-                .find(|seen| seen.digest == digest && now < seen.expires)
+            let mut all = self.0.iter();
+            all.find(|seen| seen.digest == digest && now < seen.expires)
         }
 
         fn remember(&mut self, request: &Request, reply: &[u8]) {
             let now = request.received_at;
-            while self.0.front().is_some_and(|oldest| oldest.expires <= now) {
+            let has_expired = |seen: &Seen| seen.expires <= now;
+            while self.0.len() >= SEEN_MAX || self.0.front().is_some_and(has_expired) {
                 self.0.pop_front();
             }
-            if self.0.len() >= SEEN_MAX {
-                self.0.pop_front();
-            }
-            let lifetime = match request.is_confirmable() {
-                true => EXCHANGE_LIFETIME,
-                false => NON_LIFETIME,
+            let is_con = request.is_confirmable();
+            let lifetime = if is_con {
+                EXCHANGE_LIFETIME
+            } else {
+                NON_LIFETIME
             };
             self.0.push_back(Seen {
                 digest: request.digest,
@@ -3236,28 +2964,25 @@ mod coap {
 
     /// What has come of a request in blocks. RFC 7959 §2.5.
     struct Assembly {
-        key: AssemblyKey,
+        /// Of peer, path and Request-Tag, which tell bodies apart. RFC 9175 §3.3.
+        key: u64,
         body: Vec<u8>,
         touched: Instant,
-        /// How many bytes had come of another body with the same key when this one took its place,
-        /// 0 for none. A last block up to there may be the other's.
-        replaced: usize,
+        /// The bodies with the same key whose place this one took.
+        replaced: Vec<Replaced>,
     }
 
     impl Assembly {
         fn size(&self) -> usize {
-            let tags: usize = self.key.tags.iter().map(|tag| tag.len() + 24).sum();
-            ASSEMBLY_OVERHEAD + self.body.len() + tags
+            ASSEMBLY_OVERHEAD + self.body.len()
         }
     }
 
-    /// What tells bodies apart.
+    /// The start of a body that another has replaced. Its sender may go on where this one ends.
     #[derive(PartialEq)]
-    struct AssemblyKey {
-        peer: SocketAddr,
-        path: String,
-        /// Values of Request-Tag. RFC 9175 §3.3.
-        tags: Vec<Vec<u8>>,
+    struct Replaced {
+        length: usize,
+        digest: u64,
     }
 
     /// Everything about message types, message IDs and time.
@@ -3267,8 +2992,7 @@ mod coap {
         hasher: RandomState,
         /// Requests that were promised a response: they had a token.
         begun: Memory,
-        /// Blocks that were answered 2.31. Apart from the others, for it takes no token to send
-        /// many of them.
+        /// Blocks that were answered 2.31; apart, for it takes no token to send many of them.
         continued: Memory,
         /// The oldest comes first.
         unacknowledged: VecDeque<Unacknowledged>,
@@ -3284,11 +3008,11 @@ mod coap {
             }
         }
 
-        /// Says what a datagram is. It remembers nothing: only what is begun is worth that, for a
-        /// refusal can be judged again.
+        /// Says what a datagram is. It remembers nothing: `promise` and `respond_now` do, for a request
+        /// that was refused may be judged again.
         pub fn receive(&mut self, now: Instant, peer: SocketAddr, datagram: &[u8]) -> Event {
             if peer.ip().is_unspecified() {
-                return Event::Send(Vec::new()); // firmware: it cannot be answered, and comes again
+                return Event::Send(Vec::new()); // the firmware, before it has an address
             }
             let packet = match parse(datagram) {
                 Ok(packet) => packet,
@@ -3316,18 +3040,18 @@ mod coap {
         }
 
         /// Ends the retransmission of a response, and returns its ticket.
-        fn close(&mut self, peer: SocketAddr, message_id: u16) -> Option<u64> {
-            let is_meant =
-                |open: &Unacknowledged| open.peer == peer && open.message_id == message_id;
+        fn close(&mut self, peer: SocketAddr, id: u16) -> Option<u64> {
+            let is_meant = |open: &Unacknowledged| open.peer == peer && open.message_id == id;
             let index = self.unacknowledged.iter().position(is_meant)?;
             self.unacknowledged.remove(index)?.ticket
         }
 
         /// Promises a separate response: an empty ACK for a CON, silence for a NON.
         pub fn promise(&mut self, request: &Request) -> Vec<u8> {
+            let id = request.packet.header.message_id;
             let mut reply = Vec::new();
             if request.is_confirmable() {
-                reply = empty(MessageType::Acknowledgement, request.message_id());
+                reply = empty(MessageType::Acknowledgement, id);
             }
             self.begun.remember(request, &reply);
             reply
@@ -3338,7 +3062,7 @@ mod coap {
             let mut reply = Vec::new();
             if request.is_confirmable() {
                 let kind = MessageType::Acknowledgement;
-                reply = encode(kind, request.message_id(), request, response);
+                reply = encode(kind, request.packet.header.message_id, request, response);
             }
             if response.is(ResponseType::Continue) {
                 self.continued.remember(request, &reply);
@@ -3390,7 +3114,6 @@ mod coap {
             again
         }
 
-        /// When the next retransmission is due.
         pub fn next_due(&self) -> Option<Instant> {
             self.unacknowledged.iter().map(|open| open.due).min()
         }
@@ -3402,8 +3125,7 @@ mod coap {
 
         // ----- Block1 -----
 
-        /// Returns whether the request is whole; then it has its whole body. `Err` refuses the
-        /// block.
+        /// Returns whether the request has its whole body now. `Err` refuses the block.
         pub fn assemble(&mut self, request: &mut Request) -> Result<bool, Response> {
             let now = request.received_at;
             self.assemblies
@@ -3412,11 +3134,11 @@ mod coap {
                 return Ok(true);
             };
             let length = request.packet.payload.len();
-            if length > block.size || block.has_more && length < block.size {
+            if length > block.size || (block.has_more && length < block.size) {
                 return Err(Response::bad_request("A block is not of its size"));
             }
             if block.number == 0 && !block.has_more {
-                return Ok(true);
+                return Ok(true); // a body of its own, whatever else is unfinished
             }
             let mut assembly = self.assembly(request, block)?;
             assembly.body.append(&mut request.packet.payload);
@@ -3427,34 +3149,26 @@ mod coap {
                 request.packet.payload = assembly.body;
                 return Ok(true);
             }
-            let mut size = assembly.size();
-            for other in &self.assemblies {
-                size += other.size();
-            }
+            self.assemblies.push(assembly);
+            let mut size: usize = self.assemblies.iter().map(Assembly::size).sum();
             while size > ASSEMBLIES_MAX {
                 size -= self.assemblies.remove(0).size();
             }
-            self.assemblies.push(assembly);
             Ok(false)
         }
 
         /// Takes out the body to which a block belongs, or begins one.
         fn assembly(&mut self, request: &Request, block: Block) -> Result<Assembly, Response> {
-            let key = AssemblyKey {
-                peer: request.peer,
-                path: request.path(),
-                tags: request.values(REQUEST_TAG).cloned().collect(),
-            };
+            let tags: Vec<&Vec<u8>> = request.values(REQUEST_TAG).collect();
+            let key = self.hasher.hash_one((request.peer, request.path(), tags));
             let index = self.assemblies.iter().position(|known| known.key == key);
             let known = index.map(|index| self.assemblies.remove(index));
             if block.number == 0 {
-                // The same start again is a second try, and no other body.
-                let is_other = |known: &Assembly| !known.body.starts_with(&request.packet.payload);
                 return Ok(Assembly {
                     key,
                     body: Vec::new(),
                     touched: request.received_at,
-                    replaced: known.filter(is_other).map_or(0, |known| known.body.len()),
+                    replaced: known.map_or(Vec::new(), |known| self.replaced(known)),
                 });
             }
             let incomplete = ResponseType::RequestEntityIncomplete;
@@ -3465,14 +3179,28 @@ mod coap {
             if length != block.number * block.size {
                 return Err(Response::error(incomplete, "A block is missing"));
             }
-            if !block.has_more && length <= assembly.replaced {
-                return Err(Response::error(
-                    incomplete,
-                    "Two bodies at once: send it again",
-                ));
+            // If a replaced body goes on here, too, this may be its block, unless both began alike.
+            let digest = self.hasher.hash_one(&assembly.body);
+            let is_other = |other: &Replaced| other.length == length && other.digest != digest;
+            if assembly.replaced.iter().any(is_other) {
+                let reason = "Two bodies at once: send it again";
+                return Err(Response::error(incomplete, reason));
             }
             assembly.touched = request.received_at;
             Ok(assembly)
+        }
+
+        /// Returns what a new body replaces: an unfinished one, and those that this one had replaced.
+        fn replaced(&self, known: Assembly) -> Vec<Replaced> {
+            let mut replaced = known.replaced;
+            let digest = self.hasher.hash_one(&known.body);
+            let length = known.body.len();
+            replaced.retain(|other| *other != Replaced { length, digest });
+            replaced.push(Replaced { length, digest });
+            if replaced.len() > REPLACED_MAX {
+                replaced.remove(0);
+            }
+            replaced
         }
     }
 
@@ -3521,21 +3249,18 @@ mod coap {
         to_bytes(&packet)
     }
 
-    /// Encodes a response. The firmware takes payloads outside an ACK for configuration, so an
-    /// error there has none.
+    /// Encodes a response. Outside an ACK, the firmware would take an error's payload for settings.
     fn encode(kind: MessageType, id: u16, request: &Request, response: &Response) -> Vec<u8> {
         let mut packet = response.packet.clone();
         // RFC 7959 §2.3: a response to a block says which one.
         if let Some(block) = request.block_value(CoapOption::Block1) {
-            let more = if response.is(ResponseType::Continue) {
-                MORE
-            } else {
-                0
-            };
+            let goes_on = response.is(ResponseType::Continue);
+            let more = if goes_on { MORE } else { 0 };
             let value = OptionValueU32(block & !MORE | more);
             packet.add_option_as(CoapOption::Block1, value);
         }
-        if kind != MessageType::Acknowledgement && !response.is_success() {
+        let is_success = u8::from(response.code()) >> 5 == 2;
+        if kind != MessageType::Acknowledgement && !is_success {
             packet.payload.clear();
         }
         packet.header.set_type(kind);
@@ -3561,6 +3286,9 @@ mod coap {
     }
 }
 
+#[cfg(any(test, fuzzing))]
+#[path = "tests/unit/fixtures.rs"]
+mod fixtures;
 #[cfg(any(test, fuzzing))]
 #[path = "tests/unit/fuzz.rs"]
 pub mod fuzz;

@@ -11,12 +11,10 @@ use std::process::{Command, ExitCode};
 use std::time::Duration;
 use std::{env, thread};
 
-use support::{BotApi, Gateway, Message, Mote, PASSWORD, Setup, TOKEN, binary, form, update};
-
-const ADA: i64 = 1_234_567_890;
-const BOB: i64 = 2_345_678_901;
-/// A fetch that found nothing counts for so long: Telegram does not like to be asked more often.
-const BETWEEN_FETCHES: Duration = Duration::from_secs(3);
+use support::{
+    ADA, BOB, BotApi, EMPTY_PAGE_HOLDS, Gateway, Message, Mote, PASSWORD, Setup, TOKEN, binary,
+    form, update,
+};
 
 fn main() -> ExitCode {
     build_gateway();
@@ -176,7 +174,7 @@ impl Story<'_> {
 
     /// The mote asks for news, when Telegram may be asked again.
     fn poll(&mut self, expected: &str) {
-        thread::sleep(BETWEEN_FETCHES);
+        thread::sleep(EMPTY_PAGE_HOLDS);
         let answer = self.exchange("update", &update(self.api));
         self.check(
             answer.text() == expected,

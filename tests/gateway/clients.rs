@@ -9,8 +9,6 @@ use std::{env, iter};
 use crate::support::*;
 use serde_json::{Value, json};
 
-const SENT: &str = "Messages sent successfully";
-
 /// Somebody has written before the gateway starts, so its first fetch finds it.
 fn with_ada() -> (BotApi, Gateway) {
     let api = BotApi::start();

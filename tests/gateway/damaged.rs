@@ -10,8 +10,6 @@ use crate::support::*;
 
 /// A ping follows that many datagrams: its RST tells that they were read, and the socket's buffer holds more of them.
 const BATCH: usize = 32;
-/// Every kind of answer has come by then.
-const LEAST: usize = 2000;
 /// More than the gateway remembers.
 const MOTES: usize = 100;
 const LOG_MAX: usize = 1 << 20;
@@ -47,9 +45,9 @@ impl Damage {
         }
     }
 
-    /// Sends them and reads what comes back, as long as the motes go on, and enough of them to prove anything.
-    pub fn bombard_until(&mut self, ended: &AtomicBool) {
-        while !ended.load(SeqCst) || self.sent < LEAST {
+    /// Sends them and reads what comes back: as long as the others go on, and until there were so many in all.
+    pub fn bombard(&mut self, ended: &AtomicBool, least: usize) {
+        while !ended.load(SeqCst) || self.sent < least {
             let number = self.random.below(MOTES);
             (0..BATCH).for_each(|_| self.send_one(number));
             self.listen(number);

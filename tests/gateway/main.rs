@@ -5,6 +5,10 @@ mod support;
 
 mod coap;
 mod config;
+mod field_lines;
+mod field_peers;
+mod field_people;
+mod field_settings;
 mod message;
 mod people;
 mod stand_in;

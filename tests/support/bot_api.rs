@@ -126,6 +126,8 @@ pub struct Call {
     pub at: Instant,
     /// Number of the connection that it came on, counted from 1.
     pub connection: usize,
+    /// The request line and the headers.
+    pub head: String,
     /// What it was (or would have been) answered with.
     pub status: u16,
 }
@@ -135,7 +137,6 @@ pub struct Call {
 pub struct Sent {
     pub chat: String,
     pub text: String,
-    pub message_id: i64,
 }
 
 /// Everything that the stand-in has seen.
@@ -233,6 +234,7 @@ impl Shared {
             token,
             parameters,
             connection,
+            head,
         } = request;
         let fault = parameters
             .as_ref()
@@ -253,6 +255,7 @@ impl Shared {
             body: Value::Object(parameters.unwrap_or_default()),
             at: Instant::now(),
             connection,
+            head,
             status: match &outcome {
                 Outcome::Answered(answer) | Outcome::Delayed(answer) => answer.status,
                 Outcome::Held(_) => 200, // unless it ends with a 409
@@ -296,6 +299,7 @@ pub(super) struct Request {
     /// None if they cannot be understood.
     pub parameters: Option<Map<String, Value>>,
     pub connection: usize,
+    pub head: String,
 }
 
 /// What is sent back, and how that goes wrong.

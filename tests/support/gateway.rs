@@ -1,7 +1,7 @@
 //! The real gateway, run in a directory and an environment of its own.
 
 use std::fs::{self, File};
-use std::net::{SocketAddr, TcpListener};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Mutex;
@@ -25,6 +25,15 @@ pub fn binary() -> PathBuf {
         .and_then(Path::parent)
         .expect("target/<profile>/examples/");
     profile.join("coap_websocket")
+}
+
+/// `::1`, as motes speak IPv6; `127.0.0.1` where this machine does not, as in some containers.
+pub fn loopback() -> IpAddr {
+    let ipv6 = IpAddr::from(Ipv6Addr::LOCALHOST);
+    match UdpSocket::bind((ipv6, 0)) {
+        Ok(_) => ipv6,
+        Err(_) => Ipv4Addr::LOCALHOST.into(),
+    }
 }
 
 /// A UDP port that nothing uses. It is chosen outside the range from which the system takes ports by itself, so that
@@ -70,7 +79,7 @@ impl Setup {
     /// The usual one: the stand-in's url, token and certificate, and a password.
     pub fn new(api: &BotApi) -> Self {
         Self {
-            ip: "::1".to_string(),
+            ip: loopback().to_string(),
             config: Some(format!(
                 "[telegram]\nbot_token = {}\nurl = {}\n",
                 api.token(),

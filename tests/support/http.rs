@@ -125,6 +125,7 @@ fn handshake<'a>(
 
 /// One HTTP request.
 struct HttpRequest {
+    head: String,
     target: String,
     body: Vec<u8>,
 }
@@ -141,6 +142,7 @@ impl HttpRequest {
             token: token.to_string(),
             parameters: parameters(query, &self.body),
             connection,
+            head: self.head.clone(),
         }
     }
 }
@@ -168,6 +170,7 @@ fn read_request(tls: &mut Tls<'_>, input: &mut Vec<u8>) -> io::Result<Option<Htt
     let target = head.split_whitespace().nth(1).unwrap_or_default();
     Ok(body.map(|body| HttpRequest {
         target: target.to_string(),
+        head: head.clone(),
         body,
     }))
 }

@@ -13,9 +13,12 @@ mod field;
 mod firmware;
 mod gateway;
 mod http;
+mod line;
 mod mote;
+mod name_server;
 mod needs;
 mod proxy;
+mod scene;
 mod telegram;
 mod trouble;
 
@@ -24,19 +27,30 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use std::{env, fs, process, thread};
 
-use serde_json::json;
-
-pub use bot_api::{
-    BotApi, BotApiOptions, Call, ConnectionFault, Fault, Seen, Sent, When, every, next,
-};
+pub use bot_api::{BotApi, BotApiOptions, Call, ConnectionFault, Fault, Seen, every, next};
 pub use certificates::Certificate;
 pub use field::{Asked, FieldMote, GIVEN_UP, Outcome, at_once, judge};
 pub use firmware::{Firmware, REPLY_MAX};
-pub use gateway::{Finished, Gateway, PASSWORD, Setup, binary, free_udp_port};
+pub use gateway::{Finished, Gateway, PASSWORD, Setup, binary, free_udp_port, loopback};
+pub use line::Line;
 pub use mote::*;
-pub use needs::{has_client, in_namespaces};
+pub use name_server::NameServer;
+pub use needs::{has_client, has_ipv6, in_namespaces};
 pub use proxy::Proxy;
+pub use scene::Scene;
 pub use telegram::{Pace, Refusal};
+
+/// How long an empty page counts: Telegram holds a fetch that repeats its offset before, so it is not asked again.
+pub const EMPTY_PAGE_HOLDS: Duration = Duration::from_secs(3);
+
+/// What a mote is answered when its text was delivered, and when it knows everything.
+pub const SENT: &str = "Messages sent successfully";
+pub const NOTHING: &str = "No Updates";
+
+/// Two people, and the first as a mote hears of her.
+pub const ADA: i64 = 1_234_567_890;
+pub const BOB: i64 = 2_345_678_901;
+pub const ADA_TOKEN: &str = "Ada:1234567890";
 
 /// The bot token of the firmware's datagrams, and of the stand-in unless told otherwise.
 pub const TOKEN: &str = "123456789:AAEaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa";
@@ -158,22 +172,13 @@ pub fn start() -> (BotApi, Gateway) {
     (api, gateway)
 }
 
-/// As [`start`], with other settings. The gateway has made its first fetch, so it does nothing by itself for 15 s; and
-/// the fetch found something (an update that means nothing), so that Telegram is asked for the next poll.
+/// As [`start`], with other settings. The gateway has made its first fetch, in which it has heard all that people wrote
+/// before; so it does nothing by itself for some seconds.
 pub fn start_with(api: &BotApi, setup: Setup) -> Gateway {
-    api.push_update(json!({}));
     let gateway = Gateway::with(setup);
     api.wait_for("the first fetch", |seen| seen.count("getUpdates") > 0);
     assert!(Mote::new(gateway.address()).ping(PATIENCE));
     gateway
-}
-
-/// A poll for which Telegram is asked. After an empty page it would not be for 3 s, so there is always an update that
-/// means nothing.
-#[track_caller]
-pub fn fresh_poll(mote: &Mote, api: &BotApi) -> String {
-    api.push_update(json!({}));
-    poll(mote, api)
 }
 
 /// The payload of POST /message as the firmware writes it.
@@ -191,13 +196,26 @@ pub fn update(api: &BotApi) -> String {
 pub fn poll(mote: &Mote, api: &BotApi) -> String {
     let response = mote.post_separate("update", update(api));
     let tokens = response.text();
-    let code = if tokens == "No Updates" {
-        "2.03"
-    } else {
-        "2.05"
-    };
+    let code = if tokens == NOTHING { "2.03" } else { "2.05" };
     assert_eq!(response.code(), code, "{response}");
     tokens
+}
+
+/// Polls until the gateway has heard all that people wrote, and returns the last that the mote was told. That takes up to
+/// [`EMPTY_PAGE_HOLDS`].
+#[track_caller]
+pub fn hear(mote: &Mote, api: &BotApi) -> String {
+    let mut told = NOTHING.to_string();
+    let has_heard = within(PATIENCE, || {
+        let is_all = api.waiting_updates() == 0;
+        let reply = poll(mote, api);
+        if reply != NOTHING {
+            told = reply;
+        }
+        is_all
+    });
+    assert!(has_heard, "what people wrote is not heard");
+    told
 }
 
 /// The seed of a test's [`Numbers`], printed so that a failure can be repeated: `SEED=7 cargo test …`.

@@ -17,8 +17,6 @@ pub const PUT: u8 = 3;
 pub const DELETE: u8 = 4;
 
 // Option numbers (RFC 7252 §12.2, RFC 7959 §6, RFC 9175).
-pub const URI_HOST: u16 = 3;
-pub const URI_PORT: u16 = 7;
 pub const URI_PATH: u16 = 11;
 pub const CONTENT_FORMAT: u16 = 12;
 pub const URI_QUERY: u16 = 15;

@@ -6,6 +6,8 @@ use std::process::Command;
 use std::sync::Mutex;
 use std::{env, io};
 
+use super::loopback;
+
 static SKIPPED: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
 unsafe extern "C" {
@@ -14,8 +16,9 @@ unsafe extern "C" {
 }
 
 extern "C" fn tell_skipped() {
-    let skipped = SKIPPED.lock().unwrap();
-    eprintln!("{} tests were skipped:", skipped.len());
+    let mut skipped = SKIPPED.lock().unwrap();
+    skipped.sort();
+    eprintln!("skipped: {}", skipped.len());
     skipped.iter().for_each(|line| eprintln!("  {line}"));
     eprintln!();
 }
@@ -47,8 +50,8 @@ fn run(command: &mut Command) -> Result<(), String> {
         return Ok(());
     }
     let said = String::from_utf8_lossy(&output.stderr);
-    let last = said.trim().lines().last().unwrap_or_default();
-    Err(format!("{program}: {}: {last}", output.status))
+    let last = said.trim().lines().last();
+    Err(last.map_or(format!("{program}: {}", output.status), str::to_string))
 }
 
 /// Skips a test whose client is not installed; returns whether it is.
@@ -58,6 +61,15 @@ pub fn has_client<Test: Fn()>(test: Test, client: &str, is_installed: bool) -> b
         skip(name_of(test), &reason, "REQUIRE_CLIENTS");
     }
     is_installed
+}
+
+/// Skips a test where this machine does not speak IPv6; returns whether it does.
+pub fn has_ipv6<Test: Fn()>(test: Test) -> bool {
+    let is_there = loopback().is_ipv6();
+    if !is_there {
+        skip(name_of(test), "there is no ::1", "REQUIRE_NAMESPACES");
+    }
+    is_there
 }
 
 /// Runs a test of this program again as root in a network and a mount namespace of its own; true if it is that run.

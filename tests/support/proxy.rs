@@ -10,7 +10,7 @@ use std::time::Duration;
 /// The running proxy. Its threads end with the connections that it leads; its listener ends with the value.
 pub struct Proxy {
     address: SocketAddr,
-    asked: Arc<Mutex<Vec<String>>>,
+    heads: Arc<Mutex<Vec<String>>>,
     stop: Arc<Mutex<bool>>,
 }
 
@@ -19,10 +19,10 @@ impl Proxy {
     pub fn start(authority: &str, target: SocketAddr) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
-        let asked = Arc::new(Mutex::new(Vec::new()));
+        let heads = Arc::new(Mutex::new(Vec::new()));
         let stop = Arc::new(Mutex::new(false));
         let (log, stopped, authority) =
-            (Arc::clone(&asked), Arc::clone(&stop), authority.to_string());
+            (Arc::clone(&heads), Arc::clone(&stop), authority.to_string());
         thread::spawn(move || {
             while let Ok((client, _)) = listener.accept() {
                 if *stopped.lock().unwrap() {
@@ -34,7 +34,7 @@ impl Proxy {
         });
         Self {
             address,
-            asked,
+            heads,
             stop,
         }
     }
@@ -44,9 +44,18 @@ impl Proxy {
         format!("http://{}", self.address)
     }
 
+    /// Every request, with its headers.
+    pub fn heads(&self) -> Vec<String> {
+        self.heads.lock().unwrap().clone()
+    }
+
     /// Every `host:port` that was asked for.
     pub fn asked(&self) -> Vec<String> {
-        self.asked.lock().unwrap().clone()
+        let heads = self.heads();
+        let targets = heads.iter().map(|head| head.split_whitespace().nth(1));
+        targets
+            .map(|target| target.unwrap_or_default().to_string())
+            .collect()
     }
 }
 
@@ -78,7 +87,7 @@ fn lead(
         .unwrap_or_default()
         .to_string();
     let allowed = head.starts_with("CONNECT ") && asked == authority;
-    log.lock().unwrap().push(asked);
+    log.lock().unwrap().push(head);
     if !allowed {
         return client.write_all(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n");
     }

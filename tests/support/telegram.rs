@@ -1,7 +1,7 @@
 //! What Telegram does with a call: its queue of updates, its chats and its limits, as the published server
 //! (tdlib/telegram-bot-api, `Client.cpp`) and the documentation have them.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Map, Value, json};
@@ -29,12 +29,7 @@ pub const OTHER_POLL: &str = "Conflict: terminated by other getUpdates request; 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Refusal {
     Blocked,
-    Deactivated,
-    NeverStarted,
     KickedFromGroup,
-    KickedFromSupergroup,
-    NotInChannel,
-    GroupDeleted,
     NotFound,
     /// The group became the supergroup with this id.
     MigratedTo(i64),
@@ -45,12 +40,7 @@ impl Refusal {
         let forbidden = |reason: &str| Answer::error(403, &format!("Forbidden: {reason}"));
         match self {
             Self::Blocked => forbidden("bot was blocked by the user"),
-            Self::Deactivated => forbidden("user is deactivated"),
-            Self::NeverStarted => forbidden("bot can't initiate conversation with a user"),
             Self::KickedFromGroup => forbidden("bot was kicked from the group chat"),
-            Self::KickedFromSupergroup => forbidden("bot was kicked from the supergroup chat"),
-            Self::NotInChannel => forbidden("bot is not a member of the channel chat"),
-            Self::GroupDeleted => forbidden("the group chat was deleted"),
             Self::NotFound => Answer::error(400, "Bad Request: chat not found"),
             Self::MigratedTo(id) => Answer::error_with(
                 400,
@@ -62,8 +52,23 @@ impl Refusal {
 
     /// Telegram finds out about a person when it delivers a text, about a chat at every call.
     fn only_of_texts(self) -> bool {
-        matches!(self, Self::Blocked | Self::Deactivated | Self::NeverStarted)
+        self == Self::Blocked
     }
+}
+
+/// JSON as Telegram writes it: what is not ASCII as `\uXXXX`, an emoji as two of them.
+fn ascii(value: &Value) -> String {
+    let mut text = String::new();
+    for c in value.to_string().chars() {
+        if c.is_ascii() {
+            text.push(c);
+            continue;
+        }
+        for unit in c.encode_utf16(&mut [0; 2]) {
+            text += &format!("\\u{unit:04x}");
+        }
+    }
+    text
 }
 
 /// A status and a body.
@@ -77,7 +82,7 @@ impl Answer {
     fn success(result: Value) -> Self {
         Self {
             status: 200,
-            body: json!({"ok": true, "result": result}).to_string(),
+            body: ascii(&json!({"ok": true, "result": result})),
         }
     }
 
@@ -344,7 +349,7 @@ impl State {
         }
         let mut left = PAGE_MAX;
         let fits = |update: &&Value| {
-            let length = 50 + update.to_string().len();
+            let length = 50 + ascii(update).len();
             left = left.saturating_sub(length);
             left > 0
         };
@@ -422,7 +427,6 @@ impl State {
         self.seen.sent.push(Sent {
             chat: chat.clone(),
             text: text.to_string(),
-            message_id,
         });
         let chat = match chat.parse::<i64>() {
             Ok(id) if id < 0 => json!({"id": id, "type": "supergroup", "title": "Some group"}),

@@ -2,38 +2,31 @@
 //! runs `one` with inputs that it makes up, `cargo test` with those that once reached something new
 //! (`tests/fuzz/corpus.hex`).
 
-// The datagrams are read and written by the mote's hand-made codec, for the gateway's own cannot
-// judge itself.
-#[allow(dead_code)]
-#[path = "../support/firmware.rs"]
-pub(super) mod firmware;
-#[allow(dead_code)]
-#[path = "../support/mote.rs"]
-pub(super) mod mote;
-
+use std::cell::RefCell;
 use std::collections::{BTreeSet, HashMap};
-use std::process;
 
+use super::fixtures::firmware::{self, Firmware};
+use super::fixtures::mote::{
+    self, BLOCK1, BLOCK2, Kind, Message as Datagram, MessageIds, REQUEST_TAG, URI_PATH,
+};
+use super::fixtures::{
+    MOTE_TOKEN, PASSWORD, Scratch, TOKEN, URL, config, config_of, gateway, message, peer, secret,
+    update,
+};
 use super::*;
-use firmware::Firmware;
-use mote::{BLOCK1, BLOCK2, Kind, Message as Datagram, MessageIds, URI_PATH};
 
-// As in the firmware's datagrams.
-pub(super) const URL: &str = "https://api.telegram.org/bot";
-pub(super) const TOKEN: &str = "123456789:AAEaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa";
-pub(super) const PASSWORD: &str = "geheim";
-const MOTE_TOKEN: &str = "mesh";
-/// Before it, the gateway was not there.
-const START: u64 = 1_769_860_800;
 /// No answer to a datagram.
 const SILENCE: &[u8] = &[];
 
-/// The first byte chooses the part (a digit, in the corpus).
+/// The first byte chooses the part.
 pub fn one(input: &[u8]) {
     let Some((part, rest)) = input.split_first() else {
         return;
     };
-    match part % 8 {
+    let _ = log::set_logger(&Witness); // fails from the second time on
+    log::set_max_level(LevelFilter::Info);
+    LOG.take();
+    match part % 10 {
         0 => one_datagram(rest),
         1 => script_of_datagrams(rest),
         2 => form(rest),
@@ -41,7 +34,9 @@ pub fn one(input: &[u8]) {
         4 => answer_of_telegram(rest),
         5 => saved_state(rest),
         6 => names(rest),
-        _ => settings(rest),
+        7 => settings(rest),
+        8 => script_of_fetches(rest),
+        _ => script_of_blocks(rest),
     }
 }
 
@@ -58,47 +53,32 @@ fn corpus() {
     assert!(text.lines().count() > 200, "the corpus is gone");
 }
 
+// ---------- The log ----------
+
+thread_local! {
+    /// What was logged since `one` began.
+    static LOG: RefCell<String> = RefCell::default();
+}
+
+struct Witness;
+
+impl log::Log for Witness {
+    fn enabled(&self, metadata: &log::Metadata) -> bool {
+        metadata.level() <= Level::Info
+    }
+
+    fn log(&self, record: &log::Record) {
+        LOG.with_borrow_mut(|log| *log += &record.args().to_string());
+    }
+
+    fn flush(&self) {}
+}
+
+fn is_logged(secret: &str) -> bool {
+    LOG.with_borrow(|log| log.contains(secret))
+}
+
 // ---------- Datagrams ----------
-
-pub(super) fn gateway(token: Option<&str>) -> Gateway {
-    let config = config(token);
-    Gateway {
-        socket: UdpSocket::bind("127.0.0.1:0").unwrap(),
-        exchanges: Exchanges::new(),
-        telegram: Telegram::new(&config),
-        state: State::default(),
-        saved: None,
-        motes: Motes::default(),
-        people: People::default(),
-        token: None,
-        next_fetch: Instant::now(),
-        found_nothing: None,
-        fetch_fails: false,
-        hang: None,
-        deadline: Instant::now(),
-        config,
-    }
-}
-
-pub(super) fn config(token: Option<&str>) -> Config {
-    let secret = |text: &str| Secret(text.to_string());
-    Config {
-        url: URL.to_string(),
-        token: token.map(secret),
-        mote_token: token.map(|_| secret(MOTE_TOKEN)),
-        mote_token_origin: String::new(),
-        ip_family: IpFamily::Any,
-        password: password(),
-        listen: ([127, 0, 0, 1], 0).into(),
-        roots: RootCerts::WebPki,
-        roots_origin: String::new(),
-        state_path: PathBuf::new(),
-    }
-}
-
-pub(super) fn peer(number: u8) -> SocketAddr {
-    ([10, 0, 0, number], 61616).into()
-}
 
 /// A gateway for which time and datagrams are made up, and what the outside knows of it.
 struct World {
@@ -106,13 +86,15 @@ struct World {
     now: Instant,
     /// How Telegram will answer.
     outcome: u8,
+    delivered: u32,
     acted: Vec<Acted>,
+    /// What a CON without blocks was answered at once.
+    refused: HashMap<(SocketAddr, Vec<u8>), Vec<u8>>,
     open: Vec<Open>,
-    /// By peer and path: what has come of a request in blocks, and when the last one came.
-    bodies: HashMap<(SocketAddr, String), (Vec<u8>, Instant)>,
+    bodies: HashMap<BodyKey, Body>,
 }
 
-/// A request that was acted on.
+/// A request that was begun, or a block that was taken.
 struct Acted {
     peer: SocketAddr,
     datagram: Vec<u8>,
@@ -125,8 +107,21 @@ struct Acted {
 struct Open {
     peer: SocketAddr,
     bytes: Vec<u8>,
-    version: Option<u64>,
+    ticket: Option<u64>,
     copies: u32,
+}
+
+#[derive(PartialEq, Eq, Hash)]
+struct BodyKey {
+    peer: SocketAddr,
+    path: String,
+    tags: Vec<Vec<u8>>,
+}
+
+/// What has come of a request in blocks.
+struct Body {
+    bytes: Vec<u8>,
+    at: Instant,
 }
 
 impl World {
@@ -135,23 +130,36 @@ impl World {
             gateway: gateway(Some(TOKEN)),
             now: Instant::now(),
             outcome: 0,
+            delivered: 0,
             acted: Vec::new(),
+            refused: HashMap::new(),
             open: Vec::new(),
             bodies: HashMap::new(),
         }
     }
 
+    /// Whether the gateway may soon forget something for want of room.
+    fn is_full(&self) -> bool {
+        let mut bodies = 0;
+        for (key, body) in &self.bodies {
+            let tags: usize = key.tags.iter().map(|tag| 32 + tag.len()).sum();
+            bodies += 256 + body.bytes.len() + tags;
+        }
+        self.acted.len() > 200 || self.delivered > 1000 || bodies > coap::ASSEMBLIES_MAX / 2
+    }
+
     fn deliver(&mut self, peer: SocketAddr, bytes: &[u8]) {
+        self.delivered += 1;
         let message = Datagram::decode(bytes).filter(|message| match message.kind {
             Kind::Con | Kind::Non => (1..32).contains(&message.code),
             Kind::Ack | Kind::Rst => message.code == 0,
         });
         let reply = match self.gateway.exchanges.receive(self.now, peer, bytes) {
             Event::Send(reply) => reply,
-            Event::Acknowledged(version) => {
+            Event::Acknowledged(ticket) => {
                 let message = message.filter(|message| message.kind == Kind::Ack);
                 let open = self.close(peer, &message.expect("no ACK, but it counts"));
-                return assert_eq!(Some(version), open.unwrap().version);
+                return assert_eq!(Some(ticket), open.unwrap().ticket);
             }
             Event::Request(request) => {
                 let message = message.expect("a malformed message is a request");
@@ -169,7 +177,7 @@ impl World {
                 assert_eq!(reply, SILENCE, "an ACK or RST is answered");
                 let open = self.close(peer, &message);
                 let delivered = open.filter(|open| message.kind == Kind::Ack && open.copies < 4);
-                assert!(delivered.is_none_or(|open| open.version.is_none()));
+                assert!(delivered.is_none_or(|open| open.ticket.is_none()));
             }
             Some(_) => assert_eq!(Some(&reply), self.known(peer, bytes), "not acted on"),
         }
@@ -185,80 +193,103 @@ impl World {
     }
 
     fn act(&mut self, mut request: Request, message: Datagram, bytes: &[u8]) {
-        let peer = request.peer;
         assert!(!request.to_string().contains(TOKEN), "a token for the log");
-        let work = self.gateway.judge(&mut request);
-        let reply = match work {
-            Err(response) | Ok(Work::Reply(response)) => {
-                let exchanges = &mut self.gateway.exchanges;
-                let reply = exchanges.acknowledge(&request, Some(&response));
-                self.check_immediate(&message, &reply);
-                if response.code() == "2.31" {
-                    let body = self.body(peer, &message);
-                    let key = (peer, path(&message));
-                    self.bodies.insert(key, (body, self.now));
-                }
-                reply
-            }
-            Ok(work) => {
+        let verdict = self.gateway.judge(&mut request);
+        match verdict.unwrap_or_else(Verdict::Reply) {
+            Verdict::Reply(response) => self.answer_at_once(&request, &message, bytes, &response),
+            Verdict::Work(work) => {
                 let known = [3, 7, URI_PATH, 15, mote::ACCEPT, BLOCK2, BLOCK1];
                 let is_known = |number: u16| number.is_multiple_of(2) || known.contains(&number);
                 assert!(message.options.iter().all(|option| is_known(option.0)));
-                let body = self.body(peer, &message);
-                assert!(body == request.packet.payload, "a body that was not sent");
+                let body = self.assemble(request.peer, &message);
+                assert!(body.bytes == request.packet.payload, "it was not sent");
                 check_work(&self.gateway, &work);
-                let reply = self.gateway.exchanges.acknowledge(&request, None);
-                let is_con = message.kind == Kind::Con;
+                let reply = self.gateway.exchanges.promise(&request);
                 let empty = [0x60, 0, bytes[2], bytes[3]];
-                let expected = if is_con { &empty[..] } else { SILENCE };
-                assert_eq!(reply, expected, "not an empty ACK");
+                match message.kind {
+                    Kind::Con => assert_eq!(reply, empty, "not an empty ACK"),
+                    _ => assert_eq!(reply, SILENCE),
+                }
                 self.respond(&request, &message);
-                reply
+                self.remember(request.peer, bytes, reply);
             }
-        };
-        let is_con = message.kind == Kind::Con;
+        }
+    }
+
+    fn remember(&mut self, peer: SocketAddr, bytes: &[u8], reply: Vec<u8>) {
         self.acted.push(Acted {
             peer,
             datagram: bytes.to_vec(),
             at: self.now,
-            reply: if is_con { reply } else { Vec::new() },
+            reply,
         });
     }
 
+    fn answer_at_once(
+        &mut self,
+        request: &Request,
+        message: &Datagram,
+        bytes: &[u8],
+        response: &Response,
+    ) {
+        let peer = request.peer;
+        let is_con = message.kind == Kind::Con;
+        let reply = self.gateway.exchanges.respond_now(request, response);
+        let code = response.code().to_string();
+        self.check_immediate(message, &reply);
+        let is_silent = reply == SILENCE;
+        assert_eq!(is_silent, !is_con && code == "4.02", "RFC 7252 §5.4.1");
+        if code == "2.31" {
+            let body = self.assemble(peer, message);
+            self.bodies.insert(BodyKey::of(peer, message), body);
+            let again = if is_con { reply } else { Vec::new() };
+            return self.remember(peer, bytes, again);
+        }
+        if is_con && message.option_value(BLOCK1).is_none() {
+            let first = self.refused.entry((peer, bytes.to_vec()));
+            let first = first.or_insert_with(|| reply.clone());
+            assert_eq!(*first, reply, "judged otherwise the second time");
+        }
+    }
+
     /// The body of a request that was taken, with the blocks before it.
-    fn body(&mut self, peer: SocketAddr, message: &Datagram) -> Vec<u8> {
-        let mut body = Vec::new();
-        if let Some(block) = message.option_uint(BLOCK1) {
-            let (number, size) = (block as usize >> 4, 16 << (block & 7));
-            let length = message.payload.len();
-            assert!(size <= 1024 && length <= size, "a long block");
-            assert!(block & 8 == 0 || length == size, "a short block");
-            let known = self.bodies.remove(&(peer, path(message)));
+    fn assemble(&mut self, peer: SocketAddr, message: &Datagram) -> Body {
+        let mut body = Body {
+            bytes: Vec::new(),
+            at: self.now,
+        };
+        assert!(is_of_its_size(message), "a block of another size");
+        if let Some(block) = message.option_uint(BLOCK1)
+            && block & !7 > 0
+        // more than one block
+        {
+            let number = block as usize >> 4;
+            let before = self.bodies.remove(&BodyKey::of(peer, message));
+            let before = before.filter(|body| self.now - body.at < Duration::from_secs(60));
             if number > 0 {
-                let (before, at) = known.expect("the first block is missing");
-                assert!(self.now - at < Duration::from_secs(60), "abandoned");
-                assert_eq!(before.len(), number * size, "a gap");
-                body = before;
+                let before = before.expect("the first block is missing");
+                let start = number * (16 << (block & 7));
+                assert_eq!(before.bytes.len(), start, "a gap");
+                body.bytes = before.bytes;
             }
         }
-        body.extend(&message.payload);
-        assert!(body.len() <= 17 << 10, "too long");
+        body.bytes.extend(&message.payload);
+        assert!(body.bytes.len() <= 17 << 10, "too long");
         body
     }
 
     /// Checks a response that is sent at once.
     fn check_immediate(&self, request: &Datagram, reply: &[u8]) {
         if reply == SILENCE {
-            // RFC 7252 §5.4.1: a bad option in a NON.
-            assert_eq!(request.kind, Kind::Non, "not answered");
-            let numbers = request.options.iter().map(|(number, _)| number);
-            return assert!({ numbers }.any(|number| number % 2 == 1), "not answered");
+            let mut numbers = request.options.iter().map(|(number, _)| number);
+            return assert!(numbers.any(|number| number % 2 == 1), "not answered");
         }
         let answer = check_response(request, reply);
         let codes = "2.05 2.31 4.00 4.02 4.03 4.04 4.05 4.06 4.08 4.13 4.15 5.05";
         assert!(codes.contains(&answer.code()), "{answer}");
         if request.kind == Kind::Con {
-            assert_eq!((answer.kind, answer.id), (Kind::Ack, request.id));
+            assert_eq!(answer.kind, Kind::Ack);
+            assert_eq!(answer.id, request.id);
         }
         if ["2.31", "4.08", "4.13"].contains(&answer.code().as_str()) {
             let more = if answer.code() == "2.31" { 8 } else { 0 };
@@ -277,7 +308,7 @@ impl World {
             _ => Response::error(ResponseType::InternalServerError, TOKEN),
         };
         let is_state = self.outcome % 4 == 1;
-        response.version = is_state.then_some(self.acted.len() as u64);
+        response.ticket = is_state.then_some(self.acted.len() as u64);
         let exchanges = &mut self.gateway.exchanges;
         let bytes = exchanges.respond(self.now, request, &response);
         let answer = check_response(message, &bytes);
@@ -288,7 +319,7 @@ impl World {
             self.open.push(Open {
                 peer: request.peer,
                 bytes,
-                version: response.version,
+                ticket: response.ticket,
                 copies: 0,
             });
         }
@@ -298,8 +329,8 @@ impl World {
     fn close(&mut self, peer: SocketAddr, message: &Datagram) -> Option<Open> {
         let id = message.id.to_be_bytes();
         let is_own = |open: &Open| open.peer == peer && open.bytes[2..4] == id;
-        let at = self.open.iter().position(is_own)?;
-        Some(self.open.remove(at))
+        let index = self.open.iter().position(is_own)?;
+        Some(self.open.remove(index))
     }
 
     fn wait(&mut self, seconds: u8) {
@@ -318,11 +349,29 @@ impl World {
     }
 }
 
-fn path(message: &Datagram) -> String {
-    let segments = message.options.iter();
-    let segments = segments.filter(|(number, _)| *number == URI_PATH);
-    let segments = segments.map(|(_, value)| String::from_utf8_lossy(value).into_owned());
-    segments.collect::<Vec<String>>().join("/")
+impl BodyKey {
+    fn of(peer: SocketAddr, message: &Datagram) -> BodyKey {
+        let mut path = String::new();
+        let mut tags = Vec::new();
+        for (number, value) in &message.options {
+            match *number {
+                URI_PATH => path += &format!("/{}", String::from_utf8_lossy(value)),
+                REQUEST_TAG => tags.push(value.clone()),
+                _ => {}
+            }
+        }
+        BodyKey { peer, path, tags }
+    }
+}
+
+fn is_of_its_size(message: &Datagram) -> bool {
+    let Some(block) = message.option_uint(BLOCK1) else {
+        return true;
+    };
+    let size = 16 << (block & 7);
+    let length = message.payload.len();
+    let is_full = length == size || block & 8 == 0 && length < size;
+    block & 7 < 7 && is_full
 }
 
 /// What holds for every response.
@@ -346,18 +395,21 @@ fn one_datagram(bytes: &[u8]) {
     world.deliver(peer(1), bytes);
     world.deliver(peer(1), bytes);
     world.deliver(peer(2), bytes);
-    let (exchanges, nowhere) = (&mut world.gateway.exchanges, ([0; 4], 5683).into());
-    match exchanges.receive(world.now, nowhere, bytes) {
+    let nowhere = ([0; 4], 5683).into();
+    match world.gateway.exchanges.receive(world.now, nowhere, bytes) {
         Event::Send(reply) => assert_eq!(reply, SILENCE),
         _ => panic!("from nowhere"),
     }
+    assert!(!is_logged(TOKEN));
 }
 
 /// Datagrams, how Telegram answers, and time.
 fn script_of_datagrams(mut script: &[u8]) {
     let mut world = World::new();
     let mut last = Vec::new();
-    while let [operation, tail @ ..] = script {
+    while let [operation, tail @ ..] = script
+        && !world.is_full()
+    {
         let from = peer(operation & 15);
         let argument = tail.first().copied().unwrap_or_default();
         script = tail;
@@ -367,11 +419,16 @@ fn script_of_datagrams(mut script: &[u8]) {
                     return;
                 };
                 let length = usize::from(u16::from_be_bytes([*high, *low])).min(rest.len());
-                (last, script) = (rest[..length].to_vec(), &rest[length..]);
+                last = rest[..length].to_vec();
+                script = &rest[length..];
                 world.deliver(from, &last);
             }
             8 => world.deliver(from, &last),
-            9 => (0..argument).for_each(|number| world.deliver(peer(number), &last)),
+            9 => {
+                for number in 0..argument {
+                    world.deliver(peer(number), &last);
+                }
+            }
             10 => world.outcome = operation & 15,
             kind @ (11 | 12) => {
                 if let Some(open) = world.open.last() {
@@ -388,42 +445,88 @@ fn script_of_datagrams(mut script: &[u8]) {
             }
             _ => {}
         }
-        if world.acted.len() > 200 {
-            return; // before anything is forgotten for want of room
+    }
+    assert!(!is_logged(TOKEN));
+}
+
+/// Eight clients behind one address and port that send texts of three blocks, one step a byte. Four
+/// have one Request-Tag, every two of their texts begin alike. All start anew when one of them is
+/// refused or has got through.
+fn script_of_blocks(script: &[u8]) {
+    let mut exchanges = Exchanges::new();
+    let mut now = Instant::now();
+    let mut next_blocks = [0; 8];
+    for (id, step) in (0..).zip(script) {
+        let client = step & 7;
+        let next = &mut next_blocks[usize::from(client)];
+        match step >> 3 & 3 {
+            0 => *next = 0, // it has restarted
+            1 => now += Duration::from_secs(9),
+            _ => {}
         }
+        let letter = if *next == 0 { client | 1 } else { client };
+        let block = mote::block(*next, *next < 2, 16);
+        let datagram = Datagram::new(Kind::Con, mote::POST, id).path("message");
+        let datagram = datagram.option(BLOCK1, block).payload([letter; 16]);
+        let datagram = datagram.option(REQUEST_TAG, [client >> 2]);
+        let event = exchanges.receive(now, peer(1), &datagram.encode());
+        let Event::Request(mut request) = event else {
+            panic!("no request");
+        };
+        *next += 1;
+        match exchanges.assemble(&mut request) {
+            Ok(false) => continue,
+            Ok(true) => {
+                let body = request.packet.payload;
+                assert_eq!(
+                    body,
+                    [[client | 1; 16], [client; 16], [client; 16]].concat()
+                );
+            }
+            Err(response) => assert_eq!(response.code().to_string(), "4.08"),
+        }
+        next_blocks = [0; 8];
     }
 }
 
 // ---------- Forms ----------
 
-fn judged(gateway: &mut Gateway, path: &str, payload: &[u8]) -> Result<Work, Response> {
+/// What a form asks for, if it is accepted.
+fn judged(gateway: &mut Gateway, path: &str, payload: &[u8]) -> Option<Work> {
     let datagram = Datagram::new(Kind::Con, mote::POST, 1).path(path);
     let datagram = datagram.payload(payload).encode();
-    let exchanges = &mut gateway.exchanges;
-    match exchanges.receive(Instant::now(), peer(1), &datagram) {
-        Event::Request(mut request) => gateway.judge(&mut request),
-        _ => panic!("no request"),
+    let event = gateway
+        .exchanges
+        .receive(Instant::now(), peer(1), &datagram);
+    let Event::Request(mut request) = event else {
+        panic!("no request");
+    };
+    match gateway.judge(&mut request).unwrap_or_else(Verdict::Reply) {
+        Verdict::Work(work) => Some(work),
+        Verdict::Reply(_) => None,
     }
 }
 
 /// What holds for everything that is carried out.
 fn check_work(gateway: &Gateway, work: &Work) {
-    let (token, message) = match work {
-        Work::Reply(_) => return,
-        Work::Update(token) => (token, None),
-        Work::Message(message) => (&message.token, Some(message)),
+    let token = match work {
+        Work::Update(token) => token,
+        Work::Message(text) => &text.token,
     };
     match &gateway.config.token {
         Some(own) => assert!(own.0 == token.0, "another token"),
         None => assert!(token.is_bot_token(), "no token"),
     }
-    if let (None, Some(bot)) = (message, &gateway.state.bot) {
-        assert_eq!(bot, token.bot_id(), "another bot");
-    }
-    if let Some(Message { chats, text, .. }) = message {
-        let distinct: BTreeSet<String> = chats.iter().map(Value::to_string).collect();
-        assert!(distinct.len() == chats.len() && (1..=10).contains(&chats.len()));
-        assert!((1..=4096).contains(&text.chars().count()) && text == trim(text));
+    match work {
+        Work::Update(token) => {
+            let bot = gateway.state.bot.as_deref();
+            assert!(bot.is_none_or(|bot| bot == token.bot_id()), "another bot");
+        }
+        Work::Message(Text { chats, text, .. }) => {
+            let distinct: BTreeSet<String> = chats.iter().map(ChatId::to_string).collect();
+            assert!(distinct.len() == chats.len() && (1..=10).contains(&chats.len()));
+            assert!((1..=4096).contains(&text.chars().count()) && text == trim(text));
+        }
     }
 }
 
@@ -431,22 +534,27 @@ fn form(payload: &[u8]) {
     let mut bound = gateway(None);
     bound.state.bot = Some("123456789".to_string());
     for mut gateway in [gateway(Some(TOKEN)), gateway(None), bound] {
-        if let Ok(work) = judged(&mut gateway, "update", payload) {
+        if let Some(work) = judged(&mut gateway, "update", payload) {
             check_work(&gateway, &work);
         }
-        let Ok(work) = judged(&mut gateway, "message", payload) else {
+        let Some(work) = judged(&mut gateway, "message", payload) else {
             continue;
         };
         check_work(&gateway, &work);
-        let Work::Message(message) = work else { return };
-        assert!(String::from_utf8_lossy(payload).contains(&message.text));
+        let Work::Message(text) = work else {
+            panic!("another resource");
+        };
+        let payload = String::from_utf8_lossy(payload);
+        assert!(payload.contains(&text.text));
+        let own = [TOKEN, MOTE_TOKEN];
+        assert!(gateway.config.token.is_none() || own.iter().any(|own| payload.contains(own)));
         // Said again in the firmware's words, it is the same.
-        let id = |chat: &Value| chat.as_str().map_or(chat.to_string(), str::to_string);
-        let ids: Vec<String> = message.chats.iter().map(id).collect();
-        let again = mote::form(URL, &message.token.0, &ids.join(","), &message.text);
+        let ids: Vec<String> = text.chats.iter().map(ChatId::to_string).collect();
+        let again = mote::form(URL, &text.token.0, &ids.join(","), &text.text);
         match judged(&mut gateway, "message", again.as_bytes()) {
-            Ok(Work::Message(again)) => {
-                assert_eq!((&again.chats, &again.text), (&message.chats, &message.text));
+            Some(Work::Message(again)) => {
+                assert_eq!(again.chats, text.chats);
+                assert_eq!(again.text, text.text);
             }
             _ => panic!("refused: {again}"),
         }
@@ -457,7 +565,7 @@ fn form(payload: &[u8]) {
     let text = String::from_utf8_lossy(payload);
     let text = trim(&text);
     match judged(&mut gateway(Some(TOKEN)), "message", &whole) {
-        Ok(Work::Message(message)) => assert_eq!(message.text, text),
+        Some(Work::Message(message)) => assert_eq!(message.text, text),
         _ => assert!(text.is_empty() || text.chars().count() > 4096, "refused"),
     }
 }
@@ -469,14 +577,22 @@ fn check_state(state: &State) {
     let names: BTreeSet<&String> = state.users.iter().map(|user| &user.name).collect();
     let ids: BTreeSet<i64> = state.users.iter().map(|user| user.chat).collect();
     let removed: BTreeSet<i64> = state.removed.iter().copied().collect();
-    names.iter().for_each(|name| check_name(name));
+    for name in &names {
+        check_name(name);
+    }
     let users = state.users.len();
     assert!(users <= 10 && names.len() == users && ids.len() == users);
     assert!(removed.len() == state.removed.len() && removed.len() <= 100);
-    assert!(ids.is_disjoint(&removed) && ids.union(&removed).all(is_private));
+    assert!(ids.is_disjoint(&removed));
+    assert!(ids.union(&removed).all(|id| is_for_firmware(*id)));
     assert!(matches!(state.interval, None | Some(1..=120)));
     assert!(matches!(state.feedback, None | Some(0 | 1)));
-    assert!(state.tokens().len() <= firmware::REPLY_MAX, "too long");
+    assert!(state.summary().len() <= firmware::REPLY_MAX, "too long");
+}
+
+/// Whether the firmware keeps this id whole, and can remove it.
+fn is_for_firmware(chat: i64) -> bool {
+    chat > 0 && chat.to_string().len() <= 11
 }
 
 fn check_restart(state: &State) {
@@ -487,7 +603,7 @@ fn check_restart(state: &State) {
 
 fn check_name(name: &str) {
     let fits = (1..=14).contains(&name.len()) && name == name.trim();
-    let is_separator = |c: char| c.is_control() || ";:,&=".contains(c);
+    let is_wrong = |c: char| c.is_control() || ";:,&=\u{200b}\u{202e}\u{feff}".contains(c);
     let is_digit = |c: Option<char>| c.is_some_and(|c| c.is_ascii_digit());
     let mut chars = name.chars();
     let is_command = match chars.next() {
@@ -495,19 +611,19 @@ fn check_name(name: &str) {
         Some('i' | 'r') => is_digit(chars.next()),
         _ => name == "all" || name.chars().all(|c| is_digit(Some(c))),
     };
-    assert!(
-        fits && !name.contains(is_separator) && !is_command,
-        "{name:?}"
-    );
+    assert!(fits && !name.contains(is_wrong) && !is_command, "{name:?}");
 }
 
 /// Telegram, the motes, and the gateway between them.
 struct Town {
     state: State,
     people: People,
+    config: Config,
     motes: Motes,
     now: Instant,
     residents: [Resident; 3],
+    /// Somebody calls himself like the password.
+    is_password_a_name: bool,
 }
 
 /// A mote, and what it has acknowledged.
@@ -524,11 +640,9 @@ struct Resident {
 impl Town {
     fn new() -> Town {
         Town {
-            state: State {
-                ignore_commands_before: Some(START),
-                ..State::default()
-            },
+            state: State::default(),
             people: People::default(),
+            config: config(Some(TOKEN)),
             motes: Motes::default(),
             now: Instant::now(),
             residents: [1, 2, 3].map(|number| Resident {
@@ -538,19 +652,23 @@ impl Town {
                 acknowledged: None,
                 is_right: true,
             }),
+            is_password_a_name: false,
         }
     }
 
     /// `fate`: 0, the reply is lost; 1, its ACK is lost; 2, the mote restarts first; else nothing.
     fn poll(&mut self, number: u8, fate: u8) {
-        let (mote, fate) = (&mut self.residents[usize::from(number) % 3], fate % 4);
+        let mote = &mut self.residents[usize::from(number) % 3];
+        let fate = fate % 4;
         if fate == 2 {
             mote.firmware.reboot();
             mote.ids.restart();
-            (mote.acknowledged, mote.is_right) = (None, true);
+            mote.acknowledged = None;
+            mote.is_right = true;
         }
-        self.motes.note_request(mote.peer, mote.ids.next());
-        let tokens = self.state.tokens();
+        self.motes
+            .note_request(mote.peer, mote.ids.next(), self.now);
+        let tokens = self.state.summary();
         let version = self.motes.offer(&tokens);
         if tokens.is_empty() || self.motes.has_acknowledged(mote.peer, version, self.now) {
             if !tokens.is_empty() {
@@ -575,71 +693,201 @@ impl Town {
         }
     }
 
-    /// `who` says who in which chat, and whether it was before the gateway was there.
-    fn write(&mut self, who: u8, name: &str, text: &str) {
-        let chat = match who % 16 {
-            0 => 99_999_999_999,
-            1 => 100_000_000_000,
-            2 => -7,
-            _ => i64::from(who),
-        };
-        let (before, is_old) = (self.state.clone(), who >= 0x80);
-        let suspect = self.people.suspects.get(&chat);
-        let is_locked = suspect.is_some_and(|suspect| suspect.locked_until.is_some());
+    /// Takes a message, and checks that nothing happens but what it may lead to.
+    fn hear(&mut self, message: &Value) {
+        let before = self.state.clone();
+        let writer = Writer::of(message, self);
         self.state.offset = 0;
-        let update = update(chat, name, text, if is_old { 0 } else { START });
-        self.people.take(&update, &mut self.state, &password());
-        assert_eq!(self.state.offset, 2);
+        let update = update(message.clone());
+        self.people.take(&update, &mut self.state, &self.config);
+        assert_eq!(self.state.offset, 2, "it would come again");
+        self.state.offset = before.offset;
         assert!(self.people.suspects.len() <= 256);
-        let words: Vec<&str> = text.split_whitespace().collect();
-        let lower: Vec<String> = words.iter().map(|word| word.to_lowercase()).collect();
-        let first = lower.first().map_or("", String::as_str);
-        let is_config = ["config", "/config"].contains(&first);
-        self.check_answer(is_private(&chat).then_some(chat), is_config);
+        let answers = mem::take(&mut self.people.answers);
+        let deletions = mem::take(&mut self.people.deletions);
+        self.check_secrets(message, &answers);
+        let Some(writer) = writer else {
+            assert!(self.state == before, "changed by no writing: {message}");
+            return assert!(answers.is_empty() && deletions.is_empty(), "{message}");
+        };
+        self.check_users(&before, &writer);
+        self.check_settings(&before, &writer);
+        self.check_deletions(message, &writer, deletions.into());
+        let has_left = |chat: i64| self.state.removed.contains(&chat);
+        for answer in &answers {
+            let is_told = answer.chat == writer.chat;
+            assert!(is_told || writer.is_obeyed && has_left(answer.chat));
+        }
+        let is_answered = |chat| answers.iter().any(|answer| answer.chat == chat);
+        assert!(is_answered(writer.chat) || writer.is_locked || writer.letters.is_empty());
+        for User { chat, .. } in &before.users {
+            let stays = self.state.is_user(*chat);
+            assert!(stays || is_answered(*chat), "removed without a word");
+        }
+    }
 
-        let mut expected = (before.interval, before.feedback);
-        let is_heard = is_private(&chat) && !is_old && !is_locked;
-        if is_heard && is_config && words.len() == 4 && words[1] == PASSWORD {
-            let digits = Some(words[3]).filter(|text| text.bytes().all(|b| b.is_ascii_digit()));
-            let value = digits.and_then(|digits| digits.parse::<u8>().ok());
-            match (words[2].to_ascii_lowercase().as_str(), value) {
-                ("interval", Some(1..=120)) => expected.0 = value,
-                ("feedback", Some(0 | 1)) => expected.1 = value,
-                _ => {}
+    /// The password is never said, nor logged, unless somebody makes it their name.
+    fn check_secrets(&mut self, message: &Value, answers: &VecDeque<Answer>) {
+        let mut decoration = message.clone();
+        for key in ["text", "caption"] {
+            decoration
+                .as_object_mut()
+                .map(|message| message.remove(key));
+        }
+        self.is_password_a_name |= holds(&decoration, PASSWORD);
+        if self.is_password_a_name {
+            return;
+        }
+        let mut texts = answers.iter().flat_map(|answer| &answer.texts);
+        assert!(!texts.any(|text| text.contains(PASSWORD)), "it is said");
+        assert!(!is_logged(PASSWORD), "it is logged");
+    }
+
+    /// Everybody keeps their place and their name but who leaves. Only the writer comes.
+    fn check_users(&self, before: &State, writer: &Writer) {
+        let state = &self.state;
+        let mut removed_others = 0;
+        for user in &before.users {
+            let after = state.users.iter().find(|after| after.chat == user.chat);
+            match after {
+                Some(after) => assert_eq!(after.name, user.name, "a name is kept"),
+                None if user.chat == writer.chat => {}
+                None => removed_others += 1,
             }
         }
-        let state = &self.state;
-        assert_eq!((state.interval, state.feedback), expected, "{text:?}");
-        let is_user = state.users.iter().any(|user| user.chat == chat);
-        if !is_private(&chat) {
-            assert!(state.users == before.users, "it cannot register");
-        } else if lower == ["remove", "me"] && !is_old {
-            assert!(!is_user && state.removed.last() == Some(&chat));
+        assert!(
+            removed_others <= u32::from(writer.is_obeyed),
+            "others are removed"
+        );
+        let is_user = state.is_user(writer.chat);
+        let mut new_users = state.users.clone();
+        new_users.retain(|user| !before.is_user(user.chat));
+        if is_user && !before.is_user(writer.chat) {
+            assert!(!self.config.registration_by_password || writer.is_obeyed);
+            assert!(!before.removed.contains(&writer.chat) || !writer.text.is_empty());
+            assert_eq!(new_users.len(), 1);
         } else {
-            assert!(is_user || before.users.len() == 10, "not registered");
+            assert!(new_users.is_empty(), "somebody else is registered");
+        }
+        let has_left = state.removed.last() == Some(&writer.chat);
+        if writer.words == ["remove", "me"] || writer.words == ["stop"] {
+            return assert!(!is_user && has_left, "not removed: {}", writer.text);
+        }
+        if !is_user && (before.is_user(writer.chat) || state.removed != before.removed) {
+            let letters = &writer.letters;
+            assert!(
+                letters.contains("remove") || letters.starts_with("stop"),
+                "{letters}"
+            );
+        }
+        let is_open = !self.config.registration_by_password && !writer.text.is_empty();
+        assert!(is_user || has_left || !is_open || before.users.len() >= 10);
+    }
+
+    fn check_settings(&self, before: &State, writer: &Writer) {
+        let mut interval = before.interval;
+        let mut feedback = before.feedback;
+        let words: Vec<&str> = writer.text.split(' ').collect();
+        let is_number = |value: &str| value.bytes().all(|byte| byte.is_ascii_digit());
+        match words[..] {
+            _ if !writer.is_obeyed => {}
+            ["config", PASSWORD, "interval", value] if is_number(value) => {
+                let minutes = value.parse().ok().filter(|value| (1..=120).contains(value));
+                interval = minutes.or(interval);
+            }
+            ["config", PASSWORD, "feedback", value] if is_number(value) => {
+                let on = value.parse().ok().filter(|value| *value <= 1);
+                feedback = on.or(feedback);
+            }
+            _ => return, // maybe in other words
+        }
+        assert_eq!(self.state.interval, interval, "{}", writer.text);
+        assert_eq!(self.state.feedback, feedback, "{}", writer.text);
+    }
+
+    /// What begins with a command that takes the password is deleted, and nothing else.
+    fn check_deletions(&self, message: &Value, writer: &Writer, deletions: Vec<Deletion>) {
+        let Some(id) = message["message_id"].as_i64() else {
+            return assert!(deletions.is_empty());
+        };
+        let caption = message["caption"].as_str().unwrap_or_default();
+        let mut is_needed = false;
+        let mut is_allowed = false;
+        for text in [&writer.text, caption] {
+            for command in ["config", "register"] {
+                if command == "config" || self.config.registration_by_password {
+                    is_needed |= words(text).first().is_some_and(|word| word == command);
+                    is_allowed |= letters(text).starts_with(command);
+                }
+            }
+        }
+        assert!(!is_needed || deletions.len() == 1, "not deleted: {message}");
+        assert!(is_allowed || deletions.is_empty(), "deleted: {message}");
+        for deletion in deletions {
+            assert_eq!(deletion.chat, writer.chat);
+            assert_eq!(deletion.message_id, id);
         }
     }
+}
 
-    /// Nobody is told anything but the one who wrote.
-    fn check_answer(&mut self, chat: Option<i64>, is_config: bool) {
-        let answers = mem::take(&mut self.people.answers);
-        assert!(answers.keys().all(|told| Some(*told) == chat));
-        let is_deleted = answers.values().any(|answer| answer.deleted == [1]);
-        assert_eq!(is_deleted, chat.is_some() && is_config);
-        let mut texts = answers.values().flat_map(|answer| &answer.texts);
-        assert!(!texts.any(|text| text.contains(PASSWORD)), "it is said");
+/// Whoever has written to the bot, and what decides what may come of it. Read beside the gateway's
+/// own way.
+struct Writer {
+    chat: i64,
+    text: String,
+    words: Vec<String>,
+    letters: String,
+    is_locked: bool,
+    /// The password is a word of the text, and it would be heard.
+    is_obeyed: bool,
+}
+
+impl Writer {
+    /// None if it is no writing of a person.
+    fn of(message: &Value, town: &Town) -> Option<Writer> {
+        let chat = message["chat"]["id"].as_i64()?;
+        let is_person = message["chat"]["type"] == "private" && message["from"]["is_bot"] != true;
+        let text = message["text"].as_str().unwrap_or_default();
+        let caption = message["caption"].as_str().unwrap_or_default();
+        let is_writing = has_media(message) || !text.is_empty() || !caption.is_empty();
+        if !is_person || !is_for_firmware(chat) || !is_writing {
+            return None;
+        }
+        let mut suspects = town.people.suspects.iter();
+        let suspect = suspects.find(|suspect| suspect.chat == chat);
+        let is_locked = suspect.is_some_and(|suspect| suspect.locked_until.is_some());
+        Some(Writer {
+            chat,
+            text: text.to_string(),
+            words: words(text),
+            letters: letters(text),
+            is_locked,
+            is_obeyed: !is_locked && text.split_whitespace().any(|word| word == PASSWORD),
+        })
     }
 }
 
-/// Bot API, `Update`: somebody writes to the bot.
-pub(super) fn update(chat: i64, name: &str, text: &str, date: u64) -> Value {
-    let chat = json!({"id": chat, "type": "private", "first_name": name});
-    let message = json!({"message_id": 1, "date": date, "chat": chat, "text": text});
-    json!({"update_id": 1, "message": message})
+/// The words of a text as somebody types it who does not type anything odd.
+fn words(text: &str) -> Vec<String> {
+    let words = text.split_whitespace();
+    words.map(str::to_ascii_lowercase).collect()
 }
 
-pub(super) fn password() -> Option<Secret> {
-    Some(Secret(PASSWORD.to_string()))
+/// What is left of a text without all that may stand around and between words.
+fn letters(text: &str) -> String {
+    let mut letters = text.to_lowercase();
+    letters.retain(char::is_alphanumeric);
+    letters
+}
+
+/// Whether a string somewhere in it may be shown as one that holds this word.
+fn holds(value: &Value, word: &str) -> bool {
+    match value {
+        Value::String(text) => letters(text).contains(word),
+        Value::Array(values) => values.iter().any(|value| holds(value, word)),
+        Value::Object(values) => values.values().any(|value| holds(value, word)),
+        _ => false,
+    }
 }
 
 /// As `Firmware::knows` says it.
@@ -670,7 +918,8 @@ fn is_enough(state: &State, tokens: &str, firmware: &Firmware) -> bool {
     })
 }
 
-/// Lines. `?`: a mote polls. `!`: a chat refuses. Empty: ten minutes pass. Else somebody writes: one
+/// Lines. `?`: a mote polls. `!`: a chat refuses. `=`: registering takes the password, or does no
+/// longer. `{`: a message as Telegram sends it. Empty: ten minutes pass. Else somebody writes: one
 /// byte for who, the name, a tab, the text.
 fn script_of_people(script: &[u8]) {
     let mut town = Town::new();
@@ -682,18 +931,89 @@ fn script_of_people(script: &[u8]) {
                 town.poll(option(0), option(1));
             }
             [b'!', who, ..] => drop(town.state.remove(i64::from(who % 16) + 1)),
+            [b'=', ..] => town.config.registration_by_password ^= true,
+            [b'{', ..] => {
+                if let Ok(message) = serde_json::from_slice(line) {
+                    town.hear(&message);
+                }
+            }
             [who, line @ ..] => {
                 let line = String::from_utf8_lossy(line);
                 let (name, text) = line.split_once('\t').unwrap_or(("Ada", &line));
-                town.write(*who, name, text);
+                let chat = match who % 16 {
+                    0 => 99_999_999_999,
+                    1 => 100_000_000_000,
+                    2 => -7,
+                    _ => i64::from(*who),
+                };
+                town.hear(&message(chat, name, text));
             }
         }
         check_state(&town.state);
     }
     check_restart(&town.state);
     town.now += Duration::from_secs(3600);
-    (0..3).for_each(|number| town.poll(number, 3));
-    (0..3).for_each(|number| town.poll(number, 3));
+    for number in [0, 1, 2, 0, 1, 2] {
+        town.poll(number, 3);
+    }
+}
+
+// ---------- Fetches ----------
+
+/// Two bytes for each step: what happens, and how many seconds pass before it.
+fn script_of_fetches(script: &[u8]) {
+    let mut now = Instant::now();
+    let mut polling = Polling::new(Some(secret(TOKEN)), now);
+    let mut refused_until = now;
+    let mut is_last_page_unread = false;
+    for step in script.chunks_exact(2) {
+        now += Duration::from_secs(u64::from(step[1]) / 4);
+        let mut failure = Failure::new("no route".to_string());
+        failure.timed_out = step[0] & 0x10 != 0;
+        failure.http_began = step[0] & 0x20 != 0 && !failure.timed_out;
+        match step[0] % 8 {
+            0 => polling.note_texts(&[Err(failure), Ok(Value::Null)], now, now),
+            1 => polling.note_texts(&[Err(failure)], now, now),
+            // A fetch; nobody asks while Telegram wants none.
+            _ if now < refused_until => {
+                assert!(polling.token_if_due(now).is_none(), "it asks too soon");
+                assert_eq!(polling.refused_for(now), Some(refused_until - now));
+            }
+            2 => {
+                polling.note_page(0, now);
+                polling.note_fetch(&secret(TOKEN), step[0] & 0x10 != 0, now);
+                is_last_page_unread = false;
+                let due = polling.next_due().unwrap();
+                assert!((3..=15).contains(&(due - now).as_secs()));
+                assert!(polling.last_page_counts(&secret(TOKEN), now) && !polling.is_failing);
+            }
+            3 => {
+                failure.http_began = true;
+                failure.timed_out = false;
+                failure.error_code = Some(429);
+                let retry_after = Duration::from_secs(step[1].into());
+                failure.retry_after = Some(retry_after);
+                polling.note_failed_fetch(&failure, now, now);
+                refused_until = now + retry_after;
+            }
+            _ => {
+                is_last_page_unread |= failure.timed_out || failure.http_began;
+                polling.note_failed_fetch(&failure, now, now);
+                assert!(polling.is_failing);
+            }
+        }
+        let minute_later = now + Duration::from_secs(60);
+        let due = polling.next_due().unwrap();
+        assert!(due <= minute_later.max(refused_until), "deaf");
+        assert!(
+            due >= refused_until || now >= refused_until,
+            "it asks too soon"
+        );
+        let time = polling.time_for(REQUEST_TIME, now);
+        assert!(time == REQUEST_TIME || time == Duration::from_secs(2) && polling.hangs);
+        assert_eq!(polling.time_for(FETCH_TIME, minute_later), FETCH_TIME);
+        assert_eq!(polling.page_limit, if is_last_page_unread { 1 } else { 10 });
+    }
 }
 
 // ---------- What is read ----------
@@ -709,34 +1029,64 @@ fn answer_of_telegram(input: &[u8]) {
         Ok(result) => result,
         Err(failure) => {
             assert!(status != 200 || json["ok"] != true, "a success");
-            assert!(failure.code.is_none() || json["ok"] == false);
-            return assert!(failure.retry_in.is_none() || failure.code == Some(429));
+            assert!(failure.error_code.is_none() || json["ok"] == false);
+            assert!(failure.retry_after.is_none() || failure.error_code == Some(429));
+            return assert!(failure.http_began && !failure.timed_out);
         }
     };
     assert!(status == 200 && json["ok"] == true && json["result"] == result);
-    let (mut state, mut people) = (State::default(), People::default());
-    let updates = result.as_array().into_iter().flatten();
-    for update in updates {
+    let config = config(Some(TOKEN));
+    let mut state = State::default();
+    let mut people = People::default();
+    for update in result.as_array().into_iter().flatten() {
         let id = update["update_id"].as_i64();
         let offset = id.map_or(state.offset, |id| id.saturating_add(1));
-        people.take(update, &mut state, &password());
+        people.take(update, &mut state, &config);
         assert_eq!(state.offset, offset, "it blocks those behind it");
         check_state(&state);
     }
     check_restart(&state);
 }
 
-/// `state.json`: the gateway goes on with whatever it accepts.
+/// `state.json`: the gateway goes on with whatever there is.
 fn saved_state(text: &[u8]) {
-    let Ok(mut state) = serde_json::from_slice::<State>(text) else {
-        return;
+    let scratch = Scratch::new();
+    let mut config = config(Some(TOKEN));
+    config.state_path = scratch.0.join("state.json");
+    fs::write(&config.state_path, text).unwrap();
+    let saved = State::parse(&config.state_path, Some(text.to_vec()));
+    let Ok(mut state) = State::open(&config) else {
+        panic!("it can be read");
     };
+    match saved {
+        Ok(saved) => {
+            let chat = |user: &User| user.chat;
+            assert!(
+                state
+                    .users
+                    .iter()
+                    .map(chat)
+                    .eq(saved.users.iter().map(chat))
+            );
+            assert!(state.removed == saved.removed && state.interval == saved.interval);
+            assert_eq!(text.trim_ascii().first(), Some(&b'{'));
+            let is_same_bot = saved.bot.as_deref() == Some("123456789");
+            assert_eq!(state.offset, if is_same_bot { saved.offset } else { 0 });
+        }
+        Err(_) => {
+            assert!(state.users.is_empty() && state.offset == 0);
+            let aside = fs::read(scratch.0.join("state.json.damaged"));
+            assert!(aside.is_ok_and(|kept| kept == text), "it is lost");
+        }
+    }
+    assert_eq!(state.bot.as_deref(), Some("123456789"));
     check_restart(&state);
     let mut people = People::default();
     for who in 4..16 {
         for text in ["hi", "remove me", "config geheim interval 7", "hi"] {
-            people.take(&update(who, "Ada", text, START), &mut state, &password());
-            state.tokens();
+            let update = update(message(who, "Ada", text));
+            people.take(&update, &mut state, &config);
+            state.summary();
         }
     }
     assert_eq!(state.interval, Some(7));
@@ -746,49 +1096,64 @@ fn saved_state(text: &[u8]) {
 /// Names, one a line, all of them taken.
 fn names(text: &[u8]) {
     let text = String::from_utf8_lossy(text);
-    let mut taken: Vec<String> = Vec::new();
-    for line in text.split('\n').take(20) {
-        let others: Vec<&str> = taken.iter().map(String::as_str).collect();
-        let name = wire_name(line, &others);
+    let mut state = State::default();
+    for (chat, line) in (1..20).zip(text.split('\n')) {
+        let name = state.free_name(line);
         check_name(&name);
-        assert!(!taken.contains(&name), "{name} is taken");
-        assert_eq!(wire_name(&name, &[]), name, "another name the next time");
-        taken.push(name);
+        let mut users = state.users.iter();
+        assert!(users.all(|user| user.name != name), "{name} is taken");
+        let again = State::default().free_name(&name);
+        assert_eq!(again, name, "another name the next time");
+        state.users.push(User { name, chat });
     }
 }
 
-/// `config.ini`, and the same as `.env`.
+/// `config.ini`, a NUL, and `.env`; without a NUL the same for both.
 fn settings(content: &[u8]) {
-    if String::from_utf8_lossy(content).contains("SSL_CERT_FILE") {
+    let text = String::from_utf8_lossy(content);
+    if text.contains("SSL_CERT_FILE") {
         return; // it names a file that is read
     }
-    for is_ini in [true, false] {
-        let (config, fault) = config_of(content, is_ini);
-        if !fault.is_empty() {
-            let line: usize = fault.split(':').nth(1).unwrap().parse().expect(&fault);
+    let mut files = content.splitn(2, |byte| *byte == 0);
+    let config_ini = files.next().unwrap_or_default();
+    let dot_env = files.next().unwrap_or(content);
+    let result = config_of(config_ini, dot_env);
+    let fault = result.as_ref().err();
+    for secret in [TOKEN, PASSWORD] {
+        let mut lines = text.split(['\n', '\0']);
+        let is_a_name = |line: &str| line.split('=').next().unwrap().contains(secret);
+        if !lines.any(is_a_name) {
+            let is_said = fault.is_some_and(|fault| fault.contains(secret));
+            assert!(!is_said && !is_logged(secret), "a secret is told");
+        }
+    }
+    match result {
+        Ok(config) => check_config(&config, &String::from_utf8_lossy(dot_env)),
+        Err(fault) => {
+            let (file, rest) = fault.split_once(':').expect(&fault);
+            let content = if file == ".env" { dot_env } else { config_ini };
+            let line: usize = rest.split(':').next().unwrap().parse().expect(&fault);
             let lines = content.split(|byte| *byte == b'\n').count();
             assert!((1..=lines).contains(&line), "{fault}");
         }
-        let is_word = |secret: &Secret| !secret.0.is_empty() && !secret.0.contains(' ');
-        assert!(config.token.is_none_or(|token| token.is_bot_token()));
-        assert!(config.mote_token.is_none_or(|word| is_word(&word)));
-        assert!(config.password.is_some_and(|word| is_word(&word)));
-        assert!(is_https_url(&config.url));
     }
 }
 
-/// What a file sets, and what is wrong with it, as in `:3: no section yet`.
-pub(super) fn config_of(content: &[u8], is_ini: bool) -> (Config, String) {
-    static FILES: AtomicU64 = AtomicU64::new(0);
-    let number = FILES.fetch_add(1, Relaxed);
-    let name = format!("coap_websocket-unit-{}-{number}", process::id());
-    let path = env::temp_dir().join(name);
-    fs::write(&path, content).unwrap();
-    let mut config = config(None);
-    let result = read_settings(&path, &mut config, is_ini);
-    fs::remove_file(&path).unwrap();
-    let fault = result.err().unwrap_or_default();
-    let place = path.display().to_string();
-    assert!(fault.is_empty() || fault.starts_with(&place), "{fault}");
-    (config, fault.replace(&place, ""))
+fn check_config(config: &Config, dot_env: &str) {
+    let is_word = |secret: &Secret| !secret.0.is_empty() && !secret.0.contains(' ');
+    assert!(config.token.as_ref().is_none_or(Secret::is_bot_token));
+    assert!(config.mote_token.as_ref().is_none_or(is_word));
+    assert!(config.mote_token.is_none() || config.token.is_some());
+    assert!(config.password.as_ref().is_none_or(is_word));
+    assert!(config.password.is_some() || !config.registration_by_password);
+    assert!(is_https_url(&config.url));
+    let ip = config.listen.ip();
+    assert!(!ip.is_unspecified() && !ip.is_multicast());
+    if let Some(proxy) = &config.proxy {
+        assert_eq!(proxy.protocol(), ureq::ProxyProtocol::Http);
+        let host = proxy.host().to_lowercase();
+        assert!(!host.is_empty() && dot_env.to_lowercase().contains(&host));
+        assert!(dot_env.contains(&proxy.port().to_string()));
+    }
+    assert!(config.proxy.is_some() || !dot_env.starts_with("HTTPS_PROXY=h"));
 }
