@@ -275,15 +275,13 @@ lines_that_add_it() {
 # NetworkManager takes away an address that it does not know. Where it does not look after the interface, nobody else
 # brings that up when it appears.
 prepare_interface() {
-    local ip
-    ip=$(command -v ip)
     if systemctl is-active -q NetworkManager &&
         [[ $(nmcli -g GENERAL.STATE device show "$interface" 2>/dev/null) != *unmanaged* ]]; then
         printf '%s\n' '[connection]' id=coap_websocket type=ethernet "interface-name=$interface" autoconnect-priority=10 '' \
             '[ipv4]' method=disabled '' '[ipv6]' method=manual "address1=$address" >"$stage/connection"
     else
-        printf '%s' 'ACTION=="add|move", SUBSYSTEM=="net", KERNEL=="' "$interface" '", RUN+="' "$ip link set dev $interface up" \
-            '", RUN+="' "$ip -6 addr add $address dev $interface" $'"\n' >"$stage/udev_rule"
+        printf 'ACTION=="add|move", SUBSYSTEM=="net", KERNEL=="%s", RUN+="%s", RUN+="%s"\n' "$interface" \
+            "$(command -v ip) link set dev $interface up" "$(command -v ip) -6 addr add $address dev $interface" >"$stage/udev_rule"
         chmod 644 "$stage/udev_rule"
     fi
 }
@@ -318,7 +316,7 @@ choose() {
     if [ "$file" = - ]; then
         given='' installed='' offer=''
     elif [ -n "$file" ]; then
-        given=$([ ! -f "$file" ] || head -n 1 "$file" | bare)
+        given=$(head -n 1 "$file" 2>/dev/null | bare)
         [ -n "$given" ] || die "cannot read the $what from $file: write it there as the first line, then run this again"
     fi
     [ -z "$(refusal_of_value "$what" "$offer")" ] || offer=''
@@ -503,14 +501,14 @@ start() {
     printf '%s\n' "$said" '' 'Watch it:   sudo systemctl status coap_websocket' \
         '            sudo journalctl -fu coap_websocket'
     systemctl is-active -q coap_websocket || die "$dead"
+    [ -e "/sys/class/net/$interface" ] || echo "
+$interface is not plugged in; once it is, the gateway serves. These are there: $(cd /sys/class/net && echo *).
+If one of them is the motes': sudo bash setup.sh --interface NAME"
     [ -z "$fault" ] || die "$fault"
     $works || case $said in
         *" 401"* | *" 404"*) die "Telegram does not know this token; give it another: sudo bash setup.sh --token-file -" ;;
         *) die "installed and running, but see what the check says above; then run this again" ;;
     esac
-    [ -e "/sys/class/net/$interface" ] || echo "
-$interface is not plugged in; once it is, the gateway serves. These are there: $(cd /sys/class/net && echo *).
-If one of them is the motes': sudo bash setup.sh --interface NAME"
 }
 
 status() { systemctl show -P StatusText coap_websocket; }
