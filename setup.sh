@@ -275,15 +275,13 @@ lines_that_add_it() {
 # NetworkManager takes away an address that it does not know. Where it does not look after the interface, nobody else
 # brings that up when it appears.
 prepare_interface() {
-    local ip
-    ip=$(command -v ip)
     if systemctl is-active -q NetworkManager &&
         [[ $(nmcli -g GENERAL.STATE device show "$interface" 2>/dev/null) != *unmanaged* ]]; then
         printf '%s\n' '[connection]' id=coap_websocket type=ethernet "interface-name=$interface" autoconnect-priority=10 '' \
             '[ipv4]' method=disabled '' '[ipv6]' method=manual "address1=$address" >"$stage/connection"
     else
-        printf '%s' 'ACTION=="add|move", SUBSYSTEM=="net", KERNEL=="' "$interface" '", RUN+="' "$ip link set dev $interface up" \
-            '", RUN+="' "$ip -6 addr add $address dev $interface" $'"\n' >"$stage/udev_rule"
+        printf 'ACTION=="add|move", SUBSYSTEM=="net", KERNEL=="%s", RUN+="%s", RUN+="%s"\n' "$interface" \
+            "$(command -v ip) link set dev $interface up" "$(command -v ip) -6 addr add $address dev $interface" >"$stage/udev_rule"
         chmod 644 "$stage/udev_rule"
     fi
 }
@@ -314,21 +312,21 @@ prepare_settings() {
 # choose WHAT FILE GIVEN INSTALLED OFFER: sets reply from the file, else to what the environment gave, else to what is
 # installed, else to what is typed on the terminal, where Enter takes the offer.
 choose() {
-    local what=$1 file=$2 given=$3 installed=$4 offer=$5 refusal hidden=''
+    local what=$1 file=$2 given=$3 installed=$4 offer=$5 refusal hidden='' hint="as BotFather shows it"
     if [ "$file" = - ]; then
         given='' installed='' offer=''
     elif [ -n "$file" ]; then
-        given=$([ ! -f "$file" ] || head -n 1 "$file" | bare)
+        given=$(head -n 1 "$file" 2>/dev/null | bare)
         [ -n "$given" ] || die "cannot read the $what from $file: write it there as the first line, then run this again"
     fi
     [ -z "$(refusal_of_value "$what" "$offer")" ] || offer=''
-    [ "$what" != password ] || hidden=s
+    [ "$what" != password ] || hidden=s hint="8 characters or more, no blanks"
     reply=${given:-$installed}
     while refusal=$(refusal_of_value "$what" "$reply"); [ -n "$refusal" ]; do
         [ -z "$given" ] || die "that is no $what: $refusal; nothing was changed"
         [ -t 0 ] || die "no $what and no terminal to ask for it: write it to a file, then run this with --${what#* }-file FILE"
         [ -z "$reply" ] || echo "That is no $what: $refusal." >&2
-        printf '%s%s: ' "${what^}" "${offer:+, or Enter for the one of the program before}" >&2
+        printf '%s (%s)%s: ' "${what^}" "$hint" "${offer:+, or Enter for the one of the program before}" >&2
         read "-r$hidden" reply || die "no $what: nothing was changed"
         [ -z "$hidden" ] || echo >&2
         reply=${reply:-$offer}
@@ -380,7 +378,7 @@ value_of() {
 }
 
 # Takes a BOM, a carriage return, blanks and quotes off both ends of a line.
-bare() { LC_ALL=C sed "s/^\xef\xbb\xbf//; s/^[[:space:]]*//; s/[[:space:]]*\$//; s/^\"\(.*\)\"\$/\1/; t; s/^'\(.*\)'\$/\1/"; }
+bare() { LC_ALL=C sed "s/^\xef\xbb\xbf//; s/^[[:space:]]*//; s/[[:space:]]*\$//; s/^\([\"']\)\(.*\)\1\$/\2/"; }
 
 # with_value FILE KEY VALUE: the text of FILE with that value, every other line as it is.
 with_value() {
@@ -503,14 +501,14 @@ start() {
     printf '%s\n' "$said" '' 'Watch it:   sudo systemctl status coap_websocket' \
         '            sudo journalctl -fu coap_websocket'
     systemctl is-active -q coap_websocket || die "$dead"
+    [ -e "/sys/class/net/$interface" ] || echo "
+$interface is not plugged in; once it is, the gateway serves. These are there: $(cd /sys/class/net && echo *).
+If one of them is the motes': sudo bash setup.sh --interface NAME"
     [ -z "$fault" ] || die "$fault"
     $works || case $said in
         *" 401"* | *" 404"*) die "Telegram does not know this token; give it another: sudo bash setup.sh --token-file -" ;;
         *) die "installed and running, but see what the check says above; then run this again" ;;
     esac
-    [ -e "/sys/class/net/$interface" ] || echo "
-$interface is not plugged in; once it is, the gateway serves. These are there: $(cd /sys/class/net && echo *).
-If one of them is the motes': sudo bash setup.sh --interface NAME"
 }
 
 status() { systemctl show -P StatusText coap_websocket; }
