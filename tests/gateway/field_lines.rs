@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::support::*;
-use serde_json::json;
+use serde_json::{Value, json};
 
 const STRANGER: i64 = 7_777_777_777;
 /// Of a loopback that is not slowed down.
@@ -111,6 +111,29 @@ fn a_line_of_64_kilobits() {
     assert_heard(&behind, start, Duration::from_secs(150), weight(3, &text));
 }
 
+/// Ten long answers to long texts are more than is read at once; they are read one by one.
+#[test]
+fn a_page_that_is_too_long() {
+    let api = BotApi::start();
+    let text = "🙂".repeat(4096);
+    let bold = |offset| json!({"type": "bold", "offset": offset, "length": 1});
+    let entities: Vec<Value> = (0..100).map(bold).collect();
+    let chat = json!({"id": STRANGER, "type": "private", "first_name": "Stranger"});
+    for _ in 0..12 {
+        let before =
+            json!({"message_id": 1, "date": 0, "chat": chat, "text": text, "entities": entities});
+        let answer = json!({"text": text, "entities": entities, "reply_to_message": before});
+        api.push_message(STRANGER, "Stranger", answer);
+    }
+    api.person_writes(ADA, "Ada", "hello");
+    let start = Instant::now();
+    let gateway = Gateway::with(Setup::new(&api));
+    let is_heard = |seen: &Seen| !seen.texts_to(ADA).is_empty();
+    let is_in_time = api.wait_until(Duration::from_secs(20), is_heard);
+    println!("after {:.1?}", start.elapsed());
+    assert!(is_in_time, "{}", gateway.log());
+}
+
 /// A stranger's longest texts are read in little memory: the unit has 64 MB.
 #[test]
 fn the_memory_of_a_page() {
@@ -170,7 +193,8 @@ fn fail_a_poll(behind: &Behind, mote: &Mote) {
 
 #[test]
 fn dead_connections_are_not_used_up_one_by_one() {
-    let cases: [(&str, (&str, fn(&Behind, &Mote))); 4] = [
+    type Failing = fn(&Behind, &Mote);
+    let cases: [(&str, (&str, Failing)); 4] = [
         (
             "a poll fails, three chats",
             ("5,6,7", |behind, mote| fail_a_poll(behind, mote)),
@@ -217,29 +241,20 @@ fn the_own_fetch_meets_a_dead_connection() {
 
 // --- name servers ---
 
-const HOST: &str = "telegram.test";
-
-/// A stand-in with that name, and the url that a gateway has to look up.
-fn by_name(listen: Ipv4Addr) -> (BotApi, String) {
-    let api = BotApi::with(BotApiOptions {
+/// A stand-in that has to be looked up.
+fn by_name(listen: Ipv4Addr) -> BotApi {
+    BotApi::with(BotApiOptions {
         listen: (listen, 0).into(),
-        names: vec![HOST.to_string()],
+        names: vec!["telegram.test".to_string()],
         ..BotApiOptions::default()
-    });
-    let url = format!("https://{HOST}:{}/bot", api.address().port());
-    (api, url)
-}
-
-fn look_up(api: &BotApi, url: &str) -> Setup {
-    let config = format!("[telegram]\nbot_token = {TOKEN}\nurl = {url}\n");
-    Setup::ipv4(api).config(&config)
+    })
 }
 
 /// Whatever resolv.conf says, there is one look-up at a time: a silent name server fills no process with threads.
 fn one_look_up(options: &str, texts: usize) -> (BotApi, Gateway, NameServer) {
-    let names = NameServer::start(None, options);
-    let (api, url) = by_name(Ipv4Addr::LOCALHOST);
-    let gateway = Gateway::with(look_up(&api, &url));
+    let names = NameServer::start(Names::Silent, options);
+    let api = by_name(Ipv4Addr::LOCALHOST);
+    let gateway = Gateway::with(Setup::ipv4(&api));
     let mut most = 0;
     let start = Instant::now();
     thread::scope(|scope| {
@@ -247,7 +262,7 @@ fn one_look_up(options: &str, texts: usize) -> (BotApi, Gateway, NameServer) {
             let mote = Mote::new(gateway.address());
             for number in 0..texts {
                 let text = format!("text {number}");
-                let form = form(&url, TOKEN, "5", &text);
+                let form = message(&api, "5", &text);
                 mote.post_separate("message", form).expect_code("5.00");
             }
         });
@@ -286,11 +301,10 @@ fn a_silent_name_server_and_patient_settings() {
     }
     let (api, gateway, names) = one_look_up("options timeout:30 attempts:5", 10);
     // It knows again: served as ever, as soon as the look-up of before asks once more.
-    names.knows(Ipv4Addr::LOCALHOST);
+    names.set(Names::Lead(Ipv4Addr::LOCALHOST));
     let mote = Mote::new(gateway.address());
-    let url = format!("https://{HOST}:{}/bot", api.address().port());
     let is_served = within(Duration::from_secs(35), || {
-        let form = form(&url, TOKEN, "6", "x");
+        let form = message(&api, "6", "x");
         mote.post_separate("message", form).code() == "2.05"
     });
     assert!(is_served, "{}", gateway.log());
@@ -302,14 +316,14 @@ fn a_late_name_server_from_the_start() {
     if !in_namespaces(a_late_name_server_from_the_start) {
         return;
     }
-    let names = NameServer::start(Some(Ipv4Addr::LOCALHOST), "options timeout:20");
+    let names = NameServer::start(Names::Lead(Ipv4Addr::LOCALHOST), "options timeout:20");
     names.is_late(Duration::from_secs(9));
-    let (api, url) = by_name(Ipv4Addr::LOCALHOST);
-    let gateway = Gateway::with(look_up(&api, &url));
+    let api = by_name(Ipv4Addr::LOCALHOST);
+    let gateway = Gateway::with(Setup::ipv4(&api));
     let mote = Mote::new(gateway.address());
     let start = Instant::now();
     let is_served = within(Duration::from_secs(15), || {
-        let form = form(&url, TOKEN, "5", "x");
+        let form = message(&api, "5", "x");
         mote.post_separate("message", form).code() == "2.05"
     });
     println!("served after {:.1?}", start.elapsed());
@@ -324,21 +338,21 @@ fn a_new_address_of_a_late_name_server_is_followed() {
         return;
     }
     let new = Ipv4Addr::new(127, 0, 0, 2);
-    let (api, url) = by_name(new);
-    let names = NameServer::start(Some(Ipv4Addr::LOCALHOST), "");
+    let api = by_name(new);
+    let names = NameServer::start(Names::Lead(Ipv4Addr::LOCALHOST), "");
     let old_address = (Ipv4Addr::LOCALHOST, api.address().port()).into();
     let line = Line::start_at(old_address, api.address(), FAST);
-    let gateway = Gateway::with(look_up(&api, &url));
+    let gateway = Gateway::with(Setup::ipv4(&api));
     let mote = Mote::new(gateway.address());
     let text = |text: &str| {
-        let response = mote.post_separate("message", form(&url, TOKEN, "5", text));
+        let response = mote.post_separate("message", message(&api, "5", text));
         response.code()
     };
     assert_eq!(text("before"), "2.05");
     assert!(line.connections() > 0);
     names.is_late(Duration::from_millis(1300));
-    names.knows(new);
-    // Addresses hold for a minute. New connections are opened now and then, for three texts at once need them.
+    names.set(Names::Lead(new));
+    // Addresses hold for a minute. Each text needs a new connection.
     let start = Instant::now();
     while start.elapsed() < Duration::from_secs(75) {
         thread::sleep(Duration::from_secs(3));

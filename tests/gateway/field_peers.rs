@@ -152,7 +152,8 @@ fn many_motes_send_blocks_at_once() {
 /// What does not fit: the oldest assemblies are given up, whatever their addresses are.
 #[test]
 fn the_oldest_assembly_is_given_up() {
-    let orders: [(&str, fn(usize) -> usize); 2] = [("upwards", |n| n), ("downwards", |n| 59 - n)];
+    type Order = fn(usize) -> usize;
+    let orders: [(&str, Order); 2] = [("upwards", |n| n), ("downwards", |n| 59 - n)];
     in_parallel(&orders, |order| {
         let (api, gateway) = start_ipv4();
         let size = 1024;

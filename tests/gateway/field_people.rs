@@ -1067,7 +1067,8 @@ fn names_can_be_seen() {
 /// Somebody who writes as soon as he was answered waits about 4 s each time, whoever else does what.
 #[test]
 fn a_conversation() {
-    let cases: [(&str, fn(&Scene)); 3] = [
+    type Meanwhile = fn(&Scene);
+    let cases: [(&str, Meanwhile); 3] = [
         ("alone", |_| {}),
         ("a mote polls", |scene| {
             let _ = poll(&scene.mote(), &scene.api);

@@ -511,7 +511,8 @@ fn dotenv(line: &str) -> String {
 /// HTTPS_PROXY in `.env` or in the environment; for `check` as well.
 #[test]
 fn the_proxy_is_used() {
-    let cases: [(&str, fn(Setup, &str) -> Setup); 5] = [
+    type Place = fn(Setup, &str) -> Setup;
+    let cases: [(&str, Place); 5] = [
         (".env", |setup, url| {
             setup.dotenv(&dotenv(&format!("HTTPS_PROXY={url}")))
         }),

@@ -1,5 +1,6 @@
 //! POST /message: forms, deliveries, and everything that Telegram and the network can do to them.
 
+use std::net::Ipv4Addr;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -434,6 +435,27 @@ fn no_name_server() {
     assert!(start.elapsed() < LIMIT, "took {:?}", start.elapsed());
     let told = warnings(&gateway).join("\n");
     assert!(told.contains("no-such-host.invalid"), "{told}");
+}
+
+/// ureq would look Telegram up for each call.
+#[test]
+fn a_look_up_serves_many_texts() {
+    if !in_namespaces(a_look_up_serves_many_texts) {
+        return;
+    }
+    let names = NameServer::start(Names::Lead(Ipv4Addr::LOCALHOST), "");
+    let api = BotApi::with(BotApiOptions {
+        names: vec!["telegram.test".to_string()],
+        ..BotApiOptions::default()
+    });
+    let gateway = start_with(&api, Setup::new(&api));
+    let mote = Mote::new(gateway.address());
+    for _ in 0..5 {
+        mote.post_separate("message", message(&api, "5", "x"))
+            .expect("2.05", SENT);
+    }
+    let questions = names.questions();
+    assert!((1..=2).contains(&questions), "{questions}: IPv4 and IPv6");
 }
 
 /// What a server may answer, and what it comes to: 2.05 if it says that the text is delivered. `¶` stands for the end of

@@ -1,12 +1,10 @@
 //! Telegram is gone for a while, in each way in which a network fails, and ten motes go on asking: each is told soon,
 //! nothing happens twice, and afterwards all is as before.
 
-use std::net::UdpSocket;
-use std::process::Command;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU16, Ordering::Relaxed};
+use std::net::Ipv4Addr;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::thread;
 use std::time::Duration;
-use std::{fs, thread};
 
 use crate::support::*;
 
@@ -156,63 +154,19 @@ fn minutes_of_another_certificate() {
 // --- no DNS ---
 
 const HOST: &str = "telegram.test";
-/// DNS response codes.
-const NO_ERROR: u16 = 0;
-const REFUSED: u16 = 5;
-/// No response at all.
-const SILENT: u16 = u16::MAX;
-
-/// A name server that knows one address for every name, in namespaces of this test's own. What it answers can be
-/// changed; it ends with the process.
-fn start_name_server(response_code: u16) -> Arc<AtomicU16> {
-    let directory = TempDir::new();
-    let resolv_conf = directory.join("resolv.conf");
-    fs::write(&resolv_conf, "nameserver 127.0.0.1\n").unwrap();
-    let mut mount = Command::new("mount");
-    mount.arg("--bind").arg(resolv_conf).arg("/etc/resolv.conf");
-    assert!(mount.status().unwrap().success());
-    let socket = UdpSocket::bind("127.0.0.1:53").unwrap();
-    let code = Arc::new(AtomicU16::new(response_code));
-    let shared = Arc::clone(&code);
-    thread::spawn(move || {
-        let mut buffer = [0; 512];
-        while let Ok((length, peer)) = socket.recv_from(&mut buffer) {
-            let code = shared.load(Relaxed);
-            if code != SILENT {
-                let _ = socket.send_to(&dns_response(&buffer[..length], code), peer);
-            }
-        }
-    });
-    code
-}
-
-/// RFC 1035 §4.1: an answer only to a question for an IPv4 address.
-fn dns_response(query: &[u8], code: u16) -> Vec<u8> {
-    let name_end = 12 + query[12..].iter().position(|byte| *byte == 0).unwrap();
-    let (kind, question_end) = (query[name_end + 2], name_end + 5);
-    let found = code == NO_ERROR && kind == 1;
-    let mut response = query[..2].to_vec();
-    for field in [0x8180 | code, 1, u16::from(found), 0, 0] {
-        response.extend(field.to_be_bytes());
-    }
-    response.extend(&query[12..question_end]);
-    if found {
-        response.extend(hex("c00c 0001 0001 00000001 0004 7f000001"));
-    }
-    response
-}
+const HERE: Names = Names::Lead(Ipv4Addr::LOCALHOST);
 
 /// Two minutes with a gateway that knows Telegram by a name, and a name server that answers so from the start and so
 /// during the outage.
-fn without_dns(from_the_start: u16, meanwhile: u16) -> Survived {
-    let name_server = start_name_server(from_the_start);
+fn without_dns(from_the_start: Names, meanwhile: Names) -> Survived {
+    let name_server = NameServer::start(from_the_start, "");
     let api = BotApi::with(BotApiOptions {
         names: vec![HOST.to_string()],
         ..BotApiOptions::default()
     });
     let gateway = Gateway::with(Setup::ipv4(&api));
-    let begin = || name_server.store(meanwhile, Relaxed);
-    let end = || name_server.store(NO_ERROR, Relaxed);
+    let begin = || name_server.set(meanwhile);
+    let end = || name_server.set(HERE);
     survive(&api, &gateway, &LONG, begin, end)
 }
 
@@ -221,7 +175,7 @@ fn without_dns(from_the_start: u16, meanwhile: u16) -> Survived {
 #[ignore = "takes two minutes"]
 fn minutes_without_dns() {
     if in_namespaces(minutes_without_dns) {
-        let survived = without_dns(NO_ERROR, SILENT);
+        let survived = without_dns(HERE, Names::Silent);
         assert_eq!(survived.outcome.served, survived.asked.len());
     }
 }
@@ -231,7 +185,7 @@ fn minutes_without_dns() {
 #[ignore = "takes two minutes"]
 fn starts_with_a_silent_name_server() {
     if in_namespaces(starts_with_a_silent_name_server) {
-        without_dns(SILENT, SILENT);
+        without_dns(Names::Silent, Names::Silent);
     }
 }
 
@@ -239,6 +193,6 @@ fn starts_with_a_silent_name_server() {
 #[ignore = "takes two minutes"]
 fn starts_with_a_refusing_name_server() {
     if in_namespaces(starts_with_a_refusing_name_server) {
-        without_dns(REFUSED, REFUSED);
+        without_dns(Names::Refused, Names::Refused);
     }
 }

@@ -34,7 +34,7 @@ pub use firmware::{Firmware, REPLY_MAX};
 pub use gateway::{Finished, Gateway, PASSWORD, Setup, binary, free_udp_port, loopback};
 pub use line::Line;
 pub use mote::*;
-pub use name_server::NameServer;
+pub use name_server::{NameServer, Names};
 pub use needs::{has_client, has_ipv6, in_namespaces};
 pub use proxy::Proxy;
 pub use scene::Scene;

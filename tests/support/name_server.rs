@@ -9,6 +9,15 @@ use std::time::Duration;
 
 use super::TempDir;
 
+/// What a name server does with questions.
+#[derive(Clone, Copy)]
+pub enum Names {
+    Lead(Ipv4Addr),
+    Refused,
+    /// There is no response at all.
+    Silent,
+}
+
 /// For a test in a network and a mount namespace of its own. It ends with the process.
 pub struct NameServer {
     behaviour: Arc<Mutex<Behaviour>>,
@@ -16,15 +25,14 @@ pub struct NameServer {
 
 #[derive(Clone, Copy)]
 struct Behaviour {
-    /// None: it says nothing at all.
-    address: Option<Ipv4Addr>,
+    names: Names,
     delay: Duration,
     questions: usize,
 }
 
 impl NameServer {
     /// `options` are further lines of `resolv.conf`.
-    pub fn start(address: Option<Ipv4Addr>, options: &str) -> Self {
+    pub fn start(names: Names, options: &str) -> Self {
         let directory = TempDir::new();
         let resolv_conf = directory.join("resolv.conf");
         fs::write(&resolv_conf, format!("nameserver 127.0.0.53\n{options}\n")).unwrap();
@@ -33,7 +41,7 @@ impl NameServer {
         assert!(mount.status().unwrap().success(), "mount");
         let socket = UdpSocket::bind("127.0.0.53:53").unwrap();
         let behaviour = Arc::new(Mutex::new(Behaviour {
-            address,
+            names,
             delay: Duration::ZERO,
             questions: 0,
         }));
@@ -43,10 +51,11 @@ impl NameServer {
             while let Ok((length, peer)) = socket.recv_from(&mut buffer) {
                 let mut behaviour = shared.lock().unwrap();
                 behaviour.questions += 1;
-                let Behaviour { address, delay, .. } = *behaviour;
+                let Behaviour { names, delay, .. } = *behaviour;
                 drop(behaviour);
-                let Some(address) = address else { continue };
-                let response = answer(&buffer[..length], address);
+                let Some(response) = answer(&buffer[..length], names) else {
+                    continue;
+                };
                 let socket = socket.try_clone().unwrap();
                 thread::spawn(move || {
                     thread::sleep(delay);
@@ -57,9 +66,9 @@ impl NameServer {
         Self { behaviour }
     }
 
-    /// What it answers from now on; without an address it is silent.
-    pub fn knows(&self, address: impl Into<Option<Ipv4Addr>>) {
-        self.behaviour.lock().unwrap().address = address.into();
+    /// What it does from now on.
+    pub fn set(&self, names: Names) {
+        self.behaviour.lock().unwrap().names = names;
     }
 
     /// How late its answers are from now on.
@@ -73,19 +82,26 @@ impl NameServer {
 }
 
 /// RFC 1035 §4.1: an address only for a question for one of IPv4.
-fn answer(query: &[u8], address: Ipv4Addr) -> Vec<u8> {
+fn answer(query: &[u8], names: Names) -> Option<Vec<u8>> {
+    const RECURSIVE_RESPONSE: u16 = 0x8180;
+    const REFUSED: u16 = 5;
     let name_end = 12 + query[12..].iter().position(|byte| *byte == 0).unwrap();
     let (kind, question_end) = (query[name_end + 2], name_end + 5);
-    let is_known = kind == 1;
+    let (code, address) = match names {
+        Names::Lead(address) => (0, (kind == 1).then_some(address)),
+        Names::Refused => (REFUSED, None),
+        Names::Silent => return None,
+    };
     let mut response = query[..2].to_vec();
-    for field in [0x8180, 1, u16::from(is_known), 0, 0] {
+    let answers = u16::from(address.is_some());
+    for field in [RECURSIVE_RESPONSE | code, 1, answers, 0, 0] {
         response.extend(field.to_be_bytes());
     }
     response.extend(&query[12..question_end]);
-    if is_known {
+    if let Some(address) = address {
         // The name of the question, IPv4, Internet, for a second, four bytes.
         response.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 1, 0, 4]);
         response.extend(address.octets());
     }
-    response
+    Some(response)
 }
