@@ -11,11 +11,14 @@
 //! * `GET /.well-known/core`: RFC 6690.
 //!
 //! One thread owns everything ([`Gateway`]) and does one thing at a time: it receives a datagram,
-//! sends the empty ACK, calls Telegram, sends the separate response, and only then writes to people
-//! and, unless the response told it, to the disk. What comes meanwhile waits in the socket. It shares nothing and locks nothing.
-//! Three kinds of threads help it: the heartbeat logs a line now and then; a text to several chats
-//! has a thread for each while it is sent; a look-up of Telegram's address has one, for it cannot be
-//! interrupted ([`Addresses`] locks for that).
+//! sends the empty ACK, calls Telegram, sends the separate response, and only then writes to people.
+//! What was fetched is on the disk before the response tells it; what else the request changed (a
+//! person who has blocked the bot) is saved right after it. What comes meanwhile waits in the socket.
+//! Between the datagrams it retransmits, and fetches on its own.
+//!
+//! Three kinds of threads help: the heartbeat logs a line now and then, and shares three counters; a
+//! text to several chats has a thread for each while it is sent; a look-up of Telegram's address has
+//! one, for it cannot be interrupted ([`Addresses`] locks for that).
 //!
 //! The way of a datagram: `run` → `receive` → `take_datagram` → `Exchanges::receive`, which knows
 //! duplicates and ACKs → `handle` → `judge`, which either refuses it (the answer goes inside the
@@ -220,9 +223,9 @@ impl Gateway {
             if now < self.next_due() {
                 overdue_since = None;
             } else {
-                // Both wait until the socket is empty, for an ACK that makes a retransmission needless
-                // may be in it; if it never is, for OVERDUE_MAX. But right behind a datagram that took
-                // as long itself, what came meanwhile is read first.
+                // Retransmissions and the fetch wait until the socket is empty, for an ACK that makes a
+                // retransmission needless may be in it; if it never is, for OVERDUE_MAX. But right
+                // behind a datagram that took OVERDUE_MAX or longer, what came meanwhile is read first.
                 let since = *overdue_since.get_or_insert(now);
                 let is_overdue = now >= since + OVERDUE_MAX;
                 let took_long = now >= before + OVERDUE_MAX;
@@ -268,8 +271,8 @@ impl Gateway {
         tick.min(retransmission).min(fetch)
     }
 
-    /// Retransmits and fetches, if that is due. What found no time after the last fetch gets a turn
-    /// of its own before the next one.
+    /// Retransmits and fetches, if that is due. Answers and deletions for which there was no time behind
+    /// the gateway's last fetch come first, in a round of their own.
     fn do_what_is_due(&mut self, now: Instant) {
         for (peer, bytes) in self.exchanges.retransmissions(now) {
             self.transmit(peer, &bytes);
@@ -277,11 +280,11 @@ impl Gateway {
         let Some(token) = self.polling.token_if_due(now) else {
             return;
         };
-        let deadline = now + FETCH_TIME; // also in a hang: what is due is the try
+        let deadline = now + FETCH_TIME; // also while Telegram hangs: this is the try
         if mem::take(&mut self.people.get_a_turn) {
-            return self.settle(deadline); // the fetch stays due
+            return self.settle(deadline); // the fetch stays due: the next round makes it
         }
-        let _ = self.fetch(&token, deadline); // it logs why it failed
+        let _ = self.fetch(&token, deadline); // it logs when failing begins and ends
         self.settle(deadline);
         self.people.get_a_turn = self.people.are_waiting();
     }
@@ -571,8 +574,8 @@ fn check_formats(request: &Request, method: RequestType, format: u16) -> Result<
     Ok(())
 }
 
-/// Returns the value of a field, empty if it is missing. Values are not percent-encoded, and only
-/// the first of each key separates: a text may hold anything else.
+/// Returns the value of a field, empty if it is missing. It ends where another key occurs for the first
+/// time, so a text may hold each key that stands in front of it. Values are not percent-encoded.
 fn field<'a>(payload: &'a str, key: &str) -> &'a str {
     let Some(start) = payload.find(key) else {
         return "";
@@ -767,6 +770,11 @@ impl Gateway {
 // ---------- Polling ----------
 //
 // When to fetch, how much, and how long a call may take. It has no clock: the time is an argument.
+//
+// Telegram *hangs* once a fetch, or a text to all its chats, got no answer in time. From then on a
+// request has TIME_IN_A_HANG only, but for *the try*, once in a minute: the first fetch or text that
+// begins at `next_fetch` or later has its usual time. If it times out as well, the next try is due a
+// minute after it began; an answer ends the hang.
 
 /// How long the gateway's own fetch may take, during which requests wait.
 const FETCH_TIME: Duration = Duration::from_secs(5);
@@ -775,12 +783,12 @@ const FETCH_TIME: Duration = Duration::from_secs(5);
 /// `IDLE_CONNECTION`. Of more than three, some are opened anew.
 const FETCH_EVERY: Duration = Duration::from_secs(15);
 /// The pause after a fetch with news, for whoever wrote may be about to write again, and after a page
-/// that was too much to be read. Then it doubles.
+/// that was too much to be read. Without news it doubles.
 const FETCH_SOON: Duration = Duration::from_secs(3);
 /// The pause after a failed fetch. In a hang, one call in this time may take its usual time.
 const FETCH_AFTER_FAILURE: Duration = Duration::from_secs(60);
-/// For how long after an empty page an `/update` makes do without a fetch: tdlib/telegram-bot-api
-/// delays a `getUpdates` by up to 3 s that repeats the offset of the one before.
+/// For how long after an empty page an `/update` makes do without a fetch: a `getUpdates` with the same
+/// offset as the one before is delayed by up to 3 s, see tdlib/telegram-bot-api.
 const EMPTY_PAGE_HOLDS: Duration = Duration::from_secs(3);
 /// How long a request may take while Telegram does not answer, so that all who wait are soon told.
 const TIME_IN_A_HANG: Duration = Duration::from_secs(2);
@@ -789,10 +797,10 @@ const PAGE_LIMIT: usize = 10;
 
 /// Knows when to fetch next, how much to ask for, and how long calls may take.
 struct Polling {
-    /// The bot whose people are heard: the configured token, else the last that Telegram accepted.
+    /// The bot whose people are heard: the configured token, else the one that Telegram accepted last.
+    /// That may be a new token, but of the first bot: `accept_update` refuses every other one.
     token: Option<Secret>,
-    /// When the gateway fetches on its own. In a hang also when a call, whoever makes it, has its
-    /// usual time again: that call is the try.
+    /// When the gateway fetches on its own; while Telegram hangs, when the next try is due.
     next_fetch: Instant,
     /// The pause before it while nothing fails.
     pause: Duration,
@@ -803,10 +811,12 @@ struct Polling {
     empty_page_at: Option<Instant>,
     /// Before this, Telegram wants no `getUpdates`: the `retry_after` of a 429.
     refused_until: Option<Instant>,
-    /// Whether the last fetch failed, and whether that was for want of Telegram's decision.
+    /// Whether the last fetch failed.
     is_failing: bool,
-    is_undecided: bool,
-    /// Whether Telegram hangs: the last call timed out before an answer began.
+    /// Whether a text that gets through is a reason to fetch at once: the failure was no refusal of
+    /// getUpdates, but a 5xx, no answer of the Bot API, or the disk.
+    may_work_again: bool,
+    /// Whether Telegram hangs: the last fetch, or a text to all its chats, got no answer in time.
     hangs: bool,
 }
 
@@ -820,7 +830,7 @@ impl Polling {
             empty_page_at: None,
             refused_until: None,
             is_failing: false,
-            is_undecided: false,
+            may_work_again: false,
             hangs: false,
         }
     }
@@ -870,7 +880,7 @@ impl Polling {
     fn note_fetch(&mut self, token: &Secret, has_news: bool, now: Instant) {
         self.token = Some(token.clone());
         self.is_failing = false;
-        self.is_undecided = false;
+        self.may_work_again = false;
         self.hangs = false;
         let longer = FETCH_EVERY.min(2 * self.pause);
         self.pause = if has_news { FETCH_SOON } else { longer };
@@ -880,9 +890,7 @@ impl Polling {
     /// A fetch that began then has failed.
     fn note_failed_fetch(&mut self, failure: &Failure, began: Instant, now: Instant) {
         self.is_failing = true;
-        // A 4xx is about getUpdates alone, such as a webhook: that a text is accepted is then no reason
-        // to fetch at once, see `note_texts`.
-        self.is_undecided = failure.error_code.is_none_or(|code| code >= 500);
+        self.may_work_again = failure.error_code.is_none_or(|code| code >= 500);
         let was_unreadable = failure.http_began && failure.error_code.is_none();
         if failure.timed_out {
             self.note_time_out(began);
@@ -904,13 +912,13 @@ impl Polling {
     /// The calls for a text, which began then, have ended. They may show that Telegram hangs, or that
     /// it answers again, be it with a refusal.
     fn note_texts(&mut self, results: &[ApiResult], began: Instant, now: Instant) {
-        let is_decided = |result: &ApiResult| match result {
+        let has_answer = |result: &ApiResult| match result {
             Ok(_) => true,
             Err(failure) => failure.error_code.is_some(),
         };
         let timed_out = |result: &ApiResult| result.as_ref().is_err_and(|f| f.timed_out);
-        if results.iter().any(is_decided) {
-            if self.hangs || self.is_undecided {
+        if results.iter().any(has_answer) {
+            if self.hangs || self.may_work_again {
                 self.next_fetch = now;
             }
             self.hangs = false;
@@ -971,7 +979,7 @@ type ApiResult = Result<Value, Failure>;
 /// |---|---|---|---|---|---|
 /// | nothing was sent but a head, at most | | | yes | maybe | |
 /// | no answer came | | | | maybe | |
-/// | it was never called (the disk, a 429 before) | | | | | |
+/// | it was never called (the disk, a thread, a 429 before) | | | | | |
 /// | a page that is not the Bot API's, or is too slow | | | | | yes |
 /// | the Bot API has refused it | yes | with 429 | | | yes |
 #[derive(Default)]
@@ -1157,8 +1165,9 @@ impl Telegram {
     fn with_limits(&self, request: PostRequest, deadline: Instant) -> PostRequest {
         let time_left = deadline.saturating_duration_since(Instant::now());
         let since_silence = self.silent_at.map_or(IDLE_CONNECTION, |at| at.elapsed());
-        // Only a request without a config of its own lets ureq keep the TLS settings, which all later
-        // ones then use. So a fetch, which comes first and has the agent's own time, goes without.
+        // ureq keeps its TLS settings for later only from a request that has no config of its own. The
+        // gateway's own fetch usually is the first request, and its time is just the agent's: so it
+        // gets no config.
         let is_usual = (FETCH_TIME - TIME_LEFT_SLACK..=FETCH_TIME).contains(&time_left);
         let idle_age = since_silence.min(IDLE_CONNECTION);
         if is_usual && idle_age == IDLE_CONNECTION {
@@ -1289,7 +1298,8 @@ impl Resolver for Addresses {
             if elapsed(look_up.ended_at) < ADDRESSES_HOLD {
                 return Ok(found.clone());
             }
-            let runs_for = elapsed(look_up.running_since); // zero: it begins below
+            // Zero if none runs: then one is started below, and has all of the time.
+            let runs_for = elapsed(look_up.running_since);
             patience = patience.min(NEW_ADDRESSES_TIME.saturating_sub(runs_for));
         }
         if look_up.running_since.is_none() {
@@ -2129,6 +2139,7 @@ impl Folders {
     /// directory.
     fn find() -> Folders {
         let is_installed = Path::new(INSTALLED_SETTINGS).join("config.ini").exists();
+        // In the folder of the installed settings these are no working directory's.
         let is_inside = env::current_dir().is_ok_and(|here| here == Path::new(INSTALLED_SETTINGS));
         let has_settings = Path::new("config.ini").exists() || Path::new(".env").exists();
         let uses_installation = is_installed && (is_inside || !has_settings);
@@ -3021,8 +3032,8 @@ mod coap {
         hasher: RandomState,
         /// Requests that were promised a response: they held an acceptable token of a bot.
         begun: Memory,
-        /// Blocks that were answered 2.31. Apart, for anybody can send many of them: the bot's token is
-        /// looked for in a whole body only.
+        /// Blocks that were answered 2.31. Apart from `begun`, so that they cannot push anything out of
+        /// it: anybody can send many, for the bot's token is looked for in a whole body only.
         continued: Memory,
         /// The oldest comes first.
         unacknowledged: VecDeque<Unacknowledged>,
@@ -3038,8 +3049,8 @@ mod coap {
             }
         }
 
-        /// Says what a datagram is. It remembers nothing: `promise` and `respond_now` do, for a request
-        /// that was refused may be judged again.
+        /// Says what a datagram is. It remembers nothing: `promise` does, and `respond_now` a 2.31. Any
+        /// other request that was answered at once has had no effect: a duplicate is judged again.
         pub fn receive(&mut self, now: Instant, peer: SocketAddr, datagram: &[u8]) -> Event {
             if peer.ip().is_unspecified() {
                 return Event::Send(Vec::new()); // the firmware, before it has an address
@@ -3198,7 +3209,7 @@ mod coap {
                     key,
                     body: Vec::new(),
                     touched: request.received_at,
-                    replaced: known.map_or(Vec::new(), |known| self.replaced(known)),
+                    replaced: known.map_or(Vec::new(), |known| self.with_replaced(known)),
                 });
             }
             let incomplete = ResponseType::RequestEntityIncomplete;
@@ -3222,8 +3233,8 @@ mod coap {
             Ok(assembly)
         }
 
-        /// Returns what a new body replaces: an unfinished one, and those that this one had replaced.
-        fn replaced(&self, known: Assembly) -> Vec<Replaced> {
+        /// Returns what the body that begins now replaces: `known`, and all that `known` had replaced.
+        fn with_replaced(&self, known: Assembly) -> Vec<Replaced> {
             let mut replaced = known.replaced;
             let digest = self.hasher.hash_one(&known.body);
             let length = known.body.len();
