@@ -11,21 +11,21 @@
 //! * `GET /.well-known/core`: RFC 6690.
 //!
 //! One thread owns everything ([`Gateway`]) and does one thing at a time: it receives a datagram,
-//! sends the empty ACK, calls Telegram, sends the separate response, and only then writes to the
-//! disk and to people. What comes meanwhile waits in the socket. Nothing is shared, so nothing is
-//! locked. Three kinds of threads help it: the heartbeat logs a line now and then; a text to several
-//! chats has a thread for each while it is sent; a look-up of Telegram's address has one, for it
-//! cannot be interrupted.
+//! sends the empty ACK, calls Telegram, sends the separate response, and only then writes to people
+//! and, unless the response told it, to the disk. What comes meanwhile waits in the socket. It shares nothing and locks nothing.
+//! Three kinds of threads help it: the heartbeat logs a line now and then; a text to several chats
+//! has a thread for each while it is sent; a look-up of Telegram's address has one, for it cannot be
+//! interrupted ([`Addresses`] locks for that).
 //!
-//! The way of a datagram: `run` → `receive` → `handle` → `judge`, which either refuses it (the
-//! answer goes inside the ACK) or says what is to be done → `deliver` or `update` → the separate
-//! response → `settle`.
+//! The way of a datagram: `run` → `receive` → `take_datagram` → `Exchanges::receive`, which knows
+//! duplicates and ACKs → `handle` → `judge`, which either refuses it (the answer goes inside the
+//! ACK) or says what is to be done → `deliver` or `update` → the separate response → `settle`.
 //!
 //! The way of a text that somebody writes to the bot: `fetch` → `People::take` → `State` → `save`
 //! → `State::summary`, which a mote gets with its next `/update`; and an answer by `answer_people`.
 //!
 //! Where the promises are kept: nothing is sent twice ([`coap::Exchanges`] knows duplicates,
-//! [`Telegram::call`] repeats only what surely had no effect); no change is lost ([`Motes`] counts
+//! [`Telegram::attempt`] repeats only what surely had no effect); no change is lost ([`Motes`] counts
 //! only what was acknowledged, `fetch_pages` saves before it confirms); nobody waits long
 //! ([`Polling`] says how long a call may take).
 
@@ -39,7 +39,7 @@ use std::os::unix::net::{SocketAddr as UnixAddress, UnixDatagram};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use std::{env, fmt, mem, thread};
 
@@ -63,8 +63,7 @@ use ureq::unversioned::transport::{DefaultConnector, NextTimeout};
 /// How long Telegram may take for one request. RIOT's nanocoap_sock waits 10 s after the empty ACK;
 /// we promise 9 s and keep half a second for ourselves.
 const REQUEST_TIME: Duration = Duration::from_millis(8500);
-/// How many people can be registered: the firmware keeps 10, and names at most as many chats in a
-/// request.
+/// How many people can be registered: the firmware keeps 10, and names no more chats in a request.
 const USERS_MAX: usize = 10;
 /// The longest text in characters. Bot API, sendMessage.
 const TEXT_MAX: usize = 4096;
@@ -91,20 +90,16 @@ usage: coap_websocket                    serve
 const VERSION: &str = concat!("coap_websocket ", env!("CARGO_PKG_VERSION"));
 
 fn main() -> ExitCode {
-    let mut arguments = Vec::new();
-    for argument in env::args_os().skip(1) {
-        arguments.push(argument.to_string_lossy().into_owned());
-    }
-    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    let outcome = match arguments[..] {
+    let words = env::args_os().map(|word| word.to_string_lossy().into_owned());
+    let words: Vec<String> = words.skip(1).collect();
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let outcome = match words[..] {
         [] => serve(),
         ["check"] => check(),
         ["check", "--settings"] => check_settings(),
-        ["send", "-i", chat, "-m", text] | ["send", "-m", text, "-i", chat] => {
-            send(chat, text, None)
-        }
-        ["send", "-i", chat, "-m", text, "-u", uri] if uri.starts_with("coap://") => {
-            send(chat, text, Some(uri))
+        ["send", "-i", id, "-m", text] | ["send", "-m", text, "-i", id] => send(id, text, None),
+        ["send", "-i", id, "-m", text, "-u", uri] if uri.starts_with("coap://") => {
+            send(id, text, Some(uri))
         }
         ["--help" | "-h"] => print(USAGE),
         ["--version" | "-V"] => print(VERSION),
@@ -131,11 +126,11 @@ fn print(line: &str) -> Result<(), String> {
 // One thread receives, answers, and does what is due between the requests. It owns the socket, the
 // state and everything else that changes.
 
-/// The longest time between two signs of life for systemd's watchdog, and between two attempts to
-/// get the address.
+/// The time between two signs of life for systemd's watchdog (a call of Telegram may add 9 s), and
+/// between two attempts to get the address.
 const TICK: Duration = Duration::from_secs(1);
-/// How long what is due may be put off while datagrams wait without a pause. Promised are 2 s, of
-/// which the datagram that is handled just then takes a part.
+/// How long what is due may be put off while datagrams wait without a pause. Requests that each take
+/// longer (a slow Telegram) put it off until a quick datagram comes, such as the ACK of one of them.
 const OVERDUE_MAX: Duration = Duration::from_secs(1);
 /// How often it is checked that this host still has the address.
 const ADDRESS_CHECK: Duration = Duration::from_secs(60);
@@ -225,10 +220,12 @@ impl Gateway {
             if now < self.next_due() {
                 overdue_since = None;
             } else {
-                // Retransmissions wait until the socket is empty, for the ACK may be what waits.
+                // Both wait until the socket is empty, for an ACK that makes a retransmission needless
+                // may be in it; if it never is, for OVERDUE_MAX. But right behind a datagram that took
+                // as long itself, what came meanwhile is read first.
                 let since = *overdue_since.get_or_insert(now);
                 let is_overdue = now >= since + OVERDUE_MAX;
-                let took_long = now >= before + OVERDUE_MAX; // then many ACKs may wait
+                let took_long = now >= before + OVERDUE_MAX;
                 if is_idle || is_overdue && !took_long {
                     self.do_what_is_due(now);
                     overdue_since = None;
@@ -252,30 +249,23 @@ impl Gateway {
         let patience = due_in.max(Duration::from_millis(1)); // std refuses zero
         let _ = self.socket.set_read_timeout(Some(patience));
         match self.socket.recv_from(buffer) {
-            Ok((length, peer)) => {
-                self.take_datagram(peer, &buffer[..length]);
-                false
-            }
-            Err(error) if error.kind() == ErrorKind::WouldBlock => true,
-            Err(error) if error.kind() == ErrorKind::Interrupted => false,
+            Ok((length, peer)) => self.take_datagram(peer, &buffer[..length]),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return true,
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
             Err(error) => {
                 warn!("cannot receive: {error}");
                 thread::sleep(TICK);
-                true
             }
         }
+        false
     }
 
     /// When the next retransmission or fetch is due; within the next tick if nothing else is.
     fn next_due(&self) -> Instant {
-        let mut due = Instant::now() + TICK;
-        if let Some(retransmission) = self.exchanges.next_due() {
-            due = due.min(retransmission);
-        }
-        if let Some(fetch) = self.polling.next_due() {
-            due = due.min(fetch);
-        }
-        due
+        let tick = Instant::now() + TICK;
+        let retransmission = self.exchanges.next_due().unwrap_or(tick);
+        let fetch = self.polling.next_due().unwrap_or(tick);
+        tick.min(retransmission).min(fetch)
     }
 
     /// Retransmits and fetches, if that is due. What found no time after the last fetch gets a turn
@@ -287,9 +277,9 @@ impl Gateway {
         let Some(token) = self.polling.token_if_due(now) else {
             return;
         };
-        let deadline = now + self.polling.time_for(FETCH_TIME, now);
+        let deadline = now + FETCH_TIME; // also in a hang: what is due is the try
         if mem::take(&mut self.people.get_a_turn) {
-            return self.settle(deadline);
+            return self.settle(deadline); // the fetch stays due
         }
         let _ = self.fetch(&token, deadline); // it logs why it failed
         self.settle(deadline);
@@ -304,11 +294,11 @@ impl Gateway {
         }
     }
 
-    /// Answers a request: at once, or with an empty ACK, a call of Telegram, and then a separate
-    /// response.
+    /// Answers a request: at once, or with an empty ACK, a call of Telegram, a separate response.
     fn handle(&mut self, mut request: Request) {
         let peer = request.peer;
-        let work = match self.judge(&mut request) {
+        let verdict = self.judge(&mut request);
+        let work = match verdict.unwrap_or_else(Verdict::Reply) {
             Verdict::Work(work) => work,
             Verdict::Reply(response) => {
                 let reply = self.exchanges.respond_now(&request, &response);
@@ -318,10 +308,10 @@ impl Gateway {
         };
         let acknowledgement = self.exchanges.promise(&request);
         self.transmit(peer, &acknowledgement);
-        let id = request.message_id();
+        let id = request.packet.header.message_id;
         let begin = request.received_at;
         self.motes.note_request(peer, id, begin);
-        let deadline = begin + self.polling.time_for(REQUEST_TIME, begin);
+        let deadline = begin + self.polling.request_time(begin);
         let response = match work {
             Work::Message(text) => self.deliver(&text, deadline),
             Work::Update(token) => self.update(&token, peer, deadline),
@@ -332,8 +322,7 @@ impl Gateway {
         self.settle(deadline);
     }
 
-    /// Sends a datagram, if there is one. One that cannot be sent is one that was lost: CoAP
-    /// retransmits.
+    /// Sends a datagram, if there is one. One that cannot be sent counts as lost: CoAP retransmits.
     fn transmit(&self, peer: SocketAddr, bytes: &[u8]) {
         if !bytes.is_empty() {
             let _ = self.socket.send_to(bytes, peer);
@@ -344,7 +333,7 @@ impl Gateway {
     /// changed (what was fetched is saved already), then answers people, for nobody is told of a
     /// change that a power cut would undo.
     fn settle(&mut self, deadline: Instant) {
-        USERS.store(self.state.users.len() as u64, Relaxed);
+        USERS.store(self.state.users.len() as u64, Relaxed); // for the heartbeat
         if let Err(reason) = self.save() {
             return error!("{reason}");
         }
@@ -366,8 +355,7 @@ impl Gateway {
         Ok(())
     }
 
-    /// Tells when this host has lost the address, or has it back. Serving just goes on: the socket
-    /// outlives both.
+    /// Tells when this host has lost the address, or has it back. The socket outlives both.
     fn check_address(&mut self) {
         let ip = self.config.listen.ip();
         let result = UdpSocket::bind((ip, 0));
@@ -397,7 +385,7 @@ impl Gateway {
 }
 
 fn log_outcome(request: &Request, response: &Response) {
-    let failed = response.is_failure();
+    let failed = response.is(ResponseType::InternalServerError);
     let level = if failed { Level::Warn } else { Level::Info };
     let mut line = format!("{} {request} -> {}", request.peer, response.code());
     line += &format!(" in {} ms", request.received_at.elapsed().as_millis());
@@ -409,8 +397,8 @@ fn log_outcome(request: &Request, response: &Response) {
 
 // ---------- Judging a request ----------
 //
-// Everything that can be said about a request without Telegram is said here, in the order of the
-// RFC: options, path, method and formats, blocks, then the fields of the payload.
+// Everything that can be said about a request without Telegram is said here, in this order: options,
+// path, method and formats, blocks, then the fields of the payload.
 
 /// The keys of a payload's fields. A `&` is put in front of the first one.
 const URL: &str = "&url=";
@@ -476,13 +464,8 @@ impl fmt::Display for ChatId {
 }
 
 impl Gateway {
-    /// Decides what to do with a request, or how to answer it at once.
-    fn judge(&mut self, request: &mut Request) -> Verdict {
-        self.accept(request).unwrap_or_else(Verdict::Reply)
-    }
-
-    /// `Err` refuses the request.
-    fn accept(&mut self, request: &mut Request) -> Result<Verdict, Response> {
+    /// Decides what to do with a request, or how to answer it at once. `Err` refuses it.
+    fn judge(&mut self, request: &mut Request) -> Result<Verdict, Response> {
         request.check_options()?;
         let path = request.path();
         match path.as_str() {
@@ -549,18 +532,15 @@ impl Gateway {
             return Err(forbidden("url"));
         }
         let presented = field(payload, TOKEN);
-        let Some(own) = &self.config.token else {
-            let token = Secret(presented.to_string());
-            return match token.is_bot_token() {
-                true => Ok(token),
-                false => Err(Response::bad_request("Malformed token")),
-            };
-        };
+        let token = Secret(presented.to_string());
         let mote_token = self.config.mote_token.as_ref();
-        if own.matches(presented) || mote_token.is_some_and(|word| word.matches(presented)) {
-            return Ok(own.clone());
+        let is_word = mote_token.is_some_and(|word| word.matches(presented));
+        match &self.config.token {
+            Some(own) if is_word || own.matches(presented) => Ok(own.clone()),
+            Some(_) => Err(forbidden("token")),
+            None if token.is_bot_token() => Ok(token),
+            None => Err(Response::bad_request("Malformed token")),
         }
-        Err(forbidden("token"))
     }
 }
 
@@ -572,7 +552,7 @@ fn forbidden(what: &str) -> Response {
 /// Checks method, Content-Format, Accept and Block2. RFC 7252 §5.8, §5.10.3 and §5.10.4.
 fn check_formats(request: &Request, method: RequestType, format: u16) -> Result<(), Response> {
     let error = |code, reason| Err(Response::error(code, reason));
-    if request.code() != MessageClass::Request(method) {
+    if request.packet.header.code != MessageClass::Request(method) {
         return error(ResponseType::MethodNotAllowed, "Method not allowed");
     }
     let given = request.uint(CoapOption::ContentFormat);
@@ -597,8 +577,8 @@ fn field<'a>(payload: &'a str, key: &str) -> &'a str {
     let Some(start) = payload.find(key) else {
         return "";
     };
-    let others = KEYS.iter().filter_map(|other| payload.find(other));
-    let end = others.filter(|position| *position > start).min();
+    let starts = KEYS.iter().filter_map(|other| payload.find(other));
+    let end = starts.filter(|other| *other > start).min();
     trim(&payload[start + key.len()..end.unwrap_or(payload.len())])
 }
 
@@ -669,6 +649,7 @@ impl Gateway {
     fn note_refusal(&mut self, chat: &ChatId, failure: &Failure) {
         warn!("sendMessage to {chat} failed: {}", failure.reason);
         let ChatId::Number(id) = *chat else { return };
+        // The ids of groups are negative, and do not fit.
         if failure.error_code == Some(403) && fits_firmware(id) {
             let who = self.state.remove(id);
             info!("{who} is removed: Telegram refuses messages to it");
@@ -752,33 +733,31 @@ impl Gateway {
 
     /// Deletes messages that hold a password. One stays on the list until Telegram has decided.
     fn delete_passwords(&mut self, token: &Secret, deadline: Instant) {
-        for deletion in mem::take(&mut self.people.deletions) {
-            let mut is_decided = false;
-            if Instant::now() < deadline {
-                let Deletion { chat, message_id } = deletion;
-                let body = json!({"chat_id": chat, "message_id": message_id});
-                let result = self.telegram.call(token, "deleteMessage", &body, deadline);
-                is_decided = result.as_ref().map_or_else(Failure::is_final, |_| true);
-                if let Err(failure) = result {
-                    warn!("deleteMessage in {chat} failed: {}", failure.reason);
+        let mut undecided = VecDeque::new();
+        while Instant::now() < deadline
+            && let Some(deletion) = self.people.deletions.pop_front()
+        {
+            let Deletion { chat, message_id } = deletion;
+            let body = json!({"chat_id": chat, "message_id": message_id});
+            if let Err(failure) = self.telegram.call(token, "deleteMessage", &body, deadline) {
+                warn!("deleteMessage in {chat} failed: {}", failure.reason);
+                if !failure.is_final() {
+                    undecided.push_back(deletion);
                 }
             }
-            if !is_decided {
-                self.people.deletions.push_back(deletion);
-            }
         }
+        undecided.append(&mut self.people.deletions);
+        self.people.deletions = undecided;
     }
 
-    /// Tells people what became of their messages, best effort: each answer is sent once, as soon as
-    /// there is time.
+    /// Tells people what became of their messages. An answer is sent once, when there is time.
     fn answer_people(&mut self, token: &Secret, deadline: Instant) {
         while Instant::now() < deadline
             && let Some(Answer { chat, texts }) = self.people.answers.pop_front()
         {
             let text = format!("{:.TEXT_MAX$}", texts.join("\n\n"));
             let body = json!({"chat_id": chat, "text": text});
-            let result = self.telegram.call(token, "sendMessage", &body, deadline);
-            if let Err(failure) = result {
+            if let Err(failure) = self.telegram.call(token, "sendMessage", &body, deadline) {
                 warn!("sendMessage to {chat} failed: {}", failure.reason);
             }
         }
@@ -791,16 +770,17 @@ impl Gateway {
 
 /// How long the gateway's own fetch may take, during which requests wait.
 const FETCH_TIME: Duration = Duration::from_secs(5);
-/// The pause between two fetches while nobody writes. ureq uses its idle connections in turn: the
-/// three of a text to three chats are then used every 45 s each, less than `IDLE_CONNECTION`.
+/// The pause between two fetches while nobody writes. It also keeps connections open for the next
+/// text: ureq uses the idle ones in turn, so that each of three is used every 45 s, before
+/// `IDLE_CONNECTION`. Of more than three, some are opened anew.
 const FETCH_EVERY: Duration = Duration::from_secs(15);
 /// The pause after a fetch with news, for whoever wrote may be about to write again, and after a page
 /// that was too much to be read. Then it doubles.
 const FETCH_SOON: Duration = Duration::from_secs(3);
 /// The pause after a failed fetch. In a hang, one call in this time may take its usual time.
 const FETCH_AFTER_FAILURE: Duration = Duration::from_secs(60);
-/// How long an empty page counts for the next fetch, too: tdlib/telegram-bot-api holds a
-/// `getUpdates` for 3 s that repeats the offset of the one before.
+/// For how long after an empty page an `/update` makes do without a fetch: tdlib/telegram-bot-api
+/// delays a `getUpdates` by up to 3 s that repeats the offset of the one before.
 const EMPTY_PAGE_HOLDS: Duration = Duration::from_secs(3);
 /// How long a request may take while Telegram does not answer, so that all who wait are soon told.
 const TIME_IN_A_HANG: Duration = Duration::from_secs(2);
@@ -811,18 +791,21 @@ const PAGE_LIMIT: usize = 10;
 struct Polling {
     /// The bot whose people are heard: the configured token, else the last that Telegram accepted.
     token: Option<Secret>,
-    /// When the gateway fetches on its own, and the pause before it.
+    /// When the gateway fetches on its own. In a hang also when a call, whoever makes it, has its
+    /// usual time again: that call is the try.
     next_fetch: Instant,
+    /// The pause before it while nothing fails.
     pause: Duration,
-    /// How many updates to ask for: one after a page that could not be read, until a page has come.
+    /// How many updates to ask for: one after a page that came too slowly or could not be read, until
+    /// a page has come.
     page_limit: usize,
     /// When the last page came, if it was empty.
     empty_page_at: Option<Instant>,
     /// Before this, Telegram wants no `getUpdates`: the `retry_after` of a 429.
     refused_until: Option<Instant>,
-    /// Whether the last fetch failed, and whether Telegram was out of reach then.
+    /// Whether the last fetch failed, and whether that was for want of Telegram's decision.
     is_failing: bool,
-    is_out_of_reach: bool,
+    is_undecided: bool,
     /// Whether Telegram hangs: the last call timed out before an answer began.
     hangs: bool,
 }
@@ -837,7 +820,7 @@ impl Polling {
             empty_page_at: None,
             refused_until: None,
             is_failing: false,
-            is_out_of_reach: false,
+            is_undecided: false,
             hangs: false,
         }
     }
@@ -845,14 +828,10 @@ impl Polling {
     /// When the gateway fetches on its own; never before it knows a bot.
     fn next_due(&self) -> Option<Instant> {
         self.token.as_ref()?;
-        Some(
-            self.refused_until
-                .unwrap_or(self.next_fetch)
-                .max(self.next_fetch),
-        )
+        let refused_until = self.refused_until.unwrap_or(self.next_fetch);
+        Some(refused_until.max(self.next_fetch))
     }
 
-    /// Returns the bot's token when a fetch is due.
     fn token_if_due(&self, now: Instant) -> Option<Secret> {
         let is_due = now >= self.next_due()?;
         if is_due { self.token.clone() } else { None }
@@ -872,14 +851,16 @@ impl Polling {
         (now < until).then(|| until - now)
     }
 
-    /// How long a call may take that begins now. In a hang 2 s; once a minute a call has its usual
-    /// time, to notice the end of the hang.
-    fn time_for(&self, usual: Duration, now: Instant) -> Duration {
+    /// How long a request may take that begins now.
+    fn request_time(&self, now: Instant) -> Duration {
         let is_short = self.hangs && now < self.next_fetch;
-        if is_short { TIME_IN_A_HANG } else { usual }
+        if is_short {
+            TIME_IN_A_HANG
+        } else {
+            REQUEST_TIME
+        }
     }
 
-    /// A page with so many updates has come.
     fn note_page(&mut self, updates: usize, now: Instant) {
         self.page_limit = PAGE_LIMIT;
         self.empty_page_at = (updates == 0).then_some(now);
@@ -889,7 +870,7 @@ impl Polling {
     fn note_fetch(&mut self, token: &Secret, has_news: bool, now: Instant) {
         self.token = Some(token.clone());
         self.is_failing = false;
-        self.is_out_of_reach = false;
+        self.is_undecided = false;
         self.hangs = false;
         let longer = FETCH_EVERY.min(2 * self.pause);
         self.pause = if has_news { FETCH_SOON } else { longer };
@@ -899,8 +880,9 @@ impl Polling {
     /// A fetch that began then has failed.
     fn note_failed_fetch(&mut self, failure: &Failure, began: Instant, now: Instant) {
         self.is_failing = true;
-        // A 4xx is about getUpdates itself, such as a webhook: an accepted text tells nothing of it.
-        self.is_out_of_reach = failure.error_code.is_none_or(|code| code >= 500);
+        // A 4xx is about getUpdates alone, such as a webhook: that a text is accepted is then no reason
+        // to fetch at once, see `note_texts`.
+        self.is_undecided = failure.error_code.is_none_or(|code| code >= 500);
         let was_unreadable = failure.http_began && failure.error_code.is_none();
         if failure.timed_out {
             self.note_time_out(began);
@@ -919,7 +901,8 @@ impl Polling {
         }
     }
 
-    /// A text has been sent that began then. It may show that Telegram hangs, or answers again.
+    /// The calls for a text, which began then, have ended. They may show that Telegram hangs, or that
+    /// it answers again, be it with a refusal.
     fn note_texts(&mut self, results: &[ApiResult], began: Instant, now: Instant) {
         let is_decided = |result: &ApiResult| match result {
             Ok(_) => true,
@@ -927,7 +910,7 @@ impl Polling {
         };
         let timed_out = |result: &ApiResult| result.as_ref().is_err_and(|f| f.timed_out);
         if results.iter().any(is_decided) {
-            if self.hangs || self.is_out_of_reach {
+            if self.hangs || self.is_undecided {
                 self.next_fetch = now;
             }
             self.hangs = false;
@@ -936,8 +919,8 @@ impl Polling {
         }
     }
 
-    /// A call that began then got no answer in time. The minute until the next try begins with the
-    /// first such call, and with each try.
+    /// A call that began then got no answer in time. The call that begins the hang, and each try (see
+    /// `next_fetch`), put the next try off by a minute; the short calls between do not.
     fn note_time_out(&mut self, began: Instant) {
         let was_try = began >= self.next_fetch;
         if was_try || !self.hangs {
@@ -961,10 +944,10 @@ const CONNECT_TIME: Duration = Duration::from_secs(4);
 const ATTEMPTS: u32 = 3;
 const ATTEMPT_PAUSE: Duration = Duration::from_millis(500);
 /// How many bytes a page of updates may have: ten of the longest take about half of that.
-const PAGE_BYTES_MAX: u64 = 1 << 20;
+const PAGE_MAX: u64 = 1 << 20;
 /// How many bytes any other answer may have: a `Message` of 4,096 characters, all escaped, fits.
-const ANSWER_BYTES_MAX: u64 = 64 << 10;
-/// How much less than the usual time still counts as that.
+const ANSWER_MAX: u64 = 64 << 10;
+/// How much of `FETCH_TIME` may have passed for a call to count as a fetch, see `with_limits`.
 const TIME_LEFT_SLACK: Duration = Duration::from_millis(100);
 /// How many characters of the reason of a failed call are kept.
 const REASON_MAX: usize = 300;
@@ -986,17 +969,17 @@ type ApiResult = Result<Value, Failure>;
 ///
 /// | | `error_code` | `retry_after` | `had_no_effect` | `timed_out` | `http_began` |
 /// |---|---|---|---|---|---|
-/// | nothing was sent | | | yes | maybe | |
+/// | nothing was sent but a head, at most | | | yes | maybe | |
 /// | no answer came | | | | maybe | |
+/// | it was never called (the disk, a 429 before) | | | | | |
 /// | a page that is not the Bot API's, or is too slow | | | | | yes |
 /// | the Bot API has refused it | yes | with 429 | | | yes |
 #[derive(Default)]
 struct Failure {
     /// Tells a person what failed and why. It never holds the token.
     reason: String,
-    /// Bot API, `error_code`.
+    /// Both are the Bot API's.
     error_code: Option<u64>,
-    /// Bot API, `retry_after`.
     retry_after: Option<Duration>,
     /// Telegram surely has not acted on it.
     had_no_effect: bool,
@@ -1013,6 +996,13 @@ impl Failure {
             reason,
             ..Failure::default()
         }
+    }
+
+    /// A failure with an HTTP answer.
+    fn with_answer(reason: impl Into<String>) -> Failure {
+        let mut failure = Failure::new(reason.into());
+        failure.http_began = true;
+        failure
     }
 
     /// The pause before another attempt, if that cannot do anything twice.
@@ -1066,16 +1056,11 @@ impl Telegram {
         let body = json!({"offset": offset, "limit": limit, "allowed_updates": ["message"]});
         match self.call(token, "getUpdates", &body, deadline)? {
             Value::Array(page) => Ok(page),
-            _ => Err(Failure {
-                reason: "getUpdates: the result is no list".to_string(),
-                http_began: true,
-                ..Failure::default()
-            }),
+            _ => Err(Failure::with_answer("getUpdates: the result is no list")),
         }
     }
 
-    /// Sends a text to every chat at the same time; results are in the order of the chats. The
-    /// first chat needs no thread.
+    /// Sends a text to every chat at the same time, to the first without a thread. Results in order.
     fn send_to_all(&mut self, text: &Text, chats: &[ChatId], deadline: Instant) -> Vec<ApiResult> {
         let telegram = &*self;
         let send = |chat: &ChatId| {
@@ -1096,22 +1081,20 @@ impl Telegram {
             }
             results
         });
-        results.iter().for_each(|result| self.note_silence(result));
+        for result in &results {
+            self.note_silence(result);
+        }
         results
     }
 
-    /// Calls a method of the Bot API.
     fn call(&mut self, token: &Secret, method: &str, body: &Value, deadline: Instant) -> ApiResult {
         let result = self.attempt(token, method, body, deadline);
         self.note_silence(&result);
         result
     }
 
-    /// Remembers when a call got no HTTP answer at all.
     fn note_silence(&mut self, result: &ApiResult) {
-        if let Err(failure) = result
-            && !failure.http_began
-        {
+        if result.as_ref().is_err_and(|failure| !failure.http_began) {
             self.silent_at = Some(Instant::now());
         }
     }
@@ -1140,10 +1123,10 @@ impl Telegram {
         }
     }
 
-    /// Calls a method once.
     fn post(&self, token: &Secret, method: &str, body: &Value, deadline: Instant) -> ApiResult {
         let body = body.to_string().into_bytes();
-        // ureq moves this slice on when it asks for the body: while it is whole, nothing is sent.
+        // ureq moves this slice on as it takes the body. While it is whole, at most the head was sent,
+        // and on that alone Telegram does not act.
         let mut unread = body.as_slice();
         let request = self.agent.post(format!("{}{}/{method}", self.url, token.0));
         let request = request
@@ -1152,37 +1135,37 @@ impl Telegram {
             // Nothing here can unpack: a delivered text would look refused.
             .header("accept-encoding", "identity");
         let request = self.with_limits(request, deadline);
-        let mut failure = match request.send(ureq::SendBody::from_reader(&mut unread)) {
-            Ok(response) => match read_response(response, method) {
-                Ok(result) => return Ok(result),
-                Err(failure) => failure,
-            },
-            Err(error) => Failure {
+        let result = match request.send(ureq::SendBody::from_reader(&mut unread)) {
+            Ok(response) => read_response(response, method),
+            Err(error) => Err(Failure {
                 reason: describe(&error),
                 had_no_effect: unread.len() == body.len(),
                 timed_out: matches!(error, ureq::Error::Timeout(_)),
                 ..Failure::default()
-            },
+            }),
         };
-        let reason = failure.reason.replace(&token.0, "<token>");
-        failure.reason = format!("{}: {reason:.REASON_MAX$}", self.url);
-        Err(failure)
+        result.map_err(|failure| {
+            let reason = failure.reason.replace(&token.0, "<token>");
+            let reason = format!("{}: {reason:.REASON_MAX$}", self.url);
+            Failure { reason, ..failure }
+        })
     }
 
-    /// Sets the limits of a request that differ from the agent's: the time, and the age of connections
-    /// that it may use. Whatever was idle when Telegram fell silent is older than that, and closed.
+    /// Sets what differs from the agent's: the time, and for how long a connection may have been idle
+    /// to be used. Once Telegram has been silent, that is the time since then: what was idle already
+    /// at that moment is closed.
     fn with_limits(&self, request: PostRequest, deadline: Instant) -> PostRequest {
         let time_left = deadline.saturating_duration_since(Instant::now());
         let since_silence = self.silent_at.map_or(IDLE_CONNECTION, |at| at.elapsed());
-        // Without limits of its own, as the first fetch, a request makes ureq keep the TLS settings.
+        // Only a request without a config of its own lets ureq keep the TLS settings, which all later
+        // ones then use. So a fetch, which comes first and has the agent's own time, goes without.
         let is_usual = (FETCH_TIME - TIME_LEFT_SLACK..=FETCH_TIME).contains(&time_left);
-        if is_usual && since_silence >= IDLE_CONNECTION {
+        let idle_age = since_silence.min(IDLE_CONNECTION);
+        if is_usual && idle_age == IDLE_CONNECTION {
             return request;
         }
         let config = request.config().timeout_global(Some(time_left));
-        config
-            .max_idle_age(since_silence.min(IDLE_CONNECTION))
-            .build()
+        config.max_idle_age(idle_age).build()
     }
 }
 
@@ -1204,17 +1187,14 @@ fn describe(error: &ureq::Error) -> String {
 
 fn read_response(mut response: ureq::http::Response<ureq::Body>, method: &str) -> ApiResult {
     let status = response.status().as_u16();
-    let limit = match method {
-        "getUpdates" => PAGE_BYTES_MAX,
-        _ => ANSWER_BYTES_MAX,
-    };
+    let is_page = method == "getUpdates";
+    let limit = if is_page { PAGE_MAX } else { ANSWER_MAX };
     match response.body_mut().with_config().limit(limit).read_to_vec() {
         Ok(body) => read_answer(status, &body),
-        Err(error) => Err(Failure {
-            reason: format!("HTTP {status}, then {}", describe(&error)),
-            http_began: true,
-            ..Failure::default()
-        }),
+        Err(error) => {
+            let reason = format!("HTTP {status}, then {}", describe(&error));
+            Err(Failure::with_answer(reason))
+        }
     }
 }
 
@@ -1230,11 +1210,9 @@ fn read_answer(status: u16, body: &[u8]) -> ApiResult {
         },
         Err(error) => format!("no JSON: {error}"),
     };
-    Err(Failure {
-        reason: format!("HTTP {status} with {} bytes, {cause}", body.len()),
-        http_began: true,
-        ..Failure::default()
-    })
+    let length = body.len();
+    let reason = format!("HTTP {status} with {length} bytes, {cause}");
+    Err(Failure::with_answer(reason))
 }
 
 /// Reads what the Bot API says when it refuses a call, and adds what to do about it.
@@ -1244,12 +1222,11 @@ fn read_refusal(answer: &Value) -> Option<Failure> {
         return None;
     }
     let description = answer["description"].as_str().unwrap_or("no description");
+    let has_webhook = description.to_lowercase().contains("webhook");
     let parameters = &answer["parameters"];
     let hint = match code {
         401 | 404 => " (is the bot's token right?)",
-        409 if description.to_lowercase().contains("webhook") => {
-            " (open <url><token>/deleteWebhook once)"
-        }
+        409 if has_webhook => " (open <url><token>/deleteWebhook once)",
         409 => " (stop the other program that uses this bot)",
         _ => "",
     };
@@ -1257,17 +1234,12 @@ fn read_refusal(answer: &Value) -> Option<Failure> {
     if let Some(id) = parameters["migrate_to_chat_id"].as_i64() {
         reason += &format!(" (its id is now {id}: tell the mote)");
     }
-    let retry_after = match code {
-        429 => seconds(&parameters["retry_after"]),
-        _ => None,
-    };
-    Some(Failure {
-        reason,
-        error_code: Some(code),
-        retry_after,
-        http_began: true,
-        ..Failure::default()
-    })
+    let mut failure = Failure::with_answer(reason);
+    failure.error_code = Some(code);
+    if code == 429 {
+        failure.retry_after = seconds(&parameters["retry_after"]);
+    }
+    Some(failure)
 }
 
 /// Reads a number of seconds: an integer, a fraction, or either as a string.
@@ -1285,9 +1257,8 @@ fn seconds(value: &Value) -> Option<Duration> {
 const ADDRESSES_HOLD: Duration = Duration::from_secs(60);
 const NEW_ADDRESSES_TIME: Duration = Duration::from_secs(1);
 
-/// Keeps the addresses of the host (the Bot API's, or the proxy's), for ureq asks for them on each
-/// call. There is one look-up at a time, in a thread of its own, and its answer counts whenever it
-/// comes.
+/// Keeps the addresses of the Bot API or the proxy, for ureq asks for them on each call. There is
+/// one look-up at a time, in a thread of its own, and its answer counts whenever it comes.
 #[derive(Debug, Default)]
 struct Addresses {
     look_up: Arc<Mutex<LookUp>>,
@@ -1311,23 +1282,23 @@ impl Resolver for Addresses {
         config: &ureq::config::Config,
         timeout: NextTimeout,
     ) -> Result<ResolvedSocketAddrs, ureq::Error> {
-        let mut look_up = lock(&self.look_up);
+        let mut look_up = self.look_up.lock().expect("no thread panics");
         let elapsed = |at: Option<Instant>| at.map_or(Duration::ZERO, |at| at.elapsed());
         let mut patience = *timeout.after; // as a Duration of std
         if let Some(found) = &look_up.found {
             if elapsed(look_up.ended_at) < ADDRESSES_HOLD {
                 return Ok(found.clone());
             }
-            let waited = elapsed(look_up.running_since);
-            patience = patience.min(NEW_ADDRESSES_TIME.saturating_sub(waited));
+            let runs_for = elapsed(look_up.running_since); // zero: it begins below
+            patience = patience.min(NEW_ADDRESSES_TIME.saturating_sub(runs_for));
         }
         if look_up.running_since.is_none() {
             self.start(uri.clone(), config.clone())?;
             look_up.running_since = Some(Instant::now());
         }
         let runs = |look_up: &mut LookUp| look_up.running_since.is_some();
-        let waited = self.changed.wait_timeout_while(look_up, patience, runs);
-        let (look_up, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        let outcome = self.changed.wait_timeout_while(look_up, patience, runs);
+        let (look_up, _) = outcome.expect("no thread panics");
         match &look_up.found {
             Some(found) => Ok(found.clone()),
             None if look_up.running_since.is_some() => Err(ureq::Error::Timeout(timeout.reason)),
@@ -1344,7 +1315,7 @@ impl Addresses {
         let run = move || {
             let resolver = DefaultResolver::default();
             let result = resolver.resolve(&uri, &config, NextTimeout::default());
-            let mut look_up = lock(&shared);
+            let mut look_up = shared.lock().expect("no thread panics");
             look_up.running_since = None;
             look_up.ended_at = Some(Instant::now());
             if let Ok(found) = result {
@@ -1356,10 +1327,6 @@ impl Addresses {
     }
 }
 
-fn lock(look_up: &Mutex<LookUp>) -> MutexGuard<'_, LookUp> {
-    look_up.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 // ---------- State ----------
 //
 // What outlives the process: who is registered, who has left, what is set, and how far Telegram's
@@ -1369,8 +1336,7 @@ fn lock(look_up: &Mutex<LookUp>) -> MutexGuard<'_, LookUp> {
 const REMOVED_MAX: usize = 100;
 /// How many bytes of a user's name the firmware keeps.
 const NAME_MAX: usize = 14;
-/// The largest chat id that the firmware keeps whole: 11 characters. It cuts longer ones, so that
-/// they name another chat.
+/// The largest chat id that the firmware keeps whole. A longer one it cuts: that is another chat.
 const CHAT_ID_MAX: i64 = 99_999_999_999;
 /// The longest reply in bytes that the firmware takes. A longer one is thrown away whole.
 const REPLY_MAX: usize = 302;
@@ -1389,8 +1355,7 @@ struct State {
     removed: Vec<i64>,
     /// The id of the bot that `offset` belongs to. Without a configured token, no other is served.
     bot: Option<String>,
-    /// Bot API, getUpdates: the id of the next update. It may fall, for after a quiet week Telegram
-    /// numbers anew.
+    /// Bot API, getUpdates: the next update's id. It may fall: Telegram numbers anew after a week.
     offset: i64,
 }
 
@@ -1407,32 +1372,20 @@ impl fmt::Display for User {
     }
 }
 
-/// What has become of somebody who wants to be registered.
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum Registration {
-    New,
-    Known,
-    /// As many are registered as the firmware can keep.
-    Full,
-}
-
 impl State {
     /// Reads the state. A damaged file is set aside, for the gateway must start. One that cannot be
     /// read ends the start and stays as it is: it may hold everybody.
     fn open(config: &Config) -> Result<State, String> {
         let path = &config.state_path;
-        let mut state = match State::read(path) {
-            Ok(state) => state,
-            Err(error) if error.kind() != ErrorKind::InvalidData => return Err(error.to_string()),
-            Err(error) => {
-                let aside = beside(path, ".damaged");
-                match fs::rename(path, &aside) {
-                    Ok(()) => error!("{error}; starting anew, it is kept as {}", aside.display()),
-                    Err(fault) => error!("{error}; starting anew, it cannot be kept: {fault}"),
-                }
-                State::default()
+        let content = read_file(path)?;
+        let mut state = State::parse(path, content).unwrap_or_else(|reason| {
+            let aside = beside(path, ".damaged");
+            match fs::rename(path, &aside) {
+                Ok(()) => error!("{reason}; starting anew, it is kept as {}", aside.display()),
+                Err(error) => error!("{reason}; starting anew, it cannot be kept: {error}"),
             }
-        };
+            State::default()
+        });
         // Nobody is lost for want of a name in the file.
         for index in 0..state.users.len() {
             if state.users[index].name.is_empty() {
@@ -1449,24 +1402,18 @@ impl State {
         Ok(state)
     }
 
-    /// Reads the file, if there is one. `InvalidData` means that it was read and is no state.
-    fn read(path: &Path) -> io::Result<State> {
-        let fault = |kind, error: &dyn fmt::Display| {
-            io::Error::new(kind, format!("cannot read {}: {error}", path.display()))
-        };
-        let content = match fs::read(path) {
-            Ok(content) => content,
-            Err(error) if is_missing(&error) => return Ok(State::default()),
-            Err(error) => return Err(fault(error.kind(), &error)),
+    /// Reads the content of the file, if there is one.
+    fn parse(path: &Path, content: Option<Vec<u8>>) -> Result<State, String> {
+        let Some(content) = content else {
+            return Ok(State::default());
         };
         // An array, too, would be a State to serde, with its values in order.
         let object = serde_json::from_slice::<serde_json::Map<String, Value>>(&content);
         let state = object.and_then(|object| State::deserialize(Value::Object(object)));
-        state.map_err(|error| fault(ErrorKind::InvalidData, &error))
+        state.map_err(|error| format!("cannot read {}: {error}", path.display()))
     }
 
-    /// Replaces the file, readable by its owner alone. After a power cut there is the old or the
-    /// new one.
+    /// Replaces the file, readable by its owner alone. A power cut leaves the old or the new one.
     fn write(&self, path: &Path) -> io::Result<()> {
         let new = beside(path, ".new");
         let mut options = OpenOptions::new();
@@ -1475,11 +1422,8 @@ impl State {
         file.write_all(&serde_json::to_vec_pretty(self)?)?;
         file.sync_all()?;
         fs::rename(&new, path)?;
-        let folder = match path.parent() {
-            Some(folder) if !folder.as_os_str().is_empty() => folder,
-            _ => Path::new("."),
-        };
-        File::open(folder)?.sync_all()
+        let whole = Path::new(".").join(path); // a bare name has no folder
+        File::open(whole.parent().unwrap_or(&whole))?.sync_all()
     }
 
     fn is_user(&self, chat: i64) -> bool {
@@ -1490,25 +1434,22 @@ impl State {
         self.removed.iter().any(|id| ChatId::Number(*id) == *chat)
     }
 
-    /// Registers a chat as long as there is room. A name is given once and kept: names that change
-    /// their owners between two polls would leave the firmware with one user doubled and one lost.
-    fn register(&mut self, chat: i64, name: &str) -> Registration {
-        if self.is_user(chat) {
-            return Registration::Known;
-        }
-        if self.users.len() >= USERS_MAX {
-            return Registration::Full;
+    /// Registers a chat if there is room, and returns whether it is registered. Who is registered
+    /// keeps the name, even after changing it at Telegram: the firmware finds users by name, and of
+    /// two who swap theirs between two polls it would keep one twice and lose the other.
+    fn register(&mut self, chat: i64, name: &str) -> bool {
+        if self.is_user(chat) || self.users.len() >= USERS_MAX {
+            return self.is_user(chat);
         }
         self.removed.retain(|removed| *removed != chat);
         let name = self.free_name(name);
         let user = User { name, chat };
         info!("{user} is registered");
         self.users.push(user);
-        Registration::New
+        true
     }
 
-    /// Removes a chat, known or not: the firmware may have it built in. Returns who it was, for
-    /// people.
+    /// Removes a chat, known or not: the firmware may have it built in. Returns who it was.
     fn remove(&mut self, chat: i64) -> String {
         let mut shown = chat.to_string();
         if let Some(index) = self.users.iter().position(|user| user.chat == chat) {
@@ -1524,23 +1465,18 @@ impl State {
 
     /// Finds the chat that somebody means by an id or by a user's name.
     fn find(&self, meant: &str) -> Option<i64> {
-        if let Some(id) = parse_number(meant)
-            && fits_firmware(id)
-        {
-            return Some(id);
+        let id = parse_number(meant).filter(|id| fits_firmware(*id));
+        if id.is_some() {
+            return id;
         }
         if visible_name(meant).is_empty() {
-            return None; // `clean_name` would make a user of it
+            return None; // `clean_name` would make a name of it
         }
         let name = clean_name(meant);
-        let mut found = self.users.iter().find(|user| user.name == name);
-        if found.is_none() {
-            let name = name.to_lowercase();
-            found = self
-                .users
-                .iter()
-                .find(|user| user.name.to_lowercase() == name);
-        }
+        let lower = name.to_lowercase();
+        let is_like = |user: &&User| user.name.to_lowercase() == lower;
+        let exact = self.users.iter().find(|user| user.name == name);
+        let found = exact.or_else(|| self.users.iter().find(is_like));
         found.map(|user| user.chat)
     }
 
@@ -1562,15 +1498,12 @@ impl State {
     /// either; the newest are the last to be left out.
     fn summary(&self) -> String {
         let mut tokens = Vec::new();
-        if let Some(minutes) = self.interval {
-            tokens.push(format!("i{minutes}"));
-        }
-        if let Some(on) = self.feedback {
-            tokens.push(format!("f{on}"));
-        }
+        tokens.extend(self.interval.map(|minutes| format!("i{minutes}")));
+        tokens.extend(self.feedback.map(|on| format!("f{on}")));
         for User { name, chat } in &self.users {
             tokens.push(format!("{name}:{chat}"));
         }
+        // At most 277 bytes: i120;f1; and ten times a name of 14, a colon, an id of 11 digits.
         let mut summary = tokens.join(";");
         for chat in self.removed.iter().rev() {
             let separator = if summary.is_empty() { "" } else { ";" };
@@ -1586,15 +1519,18 @@ impl State {
 
 /// Reads a number as people mean it: Rust would take a leading `+`, too.
 fn parse_number<T: std::str::FromStr>(text: &str) -> Option<T> {
-    match text.starts_with('+') {
-        true => None,
-        false => text.parse().ok(),
-    }
+    let is_strange = text.starts_with('+');
+    if is_strange { None } else { text.parse().ok() }
 }
 
-/// Whether there is no such file, maybe for want of its folder.
-fn is_missing(error: &io::Error) -> bool {
-    matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory)
+/// Reads a file, if there is one. An error names it.
+fn read_file(path: &Path) -> Result<Option<Vec<u8>>, String> {
+    match fs::read(path) {
+        Ok(content) => Ok(Some(content)),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(error) if error.kind() == ErrorKind::NotADirectory => Ok(None),
+        Err(error) => Err(format!("cannot read {}: {error}", path.display())),
+    }
 }
 
 fn beside(path: &Path, suffix: &str) -> PathBuf {
@@ -1603,8 +1539,7 @@ fn beside(path: &Path, suffix: &str) -> PathBuf {
     name.into()
 }
 
-/// Whether the firmware can hold this chat whole, and remove it: it removes only ids that begin
-/// with a digit.
+/// Whether the firmware keeps this id whole, and can remove it: for that it begins with a digit.
 fn fits_firmware(chat: i64) -> bool {
     (1..=CHAT_ID_MAX).contains(&chat)
 }
@@ -1637,8 +1572,7 @@ fn visible_name(name: &str) -> String {
 /// Whether the firmware would take a name for a setting, a removal, everybody, or an id.
 fn is_misread(name: &str) -> bool {
     match name.as_bytes() {
-        [b'f', b'0' | b'1', ..] => true,
-        [b'i' | b'r', b'0'..=b'9', ..] => true,
+        [b'f', b'0' | b'1', ..] | [b'i' | b'r', b'0'..=b'9', ..] => true,
         name => name == b"all" || name.iter().all(u8::is_ascii_digit),
     }
 }
@@ -1700,22 +1634,19 @@ impl Motes {
     }
 
     /// Remembers a mote by its request. One whose message ID does not go on from the highest has
-    /// restarted, and knows nothing. Another port is another client behind the same address, whose
-    /// message IDs say nothing.
+    /// restarted, and knows nothing. Another port is another client, whose message IDs say nothing.
     fn note_request(&mut self, peer: SocketAddr, message_id: u16, now: Instant) {
         let address = peer.ip().to_canonical();
         let index = self.motes.iter().position(|mote| mote.address == address);
-        let mut mote = match index {
-            Some(index) => self.motes.remove(index),
-            None => Mote {
-                address,
-                port: peer.port(),
-                message_id: message_id.wrapping_sub(1), // so that this one goes on from it
-                message_id_at: now,
-                version: 0,
-                acknowledged_at: now,
-            },
-        };
+        let known = index.map(|index| self.motes.remove(index));
+        let mut mote = known.unwrap_or(Mote {
+            address,
+            port: peer.port(),
+            message_id: message_id.wrapping_sub(1), // so that this one goes on from it
+            message_id_at: now,
+            version: 0,
+            acknowledged_at: now,
+        });
         let steps = 1..=MESSAGE_ID_STEP_MAX;
         let is_same_client = mote.port == peer.port();
         let is_next = steps.contains(&message_id.wrapping_sub(mote.message_id));
@@ -1745,12 +1676,9 @@ impl Motes {
 
     /// Whether a mote knows this version, and not for so long that it may have restarted since.
     fn has_acknowledged(&mut self, peer: SocketAddr, version: u64, now: Instant) -> bool {
-        match self.find(peer) {
-            Some(mote) => {
-                mote.version == version && now < mote.acknowledged_at + ACKNOWLEDGED_HOLDS
-            }
-            None => false,
-        }
+        self.find(peer).is_some_and(|mote| {
+            mote.version == version && now < mote.acknowledged_at + ACKNOWLEDGED_HOLDS
+        })
     }
 
     fn find(&mut self, peer: SocketAddr) -> Option<&mut Mote> {
@@ -1776,17 +1704,7 @@ const WRONG_PASSWORD: &str = "Wrong password. Nothing was changed.";
 const TOO_MANY_WRONG_PASSWORDS: &str =
     "Wrong password. Your config and register messages are ignored for an hour.";
 
-/// Bot API, `Message`: what is needed of it.
-struct Message {
-    id: Option<i64>,
-    chat: Chat,
-    is_by_a_bot: bool,
-    text: String,
-    caption: String,
-    has_media: bool,
-}
-
-/// Bot API, `Chat`.
+/// What is needed of the Bot API's `Chat`.
 struct Chat {
     id: i64,
     kind: String,
@@ -1802,78 +1720,37 @@ impl fmt::Display for Chat {
 impl Chat {
     /// None without an id or a type. People have first names, groups have titles.
     fn read(chat: &Value) -> Option<Chat> {
-        let mut name = "";
-        for key in ["first_name", "title", "username"] {
-            if name.is_empty() {
-                name = chat[key].as_str().unwrap_or_default();
-            }
-        }
+        let text = |key: &str| chat[key].as_str().filter(|text| !text.is_empty());
+        let name = text("first_name").or(text("title")).or(text("username"));
         Some(Chat {
             id: chat["id"].as_i64()?,
             kind: chat["type"].as_str()?.to_string(),
-            name: name.to_string(),
+            name: name.unwrap_or_default().to_string(),
         })
     }
 }
 
-impl Message {
-    /// None without a chat that has an id and a type.
-    fn read(message: &Value) -> Option<Message> {
-        let text = |key: &str| message[key].as_str().unwrap_or_default().to_string();
-        Some(Message {
-            id: message["message_id"].as_i64(),
-            chat: Chat::read(&message["chat"])?,
-            is_by_a_bot: message["from"]["is_bot"] == true,
-            text: text("text"),
-            caption: text("caption"),
-            has_media: has_media(message),
-        })
-    }
-
-    fn is_service_message(&self) -> bool {
-        self.text.is_empty() && self.caption.is_empty() && !self.has_media
-    }
-}
-
-/// Whether somebody has sent something, Bot API, Message. Whatever else comes without a text is a
-/// service message: it tells what happened in the chat.
+/// Whether somebody has sent something else than a text. Bot API, Message.
 fn has_media(message: &Value) -> bool {
-    let is_media = |key: &str| {
-        matches!(
-            key,
-            "animation"
-                | "audio"
-                | "checklist"
-                | "contact"
-                | "dice"
-                | "document"
-                | "game"
-                | "invoice"
-                | "live_photo"
-                | "location"
-                | "paid_media"
-                | "photo"
-                | "poll"
-                | "sticker"
-                | "story"
-                | "venue"
-                | "video"
-                | "video_note"
-                | "voice"
-        )
-    };
-    let mut content = message.as_object().into_iter().flatten();
-    content.any(|(key, value)| is_media(key) && !value.is_null())
+    for (key, value) in message.as_object().into_iter().flatten() {
+        match key.as_str() {
+            _ if value.is_null() => {}
+            "animation" | "audio" | "checklist" | "contact" | "dice" | "document" | "game"
+            | "invoice" | "live_photo" | "location" | "paid_media" | "photo" | "poll"
+            | "sticker" | "story" | "venue" | "video" | "video_note" | "voice" => return true,
+            _ => {}
+        }
+    }
+    false
 }
 
-/// Those who write to the bot.
 #[derive(Default)]
 struct People {
     /// What is to be said as soon as it is saved, the oldest first.
     answers: VecDeque<Answer>,
     /// What is to be deleted, the oldest first.
     deletions: VecDeque<Deletion>,
-    /// Whether the last fetch left no time for all of them: then they get a turn before the next.
+    /// Whether the gateway's last fetch left no time for all of them: then they get a turn before the next.
     get_a_turn: bool,
     /// Who has tried wrong passwords, the latest last.
     suspects: VecDeque<Suspect>,
@@ -1909,94 +1786,79 @@ impl People {
             return info!("an update without an id is ignored");
         };
         state.offset = id.saturating_add(1);
-        match Message::read(&update["message"]) {
+        let message = &update["message"];
+        match Chat::read(&message["chat"]) {
             None => info!("update {id} is ignored: it is no message in a chat with id and type"),
-            Some(message) => self.hear(&message, state, config),
+            Some(chat) => self.hear(&chat, message, state, config),
         }
     }
 
-    /// Carries out what somebody has written. Whoever writes is registered, unless that takes the
-    /// password.
-    fn hear(&mut self, message: &Message, state: &mut State, config: &Config) {
-        let chat = message.chat.id;
-        if message.is_by_a_bot {
-            return info!("{} is a bot, and ignored", message.chat);
+    /// Carries out what somebody has written, and registers them unless that takes the password.
+    fn hear(&mut self, chat: &Chat, message: &Value, state: &mut State, config: &Config) {
+        let id = chat.id;
+        let text = message["text"].as_str().unwrap_or_default();
+        let caption = message["caption"].as_str().unwrap_or_default();
+        if message["from"]["is_bot"] == true {
+            return info!("{chat} is a bot, and ignored");
         }
-        if message.chat.kind != "private" || !fits_firmware(chat) {
-            return info!("{} cannot register", message.chat);
+        if chat.kind != "private" || !fits_firmware(id) {
+            return info!("{chat} cannot register");
         }
-        if message.is_service_message() {
-            return;
+        if text.is_empty() && caption.is_empty() && !has_media(message) {
+            return; // a service message: it tells what happened in the chat
         }
-        let command = Command::read(&message.text, config);
-        if command.has_password() || Command::read(&message.caption, config).has_password() {
-            self.delete(message);
+        let command = Command::read(text, config);
+        if command.has_password() || Command::read(caption, config).has_password() {
+            self.delete(id, message);
         }
         if let Command::Leave = command {
-            let who = state.remove(chat);
+            let who = state.remove(id);
             info!("{who} is removed, as asked");
-            return self.say(chat, &removal_notice(config));
+            return self.say(id, &removal_notice(config));
         }
-        let is_newcomer = !state.is_user(chat);
-        let has_left = state.is_removed(&ChatId::Number(chat));
-        let comes_back = !has_left || !message.text.is_empty();
-        if is_newcomer && comes_back && !config.registration_by_password {
-            self.register(&message.chat, state);
+        let is_newcomer = !state.is_user(id);
+        let has_left = state.is_removed(&ChatId::Number(id));
+        let may_register = !has_left || !text.is_empty(); // a sticker brings back nobody who left
+        if is_newcomer && may_register && !config.registration_by_password {
+            self.register(chat, state);
         }
         match command {
-            Command::Config(words) => self.configure(chat, &words, state, config),
-            Command::Register(words) => self.register_by_password(message, &words, state, config),
-            Command::Help => self.say(chat, &help(config)),
-            _ if is_newcomer && config.registration_by_password => {
-                self.say(chat, HOW_TO_REGISTER);
-            }
-            _ if is_newcomer && state.is_user(chat) => self.say(chat, &help(config)),
+            Command::Config(words) => self.configure(id, &words, state, config),
+            Command::Register(words) => self.on_register(chat, &words, state, config),
+            Command::Help => self.say(id, &help(config)),
+            _ if is_newcomer && config.registration_by_password => self.say(id, HOW_TO_REGISTER),
+            _ if is_newcomer && state.is_user(id) => self.say(id, &help(config)),
             Command::Unknown if !is_newcomer => {
-                self.say(chat, NOT_UNDERSTOOD);
-                self.say(chat, &help(config));
+                self.say(id, NOT_UNDERSTOOD);
+                self.say(id, &help(config));
             }
-            _ => {} // a sticker, or the list is full
+            _ => {} // no text, or the list is full
         }
     }
 
     /// Registers a chat as long as there is room, and says so.
     fn register(&mut self, chat: &Chat, state: &mut State) {
-        match state.register(chat.id, &chat.name) {
-            Registration::New | Registration::Known => self.say(chat.id, REGISTERED),
-            Registration::Full => {
-                let full = "The list is full:";
-                self.say(
-                    chat.id,
-                    &format!("{full} {USERS_MAX} people are registered already."),
-                );
-            }
-        }
+        let full = format!("The list is full: {USERS_MAX} people are registered already.");
+        let is_registered = state.register(chat.id, &chat.name);
+        self.say(chat.id, if is_registered { REGISTERED } else { &full });
     }
 
     /// Carries out `register <password>`.
-    fn register_by_password(
-        &mut self,
-        message: &Message,
-        words: &[&str],
-        state: &mut State,
-        config: &Config,
-    ) {
-        let chat = message.chat.id;
-        if self.is_locked_out(chat) {
+    fn on_register(&mut self, chat: &Chat, words: &[&str], state: &mut State, config: &Config) {
+        if self.is_locked_out(chat.id) {
             return;
         }
         let [_, guess] = *words else {
-            return self.say(chat, HOW_TO_REGISTER);
+            return self.say(chat.id, HOW_TO_REGISTER);
         };
-        if self.check_password(chat, guess, config) {
-            self.register(&message.chat, state);
-            self.say(chat, &help(config));
+        if self.check_password(chat.id, guess, config) {
+            self.register(chat, state);
+            self.say(chat.id, &help(config));
         }
     }
 
-    /// Carries out `config <password> <key> <value>`. Counts as a guess only with at least four
-    /// words. Key and value are looked at after the password, so that nobody learns anything
-    /// without it.
+    /// Carries out `config <password> <key> <value>`. Only four words or more are a guess. Key and
+    /// value are looked at after the password, so that nobody learns anything without it.
     fn configure(&mut self, chat: i64, words: &[&str], state: &mut State, config: &Config) {
         if config.password.is_none() {
             return self.say(chat, "No password is set, so nothing can be changed.");
@@ -2004,21 +1866,16 @@ impl People {
         if self.is_locked_out(chat) {
             return;
         }
-        let [_, guess, key, ref values @ ..] = *words else {
+        let [_, guess, key, _, ..] = *words else {
             return self.say(chat, &config_form());
         };
-        if values.is_empty() {
-            return self.say(chat, &config_form());
-        }
         if !self.check_password(chat, guess, config) {
             return;
         }
-        let number = match values {
-            [value] => parse_number(unquote(value)),
-            _ => None,
-        };
+        let value = words[3..].join(" ");
+        let number = parse_number(unquote(&value));
         let confirmation = match (plain(key).as_str(), number) {
-            ("remove", _) => return self.remove_other(chat, &values.join(" "), state, config),
+            ("remove", _) => return self.remove_other(chat, &value, state, config),
             ("interval", Some(minutes @ INTERVAL_MIN..=INTERVAL_MAX)) => {
                 state.interval = Some(minutes);
                 format!("The interval is set to {minutes} minutes.")
@@ -2045,10 +1902,8 @@ impl People {
         self.say(chat, &confirmation);
         if was_user {
             let notice = removal_notice(config);
-            self.say(
-                other,
-                &format!("Somebody with the password did it: {notice}"),
-            );
+            let notice = format!("Somebody with the password did it: {notice}");
+            self.say(other, &notice);
         }
     }
 
@@ -2060,8 +1915,7 @@ impl People {
 
     /// Returns whether the password is right. A wrong one is counted and answered.
     fn check_password(&mut self, chat: i64, guess: &str, config: &Config) -> bool {
-        let is_meant = |suspect: &Suspect| suspect.chat == chat;
-        let index = self.suspects.iter().position(is_meant);
+        let index = self.suspects.iter().position(|known| known.chat == chat);
         let suspect = index.and_then(|index| self.suspects.remove(index));
         let password = config.password.as_ref();
         if password.is_some_and(|password| password.matches(guess)) {
@@ -2089,19 +1943,17 @@ impl People {
     }
 
     /// Keeps a message for deletion. If there are too many, the oldest stays in its chat.
-    fn delete(&mut self, message: &Message) {
-        let Some(message_id) = message.id else {
+    fn delete(&mut self, chat: i64, message: &Value) {
+        let Some(message_id) = message["message_id"].as_i64() else {
             return;
         };
         if self.deletions.len() >= DELETIONS_MAX {
             self.deletions.pop_front();
         }
-        let chat = message.chat.id;
         self.deletions.push_back(Deletion { chat, message_id });
     }
 
-    /// Adds to what a chat is told at once, each text once. If too many chats wait, the oldest is
-    /// told nothing.
+    /// Adds a text to what a chat is told, once. If too many chats wait, the oldest hears nothing.
     fn say(&mut self, chat: i64, text: &str) {
         let text = text.to_string();
         if let Some(answer) = self.answers.iter_mut().find(|answer| answer.chat == chat) {
@@ -2166,23 +2018,20 @@ impl<'a> Command<'a> {
     }
 }
 
-/// Returns a word as it is compared: lower-case, without invisible characters and without anything
-/// around it that is neither letter nor digit.
+/// Returns a word for comparison: lower-case, visible, from the first to the last letter or digit.
 fn plain(word: &str) -> String {
     let mut visible = word.to_lowercase();
     visible.retain(|c| !is_invisible(c));
-    visible
-        .trim_matches(|c: char| !c.is_alphanumeric())
-        .to_string()
+    let word = visible.trim_matches(|c: char| !c.is_alphanumeric());
+    word.to_string()
 }
 
 /// Strips what people put around a value: quotes, brackets, and the end of a sentence.
 fn unquote(value: &str) -> &str {
     let is_around = |c: char| "\"'“”„‘’«»<>()[]`".contains(c) || is_invisible(c);
     let value = value.trim_matches(is_around);
-    value
-        .trim_end_matches(['.', ',', ';', ':', '!', '?'])
-        .trim_matches(is_around)
+    let value = value.trim_end_matches(['.', ',', ';', ':', '!', '?']);
+    value.trim_matches(is_around)
 }
 
 /// Returns what the bot can do with these settings.
@@ -2242,8 +2091,7 @@ const VARIABLES: [&str; 5] = [
 struct Secret(String);
 
 impl Secret {
-    /// Whether this is `<bot id>:<letters, digits, _ and ->`, so that it can stand in a URL as it
-    /// is.
+    /// Whether this is `<bot id>:<letters, digits, _ and ->`: it stands in a URL as it is.
     fn is_bot_token(&self) -> bool {
         let (id, key) = self.0.split_once(':').unwrap_or_default();
         let is_id = (1..=20).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_digit());
@@ -2266,7 +2114,6 @@ impl Secret {
     }
 }
 
-/// Says where things are.
 struct Folders {
     config_ini: PathBuf,
     dot_env: PathBuf,
@@ -2285,33 +2132,25 @@ impl Folders {
         let is_inside = env::current_dir().is_ok_and(|here| here == Path::new(INSTALLED_SETTINGS));
         let has_settings = Path::new("config.ini").exists() || Path::new(".env").exists();
         let uses_installation = is_installed && (is_inside || !has_settings);
-        let folder = |variable: &str, installed: &str| match named_folder(variable) {
-            Some(folder) => folder,
+        let folder = |variable: &str, installed: &str| match variable_of_environment(variable) {
+            Some(folders) => folders.split(':').next().unwrap_or_default().into(),
             None if uses_installation => installed.into(),
             None => PathBuf::new(),
         };
         let settings = folder("CREDENTIALS_DIRECTORY", INSTALLED_SETTINGS);
-        let dot_env = match named_folder("CREDENTIALS_DIRECTORY") {
-            Some(_) => "env", // a credential's name has no dot in front
-            None => ".env",
-        };
+        let are_credentials = variable_of_environment("CREDENTIALS_DIRECTORY").is_some();
+        let dot_env = if are_credentials { "env" } else { ".env" }; // systemd wants no dot there
+        let is_service = variable_of_environment("STATE_DIRECTORY").is_some();
         Folders {
             config_ini: settings.join("config.ini"),
             dot_env: settings.join(dot_env),
             state: folder("STATE_DIRECTORY", INSTALLED_STATE),
             log: folder("LOGS_DIRECTORY", INSTALLED_LOG),
-            belong_to_the_service: uses_installation && named_folder("STATE_DIRECTORY").is_none(),
+            belong_to_the_service: uses_installation && !is_service,
         }
     }
 }
 
-/// Returns the folder that systemd names; of several, the first.
-fn named_folder(variable: &str) -> Option<PathBuf> {
-    let value = variable_of_environment(variable)?;
-    value.split(':').next().map(PathBuf::from)
-}
-
-/// What the operator has set, checked.
 struct Config {
     /// The only Bot API url that is served and connected to.
     url: String,
@@ -2366,27 +2205,21 @@ impl Config {
                 return Err(format!("environment: {name} is not UTF-8 text"));
             }
             if let Some(value) = variable_of_environment(name) {
-                let origin = "environment".to_string();
+                let place = "environment".to_string();
                 let name = name.to_string();
-                config.set_variable(&Setting {
-                    origin,
-                    name,
-                    value,
-                })?;
+                config.set_variable(&Setting { place, name, value })?;
             }
         }
         for setting in &of_ini {
             config.check_with_the_rest(setting)?;
         }
-        let file = folders.config_ini.display();
+        let ini = folders.config_ini.display();
+        let env = folders.dot_env.display();
         if config.token.is_none() {
-            warn!(
-                "no bot_token is set in {file}: /message serves any token, /update the first bot"
-            );
+            warn!("no bot_token is set in {ini}: /message serves any token, /update the first bot");
         }
-        let file = folders.dot_env.display();
         if config.password.is_none() {
-            warn!("no PASSWORD is set in {file}: every `config` is refused");
+            warn!("no PASSWORD is set in {env}: every `config` is refused");
         }
         Ok(config)
     }
@@ -2395,26 +2228,23 @@ impl Config {
     fn set_ini(&mut self, setting: &Setting) -> Result<(), String> {
         let value = setting.value.as_str();
         let secret = Secret(value.to_string());
+        let refuse = |rule: &str| Err(setting.fault(rule));
+        let word = format!("is not a word of at most {MOTE_TOKEN_MAX} bytes without &");
         match (setting.name.to_lowercase().as_str(), value) {
             ("bot_token", "your_telegram_bot_token") => {} // the template's: not set
             ("bot_token", _) if secret.is_bot_token() => self.token = Some(secret),
-            ("bot_token", _) => {
-                return Err(setting.fault("is not a bot token (digits, a colon, letters)"));
-            }
+            ("bot_token", _) => return refuse("is not a bot token (digits, a colon, letters)"),
             ("mote_token", _) if is_mote_token(value) => self.mote_token = Some(secret),
-            ("mote_token", _) => {
-                let rule = format!("is not a word of at most {MOTE_TOKEN_MAX} bytes without &");
-                return Err(setting.fault(&rule));
-            }
+            ("mote_token", _) => return refuse(&word),
             ("registration", "open") => self.registration_by_password = false,
             ("registration", "password") => self.registration_by_password = true,
-            ("registration", _) => return Err(setting.fault("is neither open nor password")),
+            ("registration", _) => return refuse("is neither open nor password"),
             ("url", _) if is_https_url(value) => self.url = value.to_string(),
-            ("url", _) => return Err(setting.fault("is not of the form https://host/bot")),
+            ("url", _) => return refuse("is not of the form https://host/bot"),
             ("ip_family", "any") => self.ip_family = IpFamily::Any,
             ("ip_family", "ipv4") => self.ip_family = IpFamily::Ipv4Only,
             ("ip_family", "ipv6") => self.ip_family = IpFamily::Ipv6Only,
-            ("ip_family", _) => return Err(setting.fault("is none of any, ipv4, ipv6")),
+            ("ip_family", _) => return refuse("is none of any, ipv4, ipv6"),
             _ => warn!("{}", setting.fault("is unknown and ignored")),
         }
         Ok(())
@@ -2423,22 +2253,20 @@ impl Config {
     /// Sets what stands in `.env` or in the environment.
     fn set_variable(&mut self, setting: &Setting) -> Result<(), String> {
         let value = setting.value.as_str();
+        let refuse = |rule: &str| Err(setting.fault(rule));
         match setting.name.as_str() {
             "PASSWORD" if value.contains(char::is_whitespace) => {
-                return Err(setting.fault("holds white space, which nobody could send"));
+                return refuse("holds white space, which nobody could send");
             }
             "PASSWORD" => self.password = Some(Secret(value.to_string())),
             "COAP_SERVER_IP" => match value.parse() {
                 Ok(ip) if is_one_address(ip) => self.listen.set_ip(ip),
-                Ok(_) => {
-                    let rule = "is not one address: name the one that the motes send to";
-                    return Err(setting.fault(rule));
-                }
-                Err(_) => return Err(setting.fault("is not an IP address (without a zone)")),
+                Ok(_) => return refuse("is not one address: name the one that the motes send to"),
+                Err(_) => return refuse("is not an IP address (without a zone)"),
             },
             "COAP_SERVER_PORT" => match value.parse() {
                 Ok(port) => self.listen.set_port(port),
-                Err(_) => return Err(setting.fault("is not a port (0 to 65535)")),
+                Err(_) => return refuse("is not a port (0 to 65535)"),
             },
             "SSL_CERT_FILE" => {
                 self.roots = read_roots(value).map_err(|reason| setting.fault(&reason))?;
@@ -2454,15 +2282,13 @@ impl Config {
 
     /// Refuses what works only together with something that is not set.
     fn check_with_the_rest(&self, setting: &Setting) -> Result<(), String> {
-        match setting.name.to_lowercase().as_str() {
-            "mote_token" if self.token.is_none() => {
-                Err(setting.fault("does not work without bot_token"))
-            }
-            "registration" if self.registration_by_password && self.password.is_none() => {
-                Err(setting.fault("does not work without PASSWORD, which .env sets"))
-            }
-            _ => Ok(()),
-        }
+        let needs_password = self.registration_by_password && self.password.is_none();
+        let missing = match setting.name.to_lowercase().as_str() {
+            "mote_token" if self.token.is_none() => "bot_token",
+            "registration" if needs_password => "PASSWORD, which .env sets",
+            _ => return Ok(()),
+        };
+        Err(setting.fault(&format!("does not work without {missing}")))
     }
 
     /// Returns the token for the commands that cannot do without.
@@ -2474,9 +2300,9 @@ impl Config {
 
 /// A line of settings.
 struct Setting {
-    /// File and line.
-    origin: String,
-    /// As the file spells it.
+    /// File and line, or the environment.
+    place: String,
+    /// As it is spelled there.
     name: String,
     /// Not empty; maybe a secret, so that no message repeats it.
     value: String,
@@ -2484,42 +2310,33 @@ struct Setting {
 
 impl Setting {
     /// Reads `NAME=value`; the value may stand in quotes.
-    fn read(origin: String, line: &str) -> Result<Setting, String> {
+    fn read(place: String, line: &str) -> Result<Setting, String> {
         let line = line.strip_prefix("export ").unwrap_or(line);
         let Some((name, value)) = line.split_once('=') else {
-            return Err(format!("{origin}: not `NAME=value`"));
+            return Err(format!("{place}: not `NAME=value`"));
         };
         let name = name.trim().to_string();
         let value = value.trim();
         let between = |quote: char| value.strip_prefix(quote)?.strip_suffix(quote);
         let value = between('"').or(between('\'')).unwrap_or(value).to_string();
-        Ok(Setting {
-            origin,
-            name,
-            value,
-        })
+        Ok(Setting { place, name, value })
     }
 
     fn fault(&self, rule: &str) -> String {
-        format!("{}: {} {rule}", self.origin, self.name)
+        format!("{}: {} {rule}", self.place, self.name)
     }
 }
 
-/// Reads the settings of a file, if there is one: of a section, or of a file without sections. What
-/// is set to nothing is not set.
+/// Reads the settings of a file or of a section of it. What is set to nothing is not set.
 fn read_settings(path: &Path, section: Option<&str>) -> Result<Vec<Setting>, String> {
-    let content = match fs::read(path) {
-        Ok(content) => content,
-        Err(error) if is_missing(&error) => return Ok(Vec::new()),
-        Err(error) => return Err(format!("cannot read {}: {error}", path.display())),
-    };
+    let content = read_file(path)?.unwrap_or_default();
     let content = content.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&content);
     let mut current = None;
     let mut settings: Vec<Setting> = Vec::new();
     for (number, line) in (1..).zip(content.split(|byte| *byte == b'\n')) {
-        let origin = format!("{}:{number}", path.display());
+        let place = format!("{}:{number}", path.display());
         let Ok(line) = str::from_utf8(line) else {
-            return Err(format!("{origin}: not UTF-8 text"));
+            return Err(format!("{place}: not UTF-8 text"));
         };
         let line = line.trim();
         if line.is_empty() || line.starts_with(['#', ';']) {
@@ -2527,17 +2344,15 @@ fn read_settings(path: &Path, section: Option<&str>) -> Result<Vec<Setting>, Str
         }
         if section.is_some() && line.starts_with('[') {
             let Some((name, _)) = line[1..].split_once(']') else {
-                return Err(format!("{origin}: `[` without `]`"));
+                return Err(format!("{place}: `[` without `]`"));
             };
             current = Some(name.trim());
         } else if section.is_some() && current.is_none() {
-            return Err(format!("{origin}: no section yet; put [telegram] above it"));
+            return Err(format!("{place}: no section yet; put [telegram] above it"));
         } else if current == section {
-            let setting = Setting::read(origin, line)?;
-            if settings
-                .iter()
-                .any(|other| other.name.eq_ignore_ascii_case(&setting.name))
-            {
+            let setting = Setting::read(place, line)?;
+            let is_same = |other: &Setting| other.name.eq_ignore_ascii_case(&setting.name);
+            if settings.iter().any(is_same) {
                 return Err(setting.fault("is set twice; remove one of them"));
             }
             settings.push(setting);
@@ -2616,7 +2431,6 @@ static USERS: AtomicU64 = AtomicU64::new(0);
 /// Writes what simple_logger writes to the console to a file, too.
 struct Log {
     console: SimpleLogger,
-    is_journal: bool,
     path: PathBuf,
 }
 
@@ -2629,11 +2443,8 @@ fn console(level: LevelFilter) -> SimpleLogger {
 
 fn start_log(path: PathBuf) -> Result<(), String> {
     let name = path.display().to_string();
-    let log = Log {
-        console: console(LevelFilter::Info),
-        is_journal: console_is_journal(),
-        path,
-    };
+    let console = console(LevelFilter::Info);
+    let log = Log { console, path };
     let probe = log.append(""); // can it be written?
     log::set_boxed_logger(Box::new(log)).map_err(|error| error.to_string())?;
     if let Err(error) = probe {
@@ -2667,28 +2478,26 @@ impl log::Log for Log {
         }
         let text = escape(&record.args().to_string());
         let mut out = io::stdout().lock(); // so that the priority stays with its line
-        if self.is_journal {
-            let _ = write!(out, "{}", journal_priority(record.level()));
-        }
-        let mut escaped = log::Record::builder();
-        escaped.metadata(record.metadata().clone());
-        self.console
-            .log(&escaped.args(format_args!("{text}")).build());
-        let time = utc(unix_now());
-        let _ = self.append(&format!("{time} [{}] {text}\n", record.level()));
+        let level = record.level();
+        let _ = write!(out, "{}", journal_priority(level));
+        let mut copy = log::Record::builder();
+        copy.metadata(record.metadata().clone());
+        self.console.log(&copy.args(format_args!("{text}")).build());
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        let time = utc(now.unwrap_or_default().as_secs());
+        let _ = self.append(&format!("{time} [{level}] {text}\n"));
     }
 
     fn flush(&self) {}
 }
 
-/// Whether the console is the journal. A terminal may have inherited its variable.
-fn console_is_journal() -> bool {
-    env::var_os("JOURNAL_STREAM").is_some() && !io::stderr().is_terminal()
-}
-
-/// Returns what tells the journal the priority of a line, sd-daemon(3).
+/// Returns what tells the journal the priority of a line, sd-daemon(3); nothing if the console is not
+/// the journal. A terminal may have inherited its variable.
 fn journal_priority(level: Level) -> &'static str {
+    // Of stderr, for stdout and stderr of the service both go to the journal.
+    let is_journal = env::var_os("JOURNAL_STREAM").is_some() && !io::stderr().is_terminal();
     match level {
+        _ if !is_journal => "",
         Level::Error => "<3>",
         Level::Warn => "<4>",
         _ => "<6>",
@@ -2706,11 +2515,6 @@ fn escape(text: &str) -> String {
         }
     }
     escaped
-}
-
-fn unix_now() -> u64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH);
-    now.map_or(0, |now| now.as_secs())
 }
 
 /// Returns `2026-01-31 12:00:00` for Unix seconds: H. Hinnant's `civil_from_days`, with his names
@@ -2764,12 +2568,11 @@ fn notify(message: &str) {
 
 // ---------- `check` and `send` ----------
 //
-// What an operator calls by hand. Both change nothing.
+// What an operator calls by hand. `check` changes nothing; `send` is a mote for one message.
 
 fn check_settings() -> Result<(), String> {
     start_console()?;
-    Config::load(&Folders::find())?;
-    Ok(())
+    Config::load(&Folders::find()).map(drop)
 }
 
 fn check() -> Result<(), String> {
@@ -2784,9 +2587,10 @@ fn check() -> Result<(), String> {
     let name = bot["first_name"].as_str().unwrap_or("?");
     let username = bot["username"].as_str().unwrap_or("?");
     print(&escape(&format!("bot: {name} (@{username})")))?;
-    print_users(&State::read(&config.state_path).map_err(|error| error.to_string())?)?;
+    let saved = read_file(&config.state_path)?;
+    print_users(&State::parse(&config.state_path, saved)?)?;
     print("chats with messages not fetched yet (for others see the log):")?;
-    // Offset 1 confirms nothing, and is not the gateway's last one, which Telegram would hold.
+    // Offset 1 confirms nothing; and as the gateway asks for another, Telegram delays neither.
     let updates = telegram.get_updates(token, 1, PAGE_LIMIT, deadline);
     let mut printed = Vec::new();
     for update in updates.map_err(fault)? {
@@ -2824,13 +2628,12 @@ fn print_users(state: &State) -> Result<(), String> {
 fn send(chat: &str, text: &str, uri: Option<&str>) -> Result<(), String> {
     let config = Config::load(&Folders::find())?;
     let token = config.required_token()?;
-    let token = config.mote_token.as_ref().unwrap_or(token);
+    let Secret(token) = config.mote_token.as_ref().unwrap_or(token);
     let peer = match uri {
         Some(uri) => address_of(uri).ok_or_else(|| format!("cannot resolve {}", escape(uri)))?,
         None => config.listen,
     };
     let url = &config.url;
-    let token = &token.0;
     let form = format!("url={url}&token={token}&chat_ids={chat}&text={text}");
     let answer = match exchange(peer, &coap::post("message", &form)) {
         Ok(Some(answer)) => answer,
@@ -2849,11 +2652,9 @@ fn send(chat: &str, text: &str, uri: Option<&str>) -> Result<(), String> {
 fn address_of(uri: &str) -> Option<SocketAddr> {
     let host = uri.strip_prefix("coap://")?.trim_end_matches('/');
     let with_port = format!("{host}:{}", coap::PORT);
-    let mut found = match host.to_socket_addrs() {
-        Ok(found) => found,
-        Err(_) => with_port.to_socket_addrs().ok()?,
-    };
-    found.next()
+    let found = host.to_socket_addrs();
+    let found = found.or_else(|_| with_port.to_socket_addrs());
+    found.ok()?.next()
 }
 
 /// Plays a client's side of one exchange, RFC 7252 §4.2. `None`: nobody answers.
@@ -2915,21 +2716,22 @@ mod coap {
     pub const ACK_TIMEOUT: Duration = Duration::from_secs(2);
     pub const MAX_RETRANSMIT: u32 = 4;
     const ACK_RANDOM_MS: u64 = 1000;
-    const MAX_TRANSMIT_SPAN_S: u64 = 3 * ((1 << MAX_RETRANSMIT) - 1);
-    const MAX_TRANSMIT_WAIT_S: u64 = 3 * ((2 << MAX_RETRANSMIT) - 1);
+    /// ACK_TIMEOUT times ACK_RANDOM_FACTOR, which is 1.5.
+    const ACK_TIMEOUT_MAX_S: u64 = 3;
+    const MAX_TRANSMIT_SPAN_S: u64 = ACK_TIMEOUT_MAX_S * ((1 << MAX_RETRANSMIT) - 1);
     const MAX_LATENCY_S: u64 = 100;
     const PROCESSING_DELAY_S: u64 = 2;
-    const NON_LIFETIME_S: u64 = MAX_TRANSMIT_SPAN_S + MAX_LATENCY_S;
-    const EXCHANGE_LIFETIME_S: u64 = NON_LIFETIME_S + MAX_LATENCY_S + PROCESSING_DELAY_S;
-    pub const MAX_TRANSMIT_WAIT: Duration = Duration::from_secs(MAX_TRANSMIT_WAIT_S);
-    pub const NON_LIFETIME: Duration = Duration::from_secs(NON_LIFETIME_S);
+    const EXCHANGE_LIFETIME_S: u64 = MAX_TRANSMIT_SPAN_S + 2 * MAX_LATENCY_S + PROCESSING_DELAY_S;
+    pub const MAX_TRANSMIT_WAIT: Duration =
+        Duration::from_secs(ACK_TIMEOUT_MAX_S * ((2 << MAX_RETRANSMIT) - 1));
+    pub const NON_LIFETIME: Duration = Duration::from_secs(MAX_TRANSMIT_SPAN_S + MAX_LATENCY_S);
     pub const EXCHANGE_LIFETIME: Duration = Duration::from_secs(EXCHANGE_LIFETIME_S);
 
     /// The longest datagram: UDP carries no more.
     pub const DATAGRAM_MAX: usize = 1 << 16;
     /// The longest payload of a request in bytes: 4,096 characters of 4 bytes, and the form.
     pub const BODY_MAX: usize = 17 << 10;
-    /// How many messages of a kind are remembered: those of 1,000 motes that all send four in
+    /// How many messages each `Memory` holds: those of 1,000 motes that all send four in
     /// `EXCHANGE_LIFETIME`. Each takes about 50 bytes.
     pub const SEEN_MAX: usize = 4096;
     /// How many responses may wait for their ACK. Each has at most 320 bytes.
@@ -2939,8 +2741,8 @@ mod coap {
     pub const ASSEMBLY_LIFETIME: Duration = Duration::from_secs(60);
     /// How many replaced bodies of one sender are told apart.
     const REPLACED_MAX: usize = 8;
-    /// What an assembly takes beside its body and its tags, at most about.
-    const ASSEMBLY_OVERHEAD: usize = 384;
+    /// What an assembly takes beside its body, at most about.
+    const ASSEMBLY_OVERHEAD: usize = 256;
 
     /// Content formats, RFC 7252 §12.3.
     pub const TEXT_PLAIN: u16 = 0;
@@ -2974,11 +2776,10 @@ mod coap {
         digest: u64,
     }
 
-    /// Shows what the log says. Of the path only the start, up to a colon: somebody may have put the
-    /// token there.
+    /// Shows what the log says. The path ends at a colon: somebody may have put the token there.
     impl fmt::Display for Request {
         fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            let method = match self.code() {
+            let method = match self.packet.header.code {
                 MessageClass::Request(RequestType::Get) => "GET",
                 MessageClass::Request(RequestType::Post) => "POST",
                 MessageClass::Request(RequestType::Put) => "PUT",
@@ -2992,14 +2793,6 @@ mod coap {
     }
 
     impl Request {
-        pub fn code(&self) -> MessageClass {
-            self.packet.header.code
-        }
-
-        pub fn message_id(&self) -> u16 {
-            self.packet.header.message_id
-        }
-
         fn is_confirmable(&self) -> bool {
             self.packet.header.get_type() == MessageType::Confirmable
         }
@@ -3008,8 +2801,7 @@ mod coap {
             self.packet.get_option(option).into_iter().flatten()
         }
 
-        /// Returns the path as in a URI: segments joined with `/`, and one inside a segment
-        /// encoded. RFC 7252 §6.5.
+        /// Returns the path as in a URI: with `/` between segments, encoded inside. RFC 7252 §6.5.
         pub fn path(&self) -> String {
             let mut path = Vec::new();
             for segment in self.values(CoapOption::UriPath) {
@@ -3079,9 +2871,10 @@ mod coap {
     // ----- Responses -----
 
     /// A response. Its type, message ID and token come from the exchange.
+    #[derive(Default)]
     pub struct Response {
         packet: Packet,
-        /// Comes back with its ACK, if it is separate.
+        /// What `Event::Acknowledged` brings back for it: the version that a mote is told.
         pub ticket: Option<u64>,
         /// What the log says about it.
         pub detail: String,
@@ -3089,17 +2882,12 @@ mod coap {
 
     impl Response {
         fn new(code: ResponseType) -> Response {
-            let mut packet = Packet::new();
-            packet.header.code = MessageClass::Response(code);
-            Response {
-                packet,
-                ticket: None,
-                detail: String::new(),
-            }
+            let mut response = Response::default();
+            response.packet.header.code = MessageClass::Response(code);
+            response
         }
 
-        /// An error with a diagnostic payload, RFC 7252 §5.5.2, which leaves only inside an ACK:
-        /// see `encode`.
+        /// An error with a diagnostic payload, RFC 7252 §5.5.2. `encode` drops it outside an ACK.
         pub fn error(code: ResponseType, reason: &str) -> Response {
             let mut response = Response::new(code);
             response.packet.payload = reason.as_bytes().to_vec();
@@ -3123,11 +2911,9 @@ mod coap {
 
         pub fn content(code: ResponseType, format: u16, payload: &str) -> Response {
             let mut response = Response::new(code);
-            let format = OptionValueU16(format);
-            response
-                .packet
-                .add_option_as(CoapOption::ContentFormat, format);
-            response.packet.payload = payload.as_bytes().to_vec();
+            let packet = &mut response.packet;
+            packet.add_option_as(CoapOption::ContentFormat, OptionValueU16(format));
+            packet.payload = payload.as_bytes().to_vec();
             response
         }
 
@@ -3135,17 +2921,8 @@ mod coap {
             Response::content(code, TEXT_PLAIN, payload)
         }
 
-        fn is(&self, code: ResponseType) -> bool {
+        pub fn is(&self, code: ResponseType) -> bool {
             self.code() == MessageClass::Response(code)
-        }
-
-        /// Whether the gateway has failed, not the client.
-        pub fn is_failure(&self) -> bool {
-            self.is(ResponseType::InternalServerError)
-        }
-
-        fn is_success(&self) -> bool {
-            u8::from(self.code()) >> 5 == 2
         }
 
         /// Shown as in `2.05`.
@@ -3161,7 +2938,7 @@ mod coap {
         /// It is answered with a reset or as its first copy was, or (no bytes) with silence.
         Send(Vec<u8>),
         Request(Request),
-        /// A response with this ticket has arrived.
+        /// The mote has acknowledged the separate response with this ticket.
         Acknowledged(u64),
     }
 
@@ -3179,22 +2956,21 @@ mod coap {
 
     impl Memory {
         fn find(&self, digest: u64, now: Instant) -> Option<&Seen> {
-            self.0
-                .iter()
-                .find(|seen| seen.digest == digest && now < seen.expires)
+            let mut all = self.0.iter();
+            all.find(|seen| seen.digest == digest && now < seen.expires)
         }
 
         fn remember(&mut self, request: &Request, reply: &[u8]) {
             let now = request.received_at;
-            while self.0.front().is_some_and(|oldest| oldest.expires <= now) {
+            let has_expired = |seen: &Seen| seen.expires <= now;
+            while self.0.len() >= SEEN_MAX || self.0.front().is_some_and(has_expired) {
                 self.0.pop_front();
             }
-            if self.0.len() >= SEEN_MAX {
-                self.0.pop_front();
-            }
-            let lifetime = match request.is_confirmable() {
-                true => EXCHANGE_LIFETIME,
-                false => NON_LIFETIME,
+            let is_con = request.is_confirmable();
+            let lifetime = if is_con {
+                EXCHANGE_LIFETIME
+            } else {
+                NON_LIFETIME
             };
             self.0.push_back(Seen {
                 digest: request.digest,
@@ -3217,7 +2993,8 @@ mod coap {
 
     /// What has come of a request in blocks. RFC 7959 §2.5.
     struct Assembly {
-        key: AssemblyKey,
+        /// Of peer, path and Request-Tag, which tell bodies apart. RFC 9175 §3.3.
+        key: u64,
         body: Vec<u8>,
         touched: Instant,
         /// The bodies with the same key whose place this one took.
@@ -3226,26 +3003,15 @@ mod coap {
 
     impl Assembly {
         fn size(&self) -> usize {
-            let tags: usize = self.key.tags.iter().map(|tag| tag.len() + 24).sum();
-            ASSEMBLY_OVERHEAD + self.body.len() + tags
+            ASSEMBLY_OVERHEAD + self.body.len()
         }
     }
 
-    /// The start of a body that another one has replaced. Its sender may go on: its next block begins
-    /// at this length.
+    /// The start of a body that another has replaced. Its sender may go on where this one ends.
     #[derive(PartialEq)]
     struct Replaced {
         length: usize,
         digest: u64,
-    }
-
-    /// What tells bodies apart.
-    #[derive(PartialEq)]
-    struct AssemblyKey {
-        peer: SocketAddr,
-        path: String,
-        /// Values of Request-Tag. RFC 9175 §3.3.
-        tags: Vec<Vec<u8>>,
     }
 
     /// Everything about message types, message IDs and time.
@@ -3253,10 +3019,10 @@ mod coap {
     pub struct Exchanges {
         last_message_id: u16,
         hasher: RandomState,
-        /// Requests that were promised a response: they had a token.
+        /// Requests that were promised a response: they held an acceptable token of a bot.
         begun: Memory,
-        /// Blocks that were answered 2.31. Apart from the others, for it takes no token to send
-        /// many of them.
+        /// Blocks that were answered 2.31. Apart, for anybody can send many of them: the bot's token is
+        /// looked for in a whole body only.
         continued: Memory,
         /// The oldest comes first.
         unacknowledged: VecDeque<Unacknowledged>,
@@ -3304,18 +3070,18 @@ mod coap {
         }
 
         /// Ends the retransmission of a response, and returns its ticket.
-        fn close(&mut self, peer: SocketAddr, message_id: u16) -> Option<u64> {
-            let is_meant =
-                |open: &Unacknowledged| open.peer == peer && open.message_id == message_id;
+        fn close(&mut self, peer: SocketAddr, id: u16) -> Option<u64> {
+            let is_meant = |open: &Unacknowledged| open.peer == peer && open.message_id == id;
             let index = self.unacknowledged.iter().position(is_meant)?;
             self.unacknowledged.remove(index)?.ticket
         }
 
         /// Promises a separate response: an empty ACK for a CON, silence for a NON.
         pub fn promise(&mut self, request: &Request) -> Vec<u8> {
+            let id = request.packet.header.message_id;
             let mut reply = Vec::new();
             if request.is_confirmable() {
-                reply = empty(MessageType::Acknowledgement, request.message_id());
+                reply = empty(MessageType::Acknowledgement, id);
             }
             self.begun.remember(request, &reply);
             reply
@@ -3326,7 +3092,7 @@ mod coap {
             let mut reply = Vec::new();
             if request.is_confirmable() {
                 let kind = MessageType::Acknowledgement;
-                reply = encode(kind, request.message_id(), request, response);
+                reply = encode(kind, request.packet.header.message_id, request, response);
             }
             if response.is(ResponseType::Continue) {
                 self.continued.remember(request, &reply);
@@ -3378,7 +3144,6 @@ mod coap {
             again
         }
 
-        /// When the next retransmission is due.
         pub fn next_due(&self) -> Option<Instant> {
             self.unacknowledged.iter().map(|open| open.due).min()
         }
@@ -3390,8 +3155,7 @@ mod coap {
 
         // ----- Block1 -----
 
-        /// Returns whether the request is whole; then it has its whole body. `Err` refuses the
-        /// block.
+        /// Returns whether the request has its whole body now. `Err` refuses the block.
         pub fn assemble(&mut self, request: &mut Request) -> Result<bool, Response> {
             let now = request.received_at;
             self.assemblies
@@ -3415,24 +3179,18 @@ mod coap {
                 request.packet.payload = assembly.body;
                 return Ok(true);
             }
-            let mut size = assembly.size();
-            for other in &self.assemblies {
-                size += other.size();
-            }
+            self.assemblies.push(assembly);
+            let mut size: usize = self.assemblies.iter().map(Assembly::size).sum();
             while size > ASSEMBLIES_MAX {
                 size -= self.assemblies.remove(0).size();
             }
-            self.assemblies.push(assembly);
             Ok(false)
         }
 
         /// Takes out the body to which a block belongs, or begins one.
         fn assembly(&mut self, request: &Request, block: Block) -> Result<Assembly, Response> {
-            let key = AssemblyKey {
-                peer: request.peer,
-                path: request.path(),
-                tags: request.values(REQUEST_TAG).cloned().collect(),
-            };
+            let tags: Vec<&Vec<u8>> = request.values(REQUEST_TAG).collect();
+            let key = self.hasher.hash_one((request.peer, request.path(), tags));
             let index = self.assemblies.iter().position(|known| known.key == key);
             let known = index.map(|index| self.assemblies.remove(index));
             if block.number == 0 {
@@ -3451,8 +3209,9 @@ mod coap {
             if length != block.number * block.size {
                 return Err(Response::error(incomplete, "A block is missing"));
             }
-            // Here a replaced body would go on, too: whose the block is, nobody can tell, unless both
-            // have begun alike.
+            // A client without Request-Tag may send two bodies at once; the second has then replaced
+            // the first. A block that fits behind both could belong to either, so it is refused,
+            // unless both hold the same bytes so far.
             let digest = self.hasher.hash_one(&assembly.body);
             let is_other = |other: &Replaced| other.length == length && other.digest != digest;
             if assembly.replaced.iter().any(is_other) {
@@ -3488,9 +3247,9 @@ mod coap {
 
     // ----- Bytes -----
 
-    /// Reads a message by RFC 7252 §3, §4.2 and §4.3. `Err` is the RST that a malformed CON gets,
-    /// empty for others. The codec is laxer than the RFC. What it reads must therefore be what it
-    /// would write; this refuses a marker without a payload, among others.
+    /// Reads a message by RFC 7252 §3, §4.2 and §4.3. `Err` is the RST that a CON gets, empty for
+    /// others. The codec is laxer than the RFC. What it reads must therefore be what it would write;
+    /// this refuses a marker without a payload, among others.
     fn parse(datagram: &[u8]) -> Result<Packet, Vec<u8>> {
         let [first, code, high, low, ..] = *datagram else {
             return Err(Vec::new());
@@ -3522,21 +3281,18 @@ mod coap {
         to_bytes(&packet)
     }
 
-    /// Encodes a response. The firmware takes payloads outside an ACK for configuration, so an
-    /// error there has none.
+    /// Encodes a response. Outside an ACK, the firmware would take an error's payload for settings.
     fn encode(kind: MessageType, id: u16, request: &Request, response: &Response) -> Vec<u8> {
         let mut packet = response.packet.clone();
         // RFC 7959 §2.3: a response to a block says which one.
         if let Some(block) = request.block_value(CoapOption::Block1) {
-            let more = if response.is(ResponseType::Continue) {
-                MORE
-            } else {
-                0
-            };
+            let goes_on = response.is(ResponseType::Continue);
+            let more = if goes_on { MORE } else { 0 };
             let value = OptionValueU32(block & !MORE | more);
             packet.add_option_as(CoapOption::Block1, value);
         }
-        if kind != MessageType::Acknowledgement && !response.is_success() {
+        let is_success = u8::from(response.code()) >> 5 == 2;
+        if kind != MessageType::Acknowledgement && !is_success {
             packet.payload.clear();
         }
         packet.header.set_type(kind);

@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::support::*;
-use serde_json::json;
+use serde_json::{Value, json};
 
 const STRANGER: i64 = 7_777_777_777;
 /// Of a loopback that is not slowed down.
@@ -109,6 +109,29 @@ fn a_line_of_64_kilobits() {
     let start = Instant::now();
     let behind = Behind::start(long_texts(3, &text), 8_000);
     assert_heard(&behind, start, Duration::from_secs(150), weight(3, &text));
+}
+
+/// Ten long answers to long texts are more than is read at once; they are read one by one.
+#[test]
+fn a_page_that_is_too_long() {
+    let api = BotApi::start();
+    let text = "🙂".repeat(4096);
+    let bold = |offset| json!({"type": "bold", "offset": offset, "length": 1});
+    let entities: Vec<Value> = (0..100).map(bold).collect();
+    let chat = json!({"id": STRANGER, "type": "private", "first_name": "Stranger"});
+    for _ in 0..12 {
+        let before =
+            json!({"message_id": 1, "date": 0, "chat": chat, "text": text, "entities": entities});
+        let answer = json!({"text": text, "entities": entities, "reply_to_message": before});
+        api.push_message(STRANGER, "Stranger", answer);
+    }
+    api.person_writes(ADA, "Ada", "hello");
+    let start = Instant::now();
+    let gateway = Gateway::with(Setup::new(&api));
+    let is_heard = |seen: &Seen| !seen.texts_to(ADA).is_empty();
+    let is_in_time = api.wait_until(Duration::from_secs(20), is_heard);
+    println!("after {:.1?}", start.elapsed());
+    assert!(is_in_time, "{}", gateway.log());
 }
 
 /// A stranger's longest texts are read in little memory: the unit has 64 MB.
