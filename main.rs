@@ -17,8 +17,8 @@
 //! Between the datagrams it retransmits, and fetches on its own.
 //!
 //! Three kinds of threads help: the heartbeat logs a line now and then, and shares three counters; a
-//! text to several chats has a thread for each while it is sent; a look-up of Telegram's address has
-//! one, for it cannot be interrupted ([`Addresses`] locks for that).
+//! text to several chats has a thread for each but the first while it is sent; a look-up of
+//! Telegram's address has one, for it cannot be interrupted ([`Addresses`] locks for that).
 //!
 //! The way of a datagram: `run` → `receive` → `take_datagram` → `Exchanges::receive`, which knows
 //! duplicates and ACKs → `handle` → `judge`, which either refuses it (the answer goes inside the
@@ -223,9 +223,9 @@ impl Gateway {
             if now < self.next_due() {
                 overdue_since = None;
             } else {
-                // Retransmissions and the fetch wait until the socket is empty, for an ACK that makes a
-                // retransmission needless may be in it; if it never is, for OVERDUE_MAX. But right
-                // behind a datagram that took OVERDUE_MAX or longer, what came meanwhile is read first.
+                // What is due waits for an empty socket, as an ACK in it may make a retransmission
+                // needless, but no longer than OVERDUE_MAX. One exception: behind a datagram that
+                // itself took that long it waits on, until what came meanwhile has been read.
                 let since = *overdue_since.get_or_insert(now);
                 let is_overdue = now >= since + OVERDUE_MAX;
                 let took_long = now >= before + OVERDUE_MAX;
@@ -280,7 +280,7 @@ impl Gateway {
         let Some(token) = self.polling.token_if_due(now) else {
             return;
         };
-        let deadline = now + FETCH_TIME; // also while Telegram hangs: this is the try
+        let deadline = now + FETCH_TIME; // in a hang, too: this is then the try, see Polling
         if mem::take(&mut self.people.get_a_turn) {
             return self.settle(deadline); // the fetch stays due: the next round makes it
         }
@@ -672,7 +672,7 @@ impl Gateway {
             return response;
         }
         let summary = self.state.summary();
-        let version = self.motes.offer(&summary);
+        let version = self.motes.version_of(&summary);
         let knows = self.motes.has_acknowledged(peer, version, Instant::now());
         if summary.is_empty() || knows {
             return Response::text(ResponseType::Valid, NO_UPDATES);
@@ -724,6 +724,8 @@ impl Gateway {
             for update in &page {
                 self.people.take(update, &mut self.state, &self.config);
             }
+            // Not `page.is_empty()`: updates without an id would come again and again. Not `>`: ids may
+            // fall.
             let has_moved = self.state.offset != offset;
             has_news |= has_moved;
             if !has_moved || Instant::now() >= half_time {
@@ -771,16 +773,16 @@ impl Gateway {
 //
 // When to fetch, how much, and how long a call may take. It has no clock: the time is an argument.
 //
-// Telegram *hangs* once a fetch, or a text to all its chats, got no answer in time. From then on a
-// request has TIME_IN_A_HANG only, but for *the try*, once in a minute: the first fetch or text that
-// begins at `next_fetch` or later has its usual time. If it times out as well, the next try is due a
-// minute after it began; an answer ends the hang.
+// Telegram *hangs* once a fetch, or every call for one text, got no answer in time. Requests then have
+// TIME_IN_A_HANG only. *The try* has its usual time: it is whatever begins first at `next_fetch` or
+// later, the gateway's own fetch or a request's fetch or text. If it times out as well, `next_fetch`
+// becomes a minute after it began. A fetch that ends otherwise, or an answer to a text, ends the hang.
 
 /// How long the gateway's own fetch may take, during which requests wait.
 const FETCH_TIME: Duration = Duration::from_secs(5);
 /// The pause between two fetches while nobody writes. It also keeps connections open for the next
-/// text: ureq uses the idle ones in turn, so that each of three is used every 45 s, before
-/// `IDLE_CONNECTION`. Of more than three, some are opened anew.
+/// text: ureq uses the idle ones in turn, so with up to three (3 * 15 s < `IDLE_CONNECTION`) none gets
+/// too old. Of more, left by a text to many chats, some do, and the next such text opens new ones.
 const FETCH_EVERY: Duration = Duration::from_secs(15);
 /// The pause after a fetch with news, for whoever wrote may be about to write again, and after a page
 /// that was too much to be read. Without news it doubles.
@@ -813,8 +815,8 @@ struct Polling {
     refused_until: Option<Instant>,
     /// Whether the last fetch failed.
     is_failing: bool,
-    /// Whether a text that gets through is a reason to fetch at once: the failure was no refusal of
-    /// getUpdates, but a 5xx, no answer of the Bot API, or the disk.
+    /// Whether an answered text (a refused one, too) is a reason to fetch at once: the last fetch failed,
+    /// and not by a refusal of `getUpdates` below 500, which the next fetch would only meet again.
     may_work_again: bool,
     /// Whether Telegram hangs: the last fetch, or a text to all its chats, got no answer in time.
     hangs: bool,
@@ -898,8 +900,9 @@ impl Polling {
             self.hangs = false;
             self.next_fetch = now + FETCH_AFTER_FAILURE;
         }
+        // Soon again, then with one update. If it was only one already, its size is not the reason.
         if was_unreadable && self.page_limit > 1 {
-            self.next_fetch = now + FETCH_SOON; // if one is too much, too, it is not the size
+            self.next_fetch = now + FETCH_SOON;
         }
         if was_unreadable || failure.timed_out {
             self.page_limit = 1;
@@ -955,7 +958,7 @@ const ATTEMPT_PAUSE: Duration = Duration::from_millis(500);
 const PAGE_MAX: u64 = 1 << 20;
 /// How many bytes any other answer may have: a `Message` of 4,096 characters, all escaped, fits.
 const ANSWER_MAX: u64 = 64 << 10;
-/// How much of `FETCH_TIME` may have passed for a call to count as a fetch, see `with_limits`.
+/// A call whose time left is `FETCH_TIME` less this, at most, does with the agent's `FETCH_TIME`.
 const TIME_LEFT_SLACK: Duration = Duration::from_millis(100);
 /// How many characters of the reason of a failed call are kept.
 const REASON_MAX: usize = 300;
@@ -989,7 +992,7 @@ struct Failure {
     /// Both are the Bot API's.
     error_code: Option<u64>,
     retry_after: Option<Duration>,
-    /// Telegram surely has not acted on it.
+    /// At most its head was sent, so Telegram surely has not acted on it. Not set for a refusal.
     had_no_effect: bool,
     /// No answer began in time.
     timed_out: bool,
@@ -1013,7 +1016,8 @@ impl Failure {
         failure
     }
 
-    /// The pause before another attempt, if that cannot do anything twice.
+    /// The pause before another attempt, if that cannot do anything twice: after a call that was not
+    /// sent whole, or a 429 that says when.
     fn retry_in(&self) -> Option<Duration> {
         match self.had_no_effect {
             true => Some(ATTEMPT_PAUSE),
@@ -1140,7 +1144,7 @@ impl Telegram {
         let request = request
             .header("content-type", "application/json")
             .header("content-length", body.len())
-            // Nothing here can unpack: a delivered text would look refused.
+            // ureq is built without gzip: a delivered text whose answer is packed would count as failed.
             .header("accept-encoding", "identity");
         let request = self.with_limits(request, deadline);
         let result = match request.send(ureq::SendBody::from_reader(&mut unread)) {
@@ -1165,9 +1169,8 @@ impl Telegram {
     fn with_limits(&self, request: PostRequest, deadline: Instant) -> PostRequest {
         let time_left = deadline.saturating_duration_since(Instant::now());
         let since_silence = self.silent_at.map_or(IDLE_CONNECTION, |at| at.elapsed());
-        // ureq keeps its TLS settings for later only from a request that has no config of its own. The
-        // gateway's own fetch usually is the first request, and its time is just the agent's: so it
-        // gets no config.
+        // A request with a config of its own makes ureq build TLS settings just for itself, unless an
+        // earlier one without has left it some. So the own fetch, usually the first request, has none.
         let is_usual = (FETCH_TIME - TIME_LEFT_SLACK..=FETCH_TIME).contains(&time_left);
         let idle_age = since_silence.min(IDLE_CONNECTION);
         if is_usual && idle_age == IDLE_CONNECTION {
@@ -1298,7 +1301,7 @@ impl Resolver for Addresses {
             if elapsed(look_up.ended_at) < ADDRESSES_HOLD {
                 return Ok(found.clone());
             }
-            // Zero if none runs: then one is started below, and has all of the time.
+            // Zero if none runs: the one that is started below gets the whole NEW_ADDRESSES_TIME.
             let runs_for = elapsed(look_up.running_since);
             patience = patience.min(NEW_ADDRESSES_TIME.saturating_sub(runs_for));
         }
@@ -1635,7 +1638,7 @@ struct Mote {
 
 impl Motes {
     /// Returns the version of this summary: a new one if it is not the one that was last offered.
-    fn offer(&mut self, summary: &str) -> u64 {
+    fn version_of(&mut self, summary: &str) -> u64 {
         if self.summary != summary {
             self.summary = summary.to_string();
             self.version += 1;
@@ -1826,7 +1829,7 @@ impl People {
             info!("{who} is removed, as asked");
             return self.say(id, &removal_notice(config));
         }
-        let is_newcomer = !state.is_user(id);
+        let is_newcomer = !state.is_user(id); // before this message
         let has_left = state.is_removed(&ChatId::Number(id));
         let may_register = !has_left || !text.is_empty(); // a sticker brings back nobody who left
         if is_newcomer && may_register && !config.registration_by_password {
@@ -1837,12 +1840,12 @@ impl People {
             Command::Register(words) => self.on_register(chat, &words, state, config),
             Command::Help => self.say(id, &help(config)),
             _ if is_newcomer && config.registration_by_password => self.say(id, HOW_TO_REGISTER),
-            _ if is_newcomer && state.is_user(id) => self.say(id, &help(config)),
+            _ if is_newcomer && state.is_user(id) => self.say(id, &help(config)), // just registered
             Command::Unknown if !is_newcomer => {
                 self.say(id, NOT_UNDERSTOOD);
                 self.say(id, &help(config));
             }
-            _ => {} // no text, or the list is full
+            _ => {} // a sticker; or the list is full, as `register` has said
         }
     }
 
@@ -2139,7 +2142,7 @@ impl Folders {
     /// directory.
     fn find() -> Folders {
         let is_installed = Path::new(INSTALLED_SETTINGS).join("config.ini").exists();
-        // In the folder of the installed settings these are no working directory's.
+        // Whoever stands in that folder sees the installation's config.ini, not one of their own.
         let is_inside = env::current_dir().is_ok_and(|here| here == Path::new(INSTALLED_SETTINGS));
         let has_settings = Path::new("config.ini").exists() || Path::new(".env").exists();
         let uses_installation = is_installed && (is_inside || !has_settings);
@@ -3018,7 +3021,8 @@ mod coap {
         }
     }
 
-    /// The start of a body that another has replaced. Its sender may go on where this one ends.
+    /// How much of a body had come when another with the same key took its place, and a digest of that.
+    /// Kept so that a late block of it is not put behind the other, see `assembly`.
     #[derive(PartialEq)]
     struct Replaced {
         length: usize,
@@ -3050,7 +3054,7 @@ mod coap {
         }
 
         /// Says what a datagram is. It remembers nothing: `promise` does, and `respond_now` a 2.31. Any
-        /// other request that was answered at once has had no effect: a duplicate is judged again.
+        /// other request that was answered at once has sent nothing: a duplicate is judged again.
         pub fn receive(&mut self, now: Instant, peer: SocketAddr, datagram: &[u8]) -> Event {
             if peer.ip().is_unspecified() {
                 return Event::Send(Vec::new()); // the firmware, before it has an address
