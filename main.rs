@@ -228,6 +228,7 @@ impl Gateway {
                 // itself took that long it waits on, until what came meanwhile has been read.
                 let since = *overdue_since.get_or_insert(now);
                 let is_overdue = now >= since + OVERDUE_MAX;
+                // This counts the wait in `receive`, too; but while something is due, that is 1 ms.
                 let took_long = now >= before + OVERDUE_MAX;
                 if is_idle || is_overdue && !took_long {
                     self.do_what_is_due(now);
@@ -958,7 +959,7 @@ const ATTEMPT_PAUSE: Duration = Duration::from_millis(500);
 const PAGE_MAX: u64 = 1 << 20;
 /// How many bytes any other answer may have: a `Message` of 4,096 characters, all escaped, fits.
 const ANSWER_MAX: u64 = 64 << 10;
-/// A call whose time left is `FETCH_TIME` less this, at most, does with the agent's `FETCH_TIME`.
+/// A call with `FETCH_TIME` left, or less by at most this, takes the agent's `FETCH_TIME` as it is.
 const TIME_LEFT_SLACK: Duration = Duration::from_millis(100);
 /// How many characters of the reason of a failed call are kept.
 const REASON_MAX: usize = 300;
@@ -1016,8 +1017,8 @@ impl Failure {
         failure
     }
 
-    /// The pause before another attempt, if that cannot do anything twice: after a call that was not
-    /// sent whole, or a 429 that says when.
+    /// The pause before another attempt, if that cannot do anything twice: after a call of which
+    /// at most the head was sent, or a 429 that says when.
     fn retry_in(&self) -> Option<Duration> {
         match self.had_no_effect {
             true => Some(ATTEMPT_PAUSE),
@@ -1025,9 +1026,10 @@ impl Failure {
         }
     }
 
-    /// Whether the Bot API has decided, and not only put it off.
+    /// Whether the Bot API has decided, and has not only put it off (429) or failed itself (5xx).
     fn is_final(&self) -> bool {
-        self.error_code.is_some_and(|code| code != 429)
+        self.error_code
+            .is_some_and(|code| code < 500 && code != 429)
     }
 }
 
@@ -1169,8 +1171,9 @@ impl Telegram {
     fn with_limits(&self, request: PostRequest, deadline: Instant) -> PostRequest {
         let time_left = deadline.saturating_duration_since(Instant::now());
         let since_silence = self.silent_at.map_or(IDLE_CONNECTION, |at| at.elapsed());
-        // A request with a config of its own makes ureq build TLS settings just for itself, unless an
-        // earlier one without has left it some. So the own fetch, usually the first request, has none.
+        // For a request with a config of its own ureq builds TLS settings for that request alone, unless
+        // an earlier request without such a config has built the agent's: these it shares. So the
+        // gateway's own fetch, usually the first request of all, goes without a config of its own.
         let is_usual = (FETCH_TIME - TIME_LEFT_SLACK..=FETCH_TIME).contains(&time_left);
         let idle_age = since_silence.min(IDLE_CONNECTION);
         if is_usual && idle_age == IDLE_CONNECTION {
@@ -1364,7 +1367,7 @@ struct State {
     /// LED feedback, 0 or 1; none until somebody sets it.
     feedback: Option<u8>,
     users: Vec<User>,
-    /// Chats to which nothing is sent until they write again, the latest last.
+    /// Chats to which no texts of motes are sent until they are registered again, the latest last.
     removed: Vec<i64>,
     /// The id of the bot that `offset` belongs to. Without a configured token, no other is served.
     bot: Option<String>,
@@ -3054,7 +3057,7 @@ mod coap {
         }
 
         /// Says what a datagram is. It remembers nothing: `promise` does, and `respond_now` a 2.31. Any
-        /// other request that was answered at once has sent nothing: a duplicate is judged again.
+        /// other request that was answered at once has done nothing: a duplicate is judged again.
         pub fn receive(&mut self, now: Instant, peer: SocketAddr, datagram: &[u8]) -> Event {
             if peer.ip().is_unspecified() {
                 return Event::Send(Vec::new()); // the firmware, before it has an address
