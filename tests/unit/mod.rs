@@ -601,7 +601,7 @@ fn what_is_tried_again() {
         (refused(429, Some(3 * SECOND)), Some(3 * SECOND), false),
         (refused(429, None), None, false),
         (refused(400, None), None, true),
-        (refused(500, None), None, true),
+        (refused(500, None), None, false),
     ] {
         assert_eq!(failure.retry_in(), retry_in, "{:?}", failure.error_code);
         assert_eq!(failure.is_final(), is_final, "{:?}", failure.error_code);
