@@ -220,7 +220,7 @@ const TEN: &str = "1,2,3,4,5,6,7,8,9,10";
 /// Sends one text, and asserts how many round trips it takes.
 #[track_caller]
 fn assert_trips(api: &BotApi, mote: &Mote, name: &str, chats: &str, trips: u32) {
-    let trip = Duration::from_millis(300);
+    let trip = Duration::from_millis(600);
     api.set_round_trip(trip);
     let start = Instant::now();
     mote.post_separate("message", message(api, chats, name))

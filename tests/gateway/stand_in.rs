@@ -461,7 +461,7 @@ fn closes_idle_connections() {
 fn emulates_a_distance() {
     let api = BotApi::start();
     let client = Client::new(&api);
-    let trip = Duration::from_millis(300);
+    let trip = Duration::from_millis(600);
     api.set_round_trip(trip);
     for (trips, what) in [(3, "cold"), (1, "warm")] {
         let taken = client.ask("getMe", json!({})).took;

@@ -7,7 +7,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
-use std::{env, thread};
+use std::{env, process, thread};
 
 use super::{BotApi, Mote, PATIENCE, TempDir, within};
 
@@ -55,6 +55,14 @@ pub fn free_udp_port() -> u16 {
     panic!("no free UDP port");
 }
 
+/// A session begins with 1,024 open files, which is too few for tests that run at the same time, and may take more.
+fn raise_file_limit() {
+    let this = process::id().to_string();
+    let mut prlimit = Command::new("prlimit");
+    prlimit.args(["--pid", &this, "--nofile=8192:"]);
+    let _ = prlimit.stderr(Stdio::null()).status();
+}
+
 /// Ports of this process alone, as long as it holds the first one's namesake of TCP.
 struct PortBlock {
     first: u16,
@@ -66,6 +74,7 @@ impl PortBlock {
     const PORTS: u16 = 1_500;
 
     fn claim() -> Self {
+        raise_file_limit();
         for first in (20_000..32_000).step_by(Self::PORTS.into()) {
             if let Ok(held) = TcpListener::bind(("127.0.0.1", first)) {
                 return Self {
