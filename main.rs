@@ -1039,6 +1039,10 @@ impl Telegram {
         let settings = ureq::Agent::config_builder()
             .http_status_as_error(false) // description and retry_after are in the body
             .max_redirects(0)
+            // ureq is built without gzip: a delivered text whose answer is packed would count as failed.
+            .accept_encoding("identity")
+            .accept("") // without these two, which nobody reads, an idle hour is 9 kB cheaper
+            .user_agent("")
             .ip_family(config.ip_family)
             .proxy(config.proxy.clone()) // `None` is the direct way, whatever the environment says
             .tls_config(tls.build())
@@ -1145,9 +1149,7 @@ impl Telegram {
         let request = self.agent.post(format!("{}{}/{method}", self.url, token.0));
         let request = request
             .header("content-type", "application/json")
-            .header("content-length", body.len())
-            // ureq is built without gzip: a delivered text whose answer is packed would count as failed.
-            .header("accept-encoding", "identity");
+            .header("content-length", body.len());
         let request = self.with_limits(request, deadline);
         let result = match request.send(ureq::SendBody::from_reader(&mut unread)) {
             Ok(response) => read_response(response, method),
