@@ -11,11 +11,14 @@
 //! * `GET /.well-known/core`: RFC 6690.
 //!
 //! One thread owns everything ([`Gateway`]) and does one thing at a time: it receives a datagram,
-//! sends the empty ACK, calls Telegram, sends the separate response, and only then writes to people
-//! and, unless the response told it, to the disk. What comes meanwhile waits in the socket. It shares nothing and locks nothing.
-//! Three kinds of threads help it: the heartbeat logs a line now and then; a text to several chats
-//! has a thread for each while it is sent; a look-up of Telegram's address has one, for it cannot be
-//! interrupted ([`Addresses`] locks for that).
+//! sends the empty ACK, calls Telegram, sends the separate response, and only then writes to people.
+//! What was fetched is on the disk before the response tells it; what else the request changed (a
+//! person who has blocked the bot) is saved right after it. What comes meanwhile waits in the socket.
+//! Between the datagrams it retransmits, and fetches on its own.
+//!
+//! Three kinds of threads help: the heartbeat logs a line now and then, and shares three counters; a
+//! text to several chats has a thread for each but the first while it is sent; a look-up of
+//! Telegram's address has one, for it cannot be interrupted ([`Addresses`] locks for that).
 //!
 //! The way of a datagram: `run` → `receive` → `take_datagram` → `Exchanges::receive`, which knows
 //! duplicates and ACKs → `handle` → `judge`, which either refuses it (the answer goes inside the
@@ -220,11 +223,12 @@ impl Gateway {
             if now < self.next_due() {
                 overdue_since = None;
             } else {
-                // Both wait until the socket is empty, for an ACK that makes a retransmission needless
-                // may be in it; if it never is, for OVERDUE_MAX. But right behind a datagram that took
-                // as long itself, what came meanwhile is read first.
+                // What is due waits for an empty socket, as an ACK in it may make a retransmission
+                // needless, but no longer than OVERDUE_MAX. One exception: behind a datagram that
+                // itself took that long it waits on, until what came meanwhile has been read.
                 let since = *overdue_since.get_or_insert(now);
                 let is_overdue = now >= since + OVERDUE_MAX;
+                // This counts the wait in `receive`, too; but while something is due, that is 1 ms.
                 let took_long = now >= before + OVERDUE_MAX;
                 if is_idle || is_overdue && !took_long {
                     self.do_what_is_due(now);
@@ -268,8 +272,8 @@ impl Gateway {
         tick.min(retransmission).min(fetch)
     }
 
-    /// Retransmits and fetches, if that is due. What found no time after the last fetch gets a turn
-    /// of its own before the next one.
+    /// Retransmits and fetches, if that is due. Answers and deletions for which there was no time behind
+    /// the gateway's last fetch come first, in a round of their own.
     fn do_what_is_due(&mut self, now: Instant) {
         for (peer, bytes) in self.exchanges.retransmissions(now) {
             self.transmit(peer, &bytes);
@@ -277,11 +281,11 @@ impl Gateway {
         let Some(token) = self.polling.token_if_due(now) else {
             return;
         };
-        let deadline = now + FETCH_TIME; // also in a hang: what is due is the try
+        let deadline = now + FETCH_TIME; // in a hang, too: this is then the try, see Polling
         if mem::take(&mut self.people.get_a_turn) {
-            return self.settle(deadline); // the fetch stays due
+            return self.settle(deadline); // the fetch stays due: the next round makes it
         }
-        let _ = self.fetch(&token, deadline); // it logs why it failed
+        let _ = self.fetch(&token, deadline); // it logs when failing begins and ends
         self.settle(deadline);
         self.people.get_a_turn = self.people.are_waiting();
     }
@@ -571,8 +575,8 @@ fn check_formats(request: &Request, method: RequestType, format: u16) -> Result<
     Ok(())
 }
 
-/// Returns the value of a field, empty if it is missing. Values are not percent-encoded, and only
-/// the first of each key separates: a text may hold anything else.
+/// Returns the value of a field, empty if it is missing. It ends where another key occurs for the first
+/// time, so a text may hold each key that stands in front of it. Values are not percent-encoded.
 fn field<'a>(payload: &'a str, key: &str) -> &'a str {
     let Some(start) = payload.find(key) else {
         return "";
@@ -669,7 +673,7 @@ impl Gateway {
             return response;
         }
         let summary = self.state.summary();
-        let version = self.motes.offer(&summary);
+        let version = self.motes.version_of(&summary);
         let knows = self.motes.has_acknowledged(peer, version, Instant::now());
         if summary.is_empty() || knows {
             return Response::text(ResponseType::Valid, NO_UPDATES);
@@ -721,6 +725,8 @@ impl Gateway {
             for update in &page {
                 self.people.take(update, &mut self.state, &self.config);
             }
+            // Not `page.is_empty()`: updates without an id would come again and again. Not `>`: ids may
+            // fall.
             let has_moved = self.state.offset != offset;
             has_news |= has_moved;
             if !has_moved || Instant::now() >= half_time {
@@ -767,20 +773,25 @@ impl Gateway {
 // ---------- Polling ----------
 //
 // When to fetch, how much, and how long a call may take. It has no clock: the time is an argument.
+//
+// Telegram *hangs* once a fetch, or every call for one text, got no answer in time. Requests then have
+// TIME_IN_A_HANG only. *The try* has its usual time: it is whatever begins first at `next_fetch` or
+// later, the gateway's own fetch or a request's fetch or text. If it times out as well, `next_fetch`
+// becomes a minute after it began. A fetch that ends otherwise, or an answer to a text, ends the hang.
 
 /// How long the gateway's own fetch may take, during which requests wait.
 const FETCH_TIME: Duration = Duration::from_secs(5);
 /// The pause between two fetches while nobody writes. It also keeps connections open for the next
-/// text: ureq uses the idle ones in turn, so that each of three is used every 45 s, before
-/// `IDLE_CONNECTION`. Of more than three, some are opened anew.
+/// text: ureq uses the idle ones in turn, so with up to three (3 * 15 s < `IDLE_CONNECTION`) none gets
+/// too old. Of more, left by a text to many chats, some do, and the next such text opens new ones.
 const FETCH_EVERY: Duration = Duration::from_secs(15);
 /// The pause after a fetch with news, for whoever wrote may be about to write again, and after a page
-/// that was too much to be read. Then it doubles.
+/// that was too much to be read. Without news it doubles.
 const FETCH_SOON: Duration = Duration::from_secs(3);
 /// The pause after a failed fetch. In a hang, one call in this time may take its usual time.
 const FETCH_AFTER_FAILURE: Duration = Duration::from_secs(60);
-/// For how long after an empty page an `/update` makes do without a fetch: tdlib/telegram-bot-api
-/// delays a `getUpdates` by up to 3 s that repeats the offset of the one before.
+/// For how long after an empty page an `/update` makes do without a fetch: a `getUpdates` with the same
+/// offset as the one before is delayed by up to 3 s, see tdlib/telegram-bot-api.
 const EMPTY_PAGE_HOLDS: Duration = Duration::from_secs(3);
 /// How long a request may take while Telegram does not answer, so that all who wait are soon told.
 const TIME_IN_A_HANG: Duration = Duration::from_secs(2);
@@ -789,10 +800,10 @@ const PAGE_LIMIT: usize = 10;
 
 /// Knows when to fetch next, how much to ask for, and how long calls may take.
 struct Polling {
-    /// The bot whose people are heard: the configured token, else the last that Telegram accepted.
+    /// The bot whose people are heard: the configured token, else the one that Telegram accepted last.
+    /// That may be a new token, but of the first bot: `accept_update` refuses every other one.
     token: Option<Secret>,
-    /// When the gateway fetches on its own. In a hang also when a call, whoever makes it, has its
-    /// usual time again: that call is the try.
+    /// When the gateway fetches on its own; while Telegram hangs, when the next try is due.
     next_fetch: Instant,
     /// The pause before it while nothing fails.
     pause: Duration,
@@ -803,10 +814,12 @@ struct Polling {
     empty_page_at: Option<Instant>,
     /// Before this, Telegram wants no `getUpdates`: the `retry_after` of a 429.
     refused_until: Option<Instant>,
-    /// Whether the last fetch failed, and whether that was for want of Telegram's decision.
+    /// Whether the last fetch failed.
     is_failing: bool,
-    is_undecided: bool,
-    /// Whether Telegram hangs: the last call timed out before an answer began.
+    /// Whether an answered text (a refused one, too) is a reason to fetch at once: the last fetch failed,
+    /// and not by a refusal of `getUpdates` below 500, which the next fetch would only meet again.
+    may_work_again: bool,
+    /// Whether Telegram hangs: the last fetch, or a text to all its chats, got no answer in time.
     hangs: bool,
 }
 
@@ -820,7 +833,7 @@ impl Polling {
             empty_page_at: None,
             refused_until: None,
             is_failing: false,
-            is_undecided: false,
+            may_work_again: false,
             hangs: false,
         }
     }
@@ -870,7 +883,7 @@ impl Polling {
     fn note_fetch(&mut self, token: &Secret, has_news: bool, now: Instant) {
         self.token = Some(token.clone());
         self.is_failing = false;
-        self.is_undecided = false;
+        self.may_work_again = false;
         self.hangs = false;
         let longer = FETCH_EVERY.min(2 * self.pause);
         self.pause = if has_news { FETCH_SOON } else { longer };
@@ -880,9 +893,7 @@ impl Polling {
     /// A fetch that began then has failed.
     fn note_failed_fetch(&mut self, failure: &Failure, began: Instant, now: Instant) {
         self.is_failing = true;
-        // A 4xx is about getUpdates alone, such as a webhook: that a text is accepted is then no reason
-        // to fetch at once, see `note_texts`.
-        self.is_undecided = failure.error_code.is_none_or(|code| code >= 500);
+        self.may_work_again = failure.error_code.is_none_or(|code| code >= 500);
         let was_unreadable = failure.http_began && failure.error_code.is_none();
         if failure.timed_out {
             self.note_time_out(began);
@@ -890,8 +901,9 @@ impl Polling {
             self.hangs = false;
             self.next_fetch = now + FETCH_AFTER_FAILURE;
         }
+        // Soon again, then with one update. If it was only one already, its size is not the reason.
         if was_unreadable && self.page_limit > 1 {
-            self.next_fetch = now + FETCH_SOON; // if one is too much, too, it is not the size
+            self.next_fetch = now + FETCH_SOON;
         }
         if was_unreadable || failure.timed_out {
             self.page_limit = 1;
@@ -904,13 +916,13 @@ impl Polling {
     /// The calls for a text, which began then, have ended. They may show that Telegram hangs, or that
     /// it answers again, be it with a refusal.
     fn note_texts(&mut self, results: &[ApiResult], began: Instant, now: Instant) {
-        let is_decided = |result: &ApiResult| match result {
+        let has_answer = |result: &ApiResult| match result {
             Ok(_) => true,
             Err(failure) => failure.error_code.is_some(),
         };
         let timed_out = |result: &ApiResult| result.as_ref().is_err_and(|f| f.timed_out);
-        if results.iter().any(is_decided) {
-            if self.hangs || self.is_undecided {
+        if results.iter().any(has_answer) {
+            if self.hangs || self.may_work_again {
                 self.next_fetch = now;
             }
             self.hangs = false;
@@ -947,7 +959,7 @@ const ATTEMPT_PAUSE: Duration = Duration::from_millis(500);
 const PAGE_MAX: u64 = 1 << 20;
 /// How many bytes any other answer may have: a `Message` of 4,096 characters, all escaped, fits.
 const ANSWER_MAX: u64 = 64 << 10;
-/// How much of `FETCH_TIME` may have passed for a call to count as a fetch, see `with_limits`.
+/// A call with `FETCH_TIME` left, or less by at most this, takes the agent's `FETCH_TIME` as it is.
 const TIME_LEFT_SLACK: Duration = Duration::from_millis(100);
 /// How many characters of the reason of a failed call are kept.
 const REASON_MAX: usize = 300;
@@ -971,7 +983,7 @@ type ApiResult = Result<Value, Failure>;
 /// |---|---|---|---|---|---|
 /// | nothing was sent but a head, at most | | | yes | maybe | |
 /// | no answer came | | | | maybe | |
-/// | it was never called (the disk, a 429 before) | | | | | |
+/// | it was never called (the disk, a thread, a 429 before) | | | | | |
 /// | a page that is not the Bot API's, or is too slow | | | | | yes |
 /// | the Bot API has refused it | yes | with 429 | | | yes |
 #[derive(Default)]
@@ -981,7 +993,7 @@ struct Failure {
     /// Both are the Bot API's.
     error_code: Option<u64>,
     retry_after: Option<Duration>,
-    /// Telegram surely has not acted on it.
+    /// At most its head was sent, so Telegram surely has not acted on it. Not set for a refusal.
     had_no_effect: bool,
     /// No answer began in time.
     timed_out: bool,
@@ -1005,7 +1017,8 @@ impl Failure {
         failure
     }
 
-    /// The pause before another attempt, if that cannot do anything twice.
+    /// The pause before another attempt, if that cannot do anything twice: after a call of which
+    /// at most the head was sent, or a 429 that says when.
     fn retry_in(&self) -> Option<Duration> {
         match self.had_no_effect {
             true => Some(ATTEMPT_PAUSE),
@@ -1013,9 +1026,10 @@ impl Failure {
         }
     }
 
-    /// Whether the Bot API has decided, and not only put it off.
+    /// Whether the Bot API has decided, and has not only put it off (429) or failed itself (5xx).
     fn is_final(&self) -> bool {
-        self.error_code.is_some_and(|code| code != 429)
+        self.error_code
+            .is_some_and(|code| code < 500 && code != 429)
     }
 }
 
@@ -1132,7 +1146,7 @@ impl Telegram {
         let request = request
             .header("content-type", "application/json")
             .header("content-length", body.len())
-            // Nothing here can unpack: a delivered text would look refused.
+            // ureq is built without gzip: a delivered text whose answer is packed would count as failed.
             .header("accept-encoding", "identity");
         let request = self.with_limits(request, deadline);
         let result = match request.send(ureq::SendBody::from_reader(&mut unread)) {
@@ -1157,8 +1171,9 @@ impl Telegram {
     fn with_limits(&self, request: PostRequest, deadline: Instant) -> PostRequest {
         let time_left = deadline.saturating_duration_since(Instant::now());
         let since_silence = self.silent_at.map_or(IDLE_CONNECTION, |at| at.elapsed());
-        // Only a request without a config of its own lets ureq keep the TLS settings, which all later
-        // ones then use. So a fetch, which comes first and has the agent's own time, goes without.
+        // For a request with a config of its own ureq builds TLS settings for that request alone, unless
+        // an earlier request without such a config has built the agent's: these it shares. So the
+        // gateway's own fetch, usually the first request of all, goes without a config of its own.
         let is_usual = (FETCH_TIME - TIME_LEFT_SLACK..=FETCH_TIME).contains(&time_left);
         let idle_age = since_silence.min(IDLE_CONNECTION);
         if is_usual && idle_age == IDLE_CONNECTION {
@@ -1289,7 +1304,8 @@ impl Resolver for Addresses {
             if elapsed(look_up.ended_at) < ADDRESSES_HOLD {
                 return Ok(found.clone());
             }
-            let runs_for = elapsed(look_up.running_since); // zero: it begins below
+            // Zero if none runs: the one that is started below gets the whole NEW_ADDRESSES_TIME.
+            let runs_for = elapsed(look_up.running_since);
             patience = patience.min(NEW_ADDRESSES_TIME.saturating_sub(runs_for));
         }
         if look_up.running_since.is_none() {
@@ -1351,7 +1367,7 @@ struct State {
     /// LED feedback, 0 or 1; none until somebody sets it.
     feedback: Option<u8>,
     users: Vec<User>,
-    /// Chats to which nothing is sent until they write again, the latest last.
+    /// Chats to which no texts of motes are sent until they are registered again, the latest last.
     removed: Vec<i64>,
     /// The id of the bot that `offset` belongs to. Without a configured token, no other is served.
     bot: Option<String>,
@@ -1625,7 +1641,7 @@ struct Mote {
 
 impl Motes {
     /// Returns the version of this summary: a new one if it is not the one that was last offered.
-    fn offer(&mut self, summary: &str) -> u64 {
+    fn version_of(&mut self, summary: &str) -> u64 {
         if self.summary != summary {
             self.summary = summary.to_string();
             self.version += 1;
@@ -1816,7 +1832,7 @@ impl People {
             info!("{who} is removed, as asked");
             return self.say(id, &removal_notice(config));
         }
-        let is_newcomer = !state.is_user(id);
+        let is_newcomer = !state.is_user(id); // before this message
         let has_left = state.is_removed(&ChatId::Number(id));
         let may_register = !has_left || !text.is_empty(); // a sticker brings back nobody who left
         if is_newcomer && may_register && !config.registration_by_password {
@@ -1827,12 +1843,12 @@ impl People {
             Command::Register(words) => self.on_register(chat, &words, state, config),
             Command::Help => self.say(id, &help(config)),
             _ if is_newcomer && config.registration_by_password => self.say(id, HOW_TO_REGISTER),
-            _ if is_newcomer && state.is_user(id) => self.say(id, &help(config)),
+            _ if is_newcomer && state.is_user(id) => self.say(id, &help(config)), // just registered
             Command::Unknown if !is_newcomer => {
                 self.say(id, NOT_UNDERSTOOD);
                 self.say(id, &help(config));
             }
-            _ => {} // no text, or the list is full
+            _ => {} // a sticker; or the list is full, as `register` has said
         }
     }
 
@@ -2129,6 +2145,7 @@ impl Folders {
     /// directory.
     fn find() -> Folders {
         let is_installed = Path::new(INSTALLED_SETTINGS).join("config.ini").exists();
+        // Whoever stands in that folder sees the installation's config.ini, not one of their own.
         let is_inside = env::current_dir().is_ok_and(|here| here == Path::new(INSTALLED_SETTINGS));
         let has_settings = Path::new("config.ini").exists() || Path::new(".env").exists();
         let uses_installation = is_installed && (is_inside || !has_settings);
@@ -3007,7 +3024,8 @@ mod coap {
         }
     }
 
-    /// The start of a body that another has replaced. Its sender may go on where this one ends.
+    /// How much of a body had come when another with the same key took its place, and a digest of that.
+    /// Kept so that a late block of it is not put behind the other, see `assembly`.
     #[derive(PartialEq)]
     struct Replaced {
         length: usize,
@@ -3021,8 +3039,8 @@ mod coap {
         hasher: RandomState,
         /// Requests that were promised a response: they held an acceptable token of a bot.
         begun: Memory,
-        /// Blocks that were answered 2.31. Apart, for anybody can send many of them: the bot's token is
-        /// looked for in a whole body only.
+        /// Blocks that were answered 2.31. Apart from `begun`, so that they cannot push anything out of
+        /// it: anybody can send many, for the bot's token is looked for in a whole body only.
         continued: Memory,
         /// The oldest comes first.
         unacknowledged: VecDeque<Unacknowledged>,
@@ -3038,8 +3056,8 @@ mod coap {
             }
         }
 
-        /// Says what a datagram is. It remembers nothing: `promise` and `respond_now` do, for a request
-        /// that was refused may be judged again.
+        /// Says what a datagram is. It remembers nothing: `promise` does, and `respond_now` a 2.31. Any
+        /// other request that was answered at once has done nothing: a duplicate is judged again.
         pub fn receive(&mut self, now: Instant, peer: SocketAddr, datagram: &[u8]) -> Event {
             if peer.ip().is_unspecified() {
                 return Event::Send(Vec::new()); // the firmware, before it has an address
@@ -3198,7 +3216,7 @@ mod coap {
                     key,
                     body: Vec::new(),
                     touched: request.received_at,
-                    replaced: known.map_or(Vec::new(), |known| self.replaced(known)),
+                    replaced: known.map_or(Vec::new(), |known| self.with_replaced(known)),
                 });
             }
             let incomplete = ResponseType::RequestEntityIncomplete;
@@ -3222,8 +3240,8 @@ mod coap {
             Ok(assembly)
         }
 
-        /// Returns what a new body replaces: an unfinished one, and those that this one had replaced.
-        fn replaced(&self, known: Assembly) -> Vec<Replaced> {
+        /// Returns what the body that begins now replaces: `known`, and all that `known` had replaced.
+        fn with_replaced(&self, known: Assembly) -> Vec<Replaced> {
             let mut replaced = known.replaced;
             let digest = self.hasher.hash_one(&known.body);
             let length = known.body.len();

@@ -279,7 +279,7 @@ prepare_interface() {
         [[ $(nmcli -g GENERAL.STATE device show "$interface" 2>/dev/null) != *unmanaged* ]]; then
         printf '%s\n' '[connection]' id=coap_websocket type=ethernet "interface-name=$interface" autoconnect-priority=10 '' \
             '[ipv4]' method=disabled '' '[ipv6]' method=manual "address1=$address" >"$stage/connection"
-    else
+    elif [ -d "${udev_rule%/*}" ]; then
         printf 'ACTION=="add|move", SUBSYSTEM=="net", KERNEL=="%s", RUN+="%s", RUN+="%s"\n' "$interface" \
             "$(command -v ip) link set dev $interface up" "$(command -v ip) -6 addr add $address dev $interface" >"$stage/udev_rule"
         chmod 644 "$stage/udev_rule"

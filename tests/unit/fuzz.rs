@@ -669,7 +669,7 @@ impl Town {
         self.motes
             .note_request(mote.peer, mote.ids.next(), self.now);
         let tokens = self.state.summary();
-        let version = self.motes.offer(&tokens);
+        let version = self.motes.version_of(&tokens);
         if tokens.is_empty() || self.motes.has_acknowledged(mote.peer, version, self.now) {
             if !tokens.is_empty() {
                 let (told, at) = mote.acknowledged.as_ref().expect("told nothing");
