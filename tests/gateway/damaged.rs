@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs;
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 
 use crate::support::Kind::{Ack, Con, Rst};
 use crate::support::*;
@@ -46,8 +46,8 @@ impl Damage {
     }
 
     /// Sends them and reads what comes back: as long as the others go on, and until there were so many in all.
-    pub fn bombard(&mut self, ended: &AtomicBool, least: usize) {
-        while !ended.load(SeqCst) || self.sent < least {
+    pub fn bombard(&mut self, ended: &AtomicBool, least: &AtomicUsize) {
+        while !ended.load(SeqCst) || self.sent < least.load(SeqCst) {
             let number = self.random.below(MOTES);
             (0..BATCH).for_each(|_| self.send_one(number));
             self.listen(number);

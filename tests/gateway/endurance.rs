@@ -153,9 +153,9 @@ impl World {
 
     /// So many cycles, shared by all motes, at the same time, and damaged datagrams all the while.
     fn run(&self, motes: &mut [Resident], cycles: usize, damaged: usize) {
-        let ended = AtomicBool::new(false);
+        let (ended, least) = (AtomicBool::new(false), AtomicUsize::new(damaged));
         thread::scope(|scope| {
-            scope.spawn(|| self.damage.lock().unwrap().bombard(&ended, damaged));
+            scope.spawn(|| self.damage.lock().unwrap().bombard(&ended, &least));
             let cycle = |mote: &mut Resident| {
                 let own = cycles / MOTES + usize::from(mote.mote.number < cycles % MOTES);
                 (0..own).for_each(|_| mote.cycle(self));
@@ -165,7 +165,10 @@ impl World {
                 .map(|mote| scope.spawn(move || cycle(mote)));
             let motes: Vec<_> = motes.collect();
             let results: Vec<_> = motes.into_iter().map(|mote| mote.join()).collect();
-            ended.store(true, SeqCst); // also if one has failed
+            if results.iter().any(Result::is_err) {
+                least.store(0, SeqCst);
+            }
+            ended.store(true, SeqCst);
             results.into_iter().for_each(Result::unwrap);
         });
     }
