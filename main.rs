@@ -777,7 +777,7 @@ impl Gateway {
 // Telegram *hangs* once a fetch, or every call for one text, got no answer in time. Requests then have
 // TIME_IN_A_HANG only. *The try* has its usual time: it is whatever begins first at `next_fetch` or
 // later, the gateway's own fetch or a request's fetch or text. If it times out as well, `next_fetch`
-// becomes a minute after it began. A fetch that ends otherwise, or an answer to a text, ends the hang.
+// becomes a minute after it began. An answer to a fetch or to a text ends the hang.
 
 /// How long the gateway's own fetch may take, during which requests wait.
 const FETCH_TIME: Duration = Duration::from_secs(5);
@@ -898,7 +898,7 @@ impl Polling {
         if failure.timed_out {
             self.note_time_out(began);
         } else {
-            self.hangs = false;
+            self.hangs &= !failure.http_began; // a look-up that came to nothing is no end of it
             self.next_fetch = now + FETCH_AFTER_FAILURE;
         }
         // Soon again, then with one update. If it was only one already, its size is not the reason.
