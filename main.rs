@@ -426,7 +426,7 @@ enum Verdict {
 /// What an acceptable request asks for.
 enum Work {
     Message(Text),
-    /// With the bot's token.
+    /// Holds the bot's token.
     Update(Secret),
 }
 
@@ -790,7 +790,7 @@ const FETCH_EVERY: Duration = Duration::from_secs(15);
 const FETCH_SOON: Duration = Duration::from_secs(3);
 /// The pause after a failed fetch. In a hang, one call in this time may take its usual time.
 const FETCH_AFTER_FAILURE: Duration = Duration::from_secs(60);
-/// For how long after an empty page an `/update` makes do without a fetch: a `getUpdates` with the same
+/// How long after an empty page an `/update` makes do without a fetch: a `getUpdates` with the same
 /// offset as the one before is delayed by up to 3 s, see tdlib/telegram-bot-api.
 const EMPTY_PAGE_HOLDS: Duration = Duration::from_secs(3);
 /// How long a request may take while Telegram does not answer, so that all who wait are soon told.
@@ -858,7 +858,7 @@ impl Polling {
         own.matches(&token.0) && now < at + EMPTY_PAGE_HOLDS
     }
 
-    /// For how long Telegram wants no `getUpdates`.
+    /// Returns how long Telegram still wants no `getUpdates`.
     fn refused_for(&self, now: Instant) -> Option<Duration> {
         let until = self.refused_until?;
         (now < until).then(|| until - now)
@@ -1131,7 +1131,7 @@ impl Telegram {
             match failure.retry_in() {
                 Some(pause) if attempts_left > 0 && pause < time_left => thread::sleep(pause),
                 _ if failure.is_final() => return Err(failure),
-                // Of attempts that came to nothing, the first tells more than the last.
+                // The first of some attempts that came to nothing tells more than the last.
                 _ => {
                     let reason = first_reason.unwrap_or(failure.reason);
                     return Err(Failure { reason, ..failure });
@@ -1173,8 +1173,8 @@ impl Telegram {
     fn with_limits(&self, request: PostRequest, deadline: Instant) -> PostRequest {
         let time_left = deadline.saturating_duration_since(Instant::now());
         let since_silence = self.silent_at.map_or(IDLE_CONNECTION, |at| at.elapsed());
-        // For a request with a config of its own ureq builds TLS settings for that request alone, unless
-        // an earlier request without such a config has built the agent's: these it shares. So the
+        // A request with a config of its own has TLS settings built for it alone, unless an earlier
+        // request without such a config has made ureq build the agent's: these it shares. So the
         // gateway's own fetch, usually the first request of all, goes without a config of its own.
         let is_usual = (FETCH_TIME - TIME_LEFT_SLACK..=FETCH_TIME).contains(&time_left);
         let idle_age = since_silence.min(IDLE_CONNECTION);
@@ -2321,7 +2321,7 @@ impl Config {
 struct Setting {
     /// File and line, or the environment.
     place: String,
-    /// As it is spelled there.
+    /// The name as it is spelled there.
     name: String,
     /// Not empty; maybe a secret, so that no message repeats it.
     value: String,
@@ -2513,7 +2513,7 @@ impl log::Log for Log {
 /// Returns what tells the journal the priority of a line, sd-daemon(3); nothing if the console is not
 /// the journal. A terminal may have inherited its variable.
 fn journal_priority(level: Level) -> &'static str {
-    // Of stderr, for stdout and stderr of the service both go to the journal.
+    // This asks stderr, for stdout and stderr of the service both go to the journal.
     let is_journal = env::var_os("JOURNAL_STREAM").is_some() && !io::stderr().is_terminal();
     match level {
         _ if !is_journal => "",
@@ -2791,7 +2791,7 @@ mod coap {
         pub peer: SocketAddr,
         pub received_at: Instant,
         pub packet: Packet,
-        /// Of the peer and the whole datagram: restarted motes use message IDs again.
+        /// Stands for the peer and the whole datagram: restarted motes use message IDs again.
         digest: u64,
     }
 
@@ -3012,7 +3012,7 @@ mod coap {
 
     /// What has come of a request in blocks. RFC 7959 §2.5.
     struct Assembly {
-        /// Of peer, path and Request-Tag, which tell bodies apart. RFC 9175 §3.3.
+        /// Stands for peer, path and Request-Tag, which tell bodies apart. RFC 9175 §3.3.
         key: u64,
         body: Vec<u8>,
         touched: Instant,
