@@ -100,16 +100,20 @@ fn main() -> ExitCode {
         [] => serve(),
         ["check"] => check(),
         ["check", "--settings"] => check_settings(),
-        ["send", "-i", id, "-m", text] | ["send", "-m", text, "-i", id] => send(id, text, None),
-        ["send", "-i", id, "-m", text, "-u", uri] if uri.starts_with("coap://") => {
-            send(id, text, Some(uri))
+        ["send", ref options @ ..] => {
+            let mut options: Vec<&[&str]> = options.chunks(2).collect();
+            options.sort(); // so that they may come in any order
+            match options[..] {
+                [["-i", id], ["-m", text]] => send(id, text, None),
+                [["-i", id], ["-m", text], ["-u", uri]] if uri.starts_with("coap://") => {
+                    send(id, text, Some(uri))
+                }
+                _ => return refuse_arguments(),
+            }
         }
         ["--help" | "-h"] => print(USAGE),
         ["--version" | "-V"] => print(VERSION),
-        _ => {
-            let _ = writeln!(io::stderr(), "{USAGE}");
-            return ExitCode::from(2);
-        }
+        _ => return refuse_arguments(),
     };
     if let Err(reason) = outcome {
         let priority = journal_priority(Level::Error);
@@ -117,6 +121,12 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     ExitCode::SUCCESS
+}
+
+/// Says how the program is called. A shell, too, gives 2 for wrong usage.
+fn refuse_arguments() -> ExitCode {
+    let _ = writeln!(io::stderr(), "{USAGE}");
+    ExitCode::from(2)
 }
 
 /// Prints a line. `println!` would take a closed pipe for a reason to panic.
@@ -1456,8 +1466,11 @@ impl State {
     /// keeps the name, even after changing it at Telegram: the firmware finds users by name, and of
     /// two who swap theirs between two polls it would keep one twice and lose the other.
     fn register(&mut self, chat: i64, name: &str) -> bool {
-        if self.is_user(chat) || self.users.len() >= USERS_MAX {
-            return self.is_user(chat);
+        if self.is_user(chat) {
+            return true;
+        }
+        if self.users.len() >= USERS_MAX {
+            return false;
         }
         self.removed.retain(|removed| *removed != chat);
         let name = self.free_name(name);

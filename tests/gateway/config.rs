@@ -549,6 +549,10 @@ fn send() {
     assert_eq!(finished.code(), Some(0), "{finished:?}");
     assert!(has_line(&finished.stdout, &["2.05", SENT]), "{finished:?}");
     assert_eq!(api.texts_to(5), ["hello & welcome"]);
+    // The options come in any order.
+    let finished = gateway.run(&["send", "-u", &url, "-m", "turned round", "-i", "7"]);
+    assert_eq!(finished.code(), Some(0), "{finished:?}");
+    assert_eq!(api.texts_to(7), ["turned round"]);
     // Without -u: to the gateway that this configuration describes. Longer than one datagram should be.
     let long = "0123456789".repeat(150);
     let finished = gateway.run(&["send", "-m", &long, "-i", "5,6"]);
