@@ -2771,10 +2771,8 @@ mod coap {
     /// How many bytes all unfinished bodies may take, and how long one waits for its next block.
     pub const ASSEMBLIES_MAX: usize = 512 << 10;
     pub const ASSEMBLY_LIFETIME: Duration = Duration::from_secs(60);
-    /// How many replaced bodies of one sender are told apart.
-    const REPLACED_MAX: usize = 8;
-    /// What an assembly takes beside its body, at most about.
-    const ASSEMBLY_OVERHEAD: usize = 256;
+    /// What a body takes in memory beside its bytes, at most about.
+    const BODY_OVERHEAD: usize = 256;
 
     /// Content formats, RFC 7252 §12.3.
     pub const TEXT_PLAIN: u16 = 0;
@@ -3023,28 +3021,39 @@ mod coap {
         ticket: Option<u64>,
     }
 
-    /// What has come of a request in blocks. RFC 7959 §2.5.
+    /// What has come of requests in blocks. RFC 7959 §2.5.
     struct Assembly {
         /// Stands for peer, path and Request-Tag, which tell bodies apart. RFC 9175 §3.3.
         key: u64,
-        body: Vec<u8>,
         touched: Instant,
-        /// The bodies with the same key whose place this one took.
-        replaced: Vec<Replaced>,
+        /// More than one if a client without Request-Tag has begun another body before it finished one.
+        bodies: Vec<Vec<u8>>,
     }
 
     impl Assembly {
         fn size(&self) -> usize {
-            ASSEMBLY_OVERHEAD + self.body.len()
+            self.bodies
+                .iter()
+                .map(|body| BODY_OVERHEAD + body.len())
+                .sum()
         }
-    }
 
-    /// How much of a body had come when another with the same key took its place, and a digest of that.
-    /// Kept so that a late block of it is not put behind the other, see `assembly`.
-    #[derive(PartialEq)]
-    struct Replaced {
-        length: usize,
-        digest: u64,
+        /// Takes out the body that a block continues, or begins one. A block that fits behind two bodies
+        /// could belong to either, so it is refused: they must not be mixed.
+        fn take_body(&mut self, block: Block) -> Result<Vec<u8>, Response> {
+            if block.number == 0 {
+                return Ok(Vec::new());
+            }
+            let length = block.number * block.size;
+            let mut fitting = self.bodies.extract_if(.., |body| body.len() == length);
+            let reason = match (fitting.next(), fitting.next()) {
+                (Some(body), None) => return Ok(body),
+                (Some(_), Some(_)) => "Two bodies at once: send it again",
+                (None, _) => "A block before it is missing",
+            };
+            let code = ResponseType::RequestEntityIncomplete;
+            Err(Response::error(code, reason))
+        }
     }
 
     /// Everything about message types, message IDs and time.
@@ -3188,7 +3197,8 @@ mod coap {
 
         // ----- Block1 -----
 
-        /// Returns whether the request has its whole body now. `Err` refuses the block.
+        /// Returns whether the request has its whole body now. `Err` refuses the block, and ends what is
+        /// unfinished: whoever sent it begins anew.
         pub fn assemble(&mut self, request: &mut Request) -> Result<bool, Response> {
             let now = request.received_at;
             self.assemblies
@@ -3203,69 +3213,39 @@ mod coap {
             if block.number == 0 && !block.has_more {
                 return Ok(true); // a body of its own, whatever else is unfinished
             }
-            let mut assembly = self.assembly(request, block)?;
-            assembly.body.append(&mut request.packet.payload);
-            if assembly.body.len() > BODY_MAX {
+            let mut assembly = self.take_assembly(request);
+            let mut body = assembly.take_body(block)?;
+            body.append(&mut request.packet.payload);
+            if body.len() > BODY_MAX {
                 return Err(too_large());
             }
-            if !block.has_more {
-                request.packet.payload = assembly.body;
-                return Ok(true);
+            if block.has_more {
+                assembly.bodies.retain(|other| *other != body); // it was begun again
+                assembly.bodies.push(body);
+            } else {
+                request.packet.payload = body;
             }
-            self.assemblies.push(assembly);
+            if !assembly.bodies.is_empty() {
+                self.assemblies.push(assembly);
+            }
             let mut size: usize = self.assemblies.iter().map(Assembly::size).sum();
             while size > ASSEMBLIES_MAX {
                 size -= self.assemblies.remove(0).size();
             }
-            Ok(false)
+            Ok(!block.has_more)
         }
 
-        /// Takes out the body to which a block belongs, or begins one.
-        fn assembly(&mut self, request: &Request, block: Block) -> Result<Assembly, Response> {
+        /// Takes out what is unfinished and may belong together with this block.
+        fn take_assembly(&mut self, request: &Request) -> Assembly {
             let tags: Vec<&Vec<u8>> = request.values(REQUEST_TAG).collect();
             let key = self.hasher.hash_one((request.peer, request.path(), tags));
             let index = self.assemblies.iter().position(|known| known.key == key);
             let known = index.map(|index| self.assemblies.remove(index));
-            if block.number == 0 {
-                return Ok(Assembly {
-                    key,
-                    body: Vec::new(),
-                    touched: request.received_at,
-                    replaced: known.map_or(Vec::new(), |known| self.with_replaced(known)),
-                });
+            Assembly {
+                key,
+                touched: request.received_at,
+                bodies: known.map_or(Vec::new(), |known| known.bodies),
             }
-            let incomplete = ResponseType::RequestEntityIncomplete;
-            let Some(mut assembly) = known else {
-                return Err(Response::error(incomplete, "The first block is missing"));
-            };
-            let length = assembly.body.len();
-            if length != block.number * block.size {
-                return Err(Response::error(incomplete, "A block is missing"));
-            }
-            // A client without Request-Tag may send two bodies at once; the second has then replaced
-            // the first. A block that fits behind both could belong to either, so it is refused,
-            // unless both hold the same bytes so far.
-            let digest = self.hasher.hash_one(&assembly.body);
-            let is_other = |other: &Replaced| other.length == length && other.digest != digest;
-            if assembly.replaced.iter().any(is_other) {
-                let reason = "Two bodies at once: send it again";
-                return Err(Response::error(incomplete, reason));
-            }
-            assembly.touched = request.received_at;
-            Ok(assembly)
-        }
-
-        /// Returns what the body that begins now replaces: `known`, and all that `known` had replaced.
-        fn with_replaced(&self, known: Assembly) -> Vec<Replaced> {
-            let mut replaced = known.replaced;
-            let digest = self.hasher.hash_one(&known.body);
-            let length = known.body.len();
-            replaced.retain(|other| *other != Replaced { length, digest });
-            replaced.push(Replaced { length, digest });
-            if replaced.len() > REPLACED_MAX {
-                replaced.remove(0);
-            }
-            replaced
         }
     }
 

@@ -91,7 +91,7 @@ struct World {
     /// What a CON without blocks was answered at once.
     refused: HashMap<(SocketAddr, Vec<u8>), Vec<u8>>,
     open: Vec<Open>,
-    bodies: HashMap<BodyKey, Body>,
+    unfinished: HashMap<BodyKey, Unfinished>,
 }
 
 /// A request that was begun, or a block that was taken.
@@ -118,10 +118,11 @@ struct BodyKey {
     tags: Vec<Vec<u8>>,
 }
 
-/// What has come of a request in blocks.
-struct Body {
-    bytes: Vec<u8>,
-    at: Instant,
+/// What may have come of requests in blocks: what was refused is not taken out.
+#[derive(Default)]
+struct Unfinished {
+    bodies: Vec<Vec<u8>>,
+    at: Option<Instant>,
 }
 
 impl World {
@@ -134,18 +135,15 @@ impl World {
             acted: Vec::new(),
             refused: HashMap::new(),
             open: Vec::new(),
-            bodies: HashMap::new(),
+            unfinished: HashMap::new(),
         }
     }
 
     /// Whether the gateway may soon forget something for want of room.
     fn is_full(&self) -> bool {
-        let mut bodies = 0;
-        for (key, body) in &self.bodies {
-            let tags: usize = key.tags.iter().map(|tag| 32 + tag.len()).sum();
-            bodies += 256 + body.bytes.len() + tags;
-        }
-        self.acted.len() > 200 || self.delivered > 1000 || bodies > coap::ASSEMBLIES_MAX / 2
+        let bodies = self.unfinished.values().flat_map(|known| &known.bodies);
+        let bytes: usize = bodies.map(|body| 256 + body.len()).sum();
+        self.acted.len() > 200 || self.delivered > 1000 || bytes > coap::ASSEMBLIES_MAX / 2
     }
 
     fn deliver(&mut self, peer: SocketAddr, bytes: &[u8]) {
@@ -201,8 +199,8 @@ impl World {
                 let known = [3, 7, URI_PATH, 15, mote::ACCEPT, BLOCK2, BLOCK1];
                 let is_known = |number: u16| number.is_multiple_of(2) || known.contains(&number);
                 assert!(message.options.iter().all(|option| is_known(option.0)));
-                let body = self.assemble(request.peer, &message);
-                assert!(body.bytes == request.packet.payload, "it was not sent");
+                let bodies = self.assemble(request.peer, &message);
+                assert!(bodies.contains(&request.packet.payload), "it was not sent");
                 check_work(&self.gateway, &work);
                 let reply = self.gateway.exchanges.promise(&request);
                 let empty = [0x60, 0, bytes[2], bytes[3]];
@@ -240,8 +238,11 @@ impl World {
         let is_silent = reply == SILENCE;
         assert_eq!(is_silent, !is_con && code == "4.02", "RFC 7252 §5.4.1");
         if code == "2.31" {
-            let body = self.assemble(peer, message);
-            self.bodies.insert(BodyKey::of(peer, message), body);
+            let mut bodies = self.assemble(peer, message);
+            let unfinished = self.unfinished.entry(BodyKey::of(peer, message));
+            let unfinished = unfinished.or_default();
+            unfinished.bodies.append(&mut bodies);
+            unfinished.at = Some(self.now);
             let again = if is_con { reply } else { Vec::new() };
             return self.remember(peer, bytes, again);
         }
@@ -252,30 +253,27 @@ impl World {
         }
     }
 
-    /// The body of a request that was taken, with the blocks before it.
-    fn assemble(&mut self, peer: SocketAddr, message: &Datagram) -> Body {
-        let mut body = Body {
-            bytes: Vec::new(),
-            at: self.now,
-        };
+    /// What the body of a request that was taken may be, with the blocks before it.
+    fn assemble(&mut self, peer: SocketAddr, message: &Datagram) -> Vec<Vec<u8>> {
         assert!(is_of_its_size(message), "a block of another size");
-        if let Some(block) = message.option_uint(BLOCK1)
-            && block & !7 > 0
-        // more than one block
-        {
-            let number = block as usize >> 4;
-            let before = self.bodies.remove(&BodyKey::of(peer, message));
-            let before = before.filter(|body| self.now - body.at < Duration::from_secs(60));
-            if number > 0 {
-                let before = before.expect("the first block is missing");
-                let start = number * (16 << (block & 7));
-                assert_eq!(before.bytes.len(), start, "a gap");
-                body.bytes = before.bytes;
-            }
+        let block = message.option_uint(BLOCK1).unwrap_or_default();
+        let start = (block as usize >> 4) * (16 << (block & 7));
+        let mut bodies = vec![Vec::new()];
+        if start > 0 {
+            let unfinished = self.unfinished.get_mut(&BodyKey::of(peer, message));
+            let unfinished = unfinished.expect("the first block is missing");
+            let age = self.now - unfinished.at.expect("nothing has come");
+            assert!(age < Duration::from_secs(60), "too late");
+            let fits = |body: &mut Vec<u8>| body.len() == start;
+            bodies = unfinished.bodies.extract_if(.., fits).collect();
+            assert!(!bodies.is_empty(), "a gap");
+            unfinished.at = Some(self.now);
         }
-        body.bytes.extend(&message.payload);
-        assert!(body.bytes.len() <= 17 << 10, "too long");
-        body
+        for body in &mut bodies {
+            body.extend(&message.payload);
+            assert!(body.len() <= 17 << 10, "too long");
+        }
+        bodies
     }
 
     /// Checks a response that is sent at once.
