@@ -494,7 +494,7 @@ impl Gateway {
         }
         let is_whole = self.exchanges.assemble(request)?;
         if !is_whole {
-            return Ok(Verdict::Reply(Response::go_on()));
+            return Ok(Verdict::Reply(Response::new(ResponseType::Continue)));
         }
         let payload = String::from_utf8_lossy(&request.packet.payload);
         let payload = format!("&{}", trim(&payload)); // so that each key has its `&`
@@ -650,7 +650,7 @@ impl Gateway {
         }
         FORWARDED.fetch_add(sent as u64, Relaxed);
         FAILURES.fetch_add((chats.len() - sent) as u64, Relaxed);
-        let mut response = Response::failed();
+        let mut response = Response::new(ResponseType::InternalServerError);
         if sent > 0 || chats.is_empty() {
             response = Response::text(ResponseType::Content, MESSAGES_SENT);
         }
@@ -678,7 +678,7 @@ impl Gateway {
         };
         if let Err(failure) = result {
             FAILURES.fetch_add(1, Relaxed);
-            let mut response = Response::failed();
+            let mut response = Response::new(ResponseType::InternalServerError);
             response.detail = failure.reason;
             return response;
         }
@@ -2911,7 +2911,7 @@ mod coap {
     }
 
     impl Response {
-        fn new(code: ResponseType) -> Response {
+        pub fn new(code: ResponseType) -> Response {
             let mut response = Response::default();
             response.packet.header.code = MessageClass::Response(code);
             response
@@ -2927,16 +2927,6 @@ mod coap {
 
         pub fn bad_request(reason: &str) -> Response {
             Response::error(ResponseType::BadRequest, reason)
-        }
-
-        /// 5.00: Telegram, the network or the disk failed.
-        pub fn failed() -> Response {
-            Response::new(ResponseType::InternalServerError)
-        }
-
-        /// 2.31: the next block, please. RFC 7959 §2.9.1.
-        pub fn go_on() -> Response {
-            Response::new(ResponseType::Continue)
         }
 
         pub fn content(code: ResponseType, format: u16, payload: &str) -> Response {

@@ -53,7 +53,7 @@ fn duplicates_are_remembered_for_their_lifetime() {
             let first = request(&mut exchanges, start, 1, &message);
             let reply = match is_begun {
                 true => exchanges.promise(&first),
-                false => exchanges.respond_now(&first, &Response::go_on()),
+                false => exchanges.respond_now(&first, &Response::new(ResponseType::Continue)),
             };
             let end = start + seconds * SECOND;
             let again = duplicate(&mut exchanges, end - MOMENT, &message);
@@ -76,7 +76,10 @@ fn only_what_was_begun_pushes_out_what_was_begun() {
     let first = post(Kind::Con, 0);
     let begun = request(&mut exchanges, now, 1, &first);
     exchanges.promise(&begun);
-    for (from, response) in [(2, Response::go_on()), (3, Response::bad_request("no"))] {
+    for (from, response) in [
+        (2, Response::new(ResponseType::Continue)),
+        (3, Response::bad_request("no")),
+    ] {
         for id in 0..=coap::SEEN_MAX as u16 {
             let message = request(&mut exchanges, now, from, &post(Kind::Con, id));
             exchanges.respond_now(&message, &response);
