@@ -12,13 +12,9 @@
 //!
 //! One thread owns everything ([`Gateway`]) and does one thing at a time: it receives a datagram,
 //! sends the empty ACK, calls Telegram, sends the separate response, and only then writes to people.
-//! What was fetched is on the disk before the response tells it; what else the request changed (a
-//! person who has blocked the bot) is saved right after it. What comes meanwhile waits in the socket.
-//! Between the datagrams it retransmits, and fetches on its own.
-//!
-//! Three kinds of threads help: the heartbeat logs a line now and then, and shares three counters; a
-//! text to several chats has a thread for each but the first while it is sent; a look-up of
-//! Telegram's address has one, for it cannot be interrupted ([`Addresses`] locks for that).
+//! What comes meanwhile waits in the socket. Between the datagrams it retransmits, and fetches on its
+//! own. Three kinds of threads help: the heartbeat logs a line now and then; a text to several chats
+//! has a thread for each but the first; a look-up of Telegram's address has one.
 //!
 //! The way of a datagram: `run` → `receive` → `take_datagram` → `Exchanges::receive`, which knows
 //! duplicates and ACKs → `handle` → `judge`, which either refuses it (the answer goes inside the
