@@ -2806,11 +2806,8 @@ mod coap {
     impl fmt::Display for Request {
         fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
             let method = match self.packet.header.code {
-                MessageClass::Request(RequestType::Get) => "GET",
-                MessageClass::Request(RequestType::Post) => "POST",
-                MessageClass::Request(RequestType::Put) => "PUT",
-                MessageClass::Request(RequestType::Delete) => "DELETE",
-                _ => "?",
+                MessageClass::Request(method) => format!("{method:?}").to_uppercase(),
+                _ => "?".to_string(),
             };
             let path = self.path();
             let path = path.split(':').next().unwrap_or_default();
@@ -2982,11 +2979,9 @@ mod coap {
             while self.0.len() >= SEEN_MAX || self.0.front().is_some_and(has_expired) {
                 self.0.pop_front();
             }
-            let is_con = request.is_confirmable();
-            let lifetime = if is_con {
-                EXCHANGE_LIFETIME
-            } else {
-                NON_LIFETIME
+            let lifetime = match request.is_confirmable() {
+                true => EXCHANGE_LIFETIME,
+                false => NON_LIFETIME,
             };
             self.0.push_back(Seen {
                 digest: request.digest,
