@@ -138,8 +138,7 @@ fn print(line: &str) -> Result<(), String> {
 /// The time between two signs of life for systemd's watchdog (a call of Telegram may add 9 s), and
 /// between two attempts to get the address.
 const TICK: Duration = Duration::from_secs(1);
-/// How long what is due may be put off while datagrams wait without a pause. Requests that each take
-/// longer (a slow Telegram) put it off until a quick datagram comes, such as the ACK of one of them.
+/// How long what is due may be put off while datagrams wait without a pause.
 const OVERDUE_MAX: Duration = Duration::from_secs(1);
 /// How often it is checked that this host still has the address.
 const ADDRESS_CHECK: Duration = Duration::from_secs(60);
@@ -158,6 +157,8 @@ struct Gateway {
     /// What `state.json` holds, if this program has written it.
     saved: Option<State>,
     address_is_gone: bool,
+    /// Since when the socket has been read without a pause.
+    reads_since: Instant,
 }
 
 /// Serves for ever. A fault of the start ends it; nothing that comes by network does.
@@ -209,6 +210,7 @@ impl Gateway {
             state,
             saved: None,
             address_is_gone: false,
+            reads_since: Instant::now(),
             config,
         }
     }
@@ -221,25 +223,14 @@ impl Gateway {
         let mut buffer = vec![0; coap::DATAGRAM_MAX];
         let mut next_tick = Instant::now();
         let mut next_address_check = Instant::now() + ADDRESS_CHECK;
-        let mut overdue_since = None;
         loop {
-            let before = Instant::now();
             let is_idle = self.receive(&mut buffer);
             let now = Instant::now();
-            if now < self.next_due() {
-                overdue_since = None;
-            } else {
-                // What is due waits for an empty socket, as an ACK in it may make a retransmission
-                // needless, but no longer than OVERDUE_MAX. One exception: behind a datagram that
-                // itself took that long it waits on, until what came meanwhile has been read.
-                let since = *overdue_since.get_or_insert(now);
-                let is_overdue = now >= since + OVERDUE_MAX;
-                // This counts the wait in `receive`, too; but while something is due, that is 1 ms.
-                let took_long = now >= before + OVERDUE_MAX;
-                if is_idle || is_overdue && !took_long {
-                    self.do_what_is_due(now);
-                    overdue_since = None;
-                }
+            // What is due waits until the socket is empty, as an ACK in it may make a retransmission
+            // needless, but no longer than OVERDUE_MAX.
+            if is_idle || now >= self.reads_since + OVERDUE_MAX {
+                self.do_what_is_due(now);
+                self.reads_since = Instant::now();
             }
             if now >= next_tick {
                 notify("WATCHDOG=1");
@@ -297,10 +288,17 @@ impl Gateway {
     }
 
     fn take_datagram(&mut self, peer: SocketAddr, datagram: &[u8]) {
-        match self.exchanges.receive(Instant::now(), peer, datagram) {
+        let now = Instant::now();
+        match self.exchanges.receive(now, peer, datagram) {
             Event::Send(bytes) => self.transmit(peer, &bytes),
-            Event::Request(request) => self.handle(request),
-            Event::Acknowledged(ticket) => self.motes.acknowledge(peer, ticket, Instant::now()),
+            Event::Acknowledged(ticket) => self.motes.acknowledge(peer, ticket, now),
+            Event::Request(request) => {
+                if now >= self.next_due() + OVERDUE_MAX {
+                    self.do_what_is_due(now);
+                }
+                self.handle(request);
+                self.reads_since = Instant::now(); // what came meanwhile, such as ACKs, is read first
+            }
         }
     }
 
@@ -319,7 +317,7 @@ impl Gateway {
         let acknowledgement = self.exchanges.promise(&request);
         self.transmit(peer, &acknowledgement);
         let id = request.packet.header.message_id;
-        let begin = request.received_at;
+        let begin = Instant::now();
         self.motes.note_request(peer, id, begin);
         let deadline = begin + self.polling.request_time(begin);
         let response = match work {

@@ -444,6 +444,40 @@ fn what_is_due_is_done_though_datagrams_wait() {
     });
 }
 
+/// Each datagram that waits takes longer than a second: what is due is not put off until a quick one comes.
+#[test]
+fn what_is_due_is_done_though_each_datagram_takes_long() {
+    let (api, gateway) = start_ipv4();
+    api.person_writes(ADA, "Ada", "hi");
+    api.set_round_trip(Duration::from_millis(1150));
+    let (api, gateway, is_over) = (&api, &gateway, &AtomicBool::new(false));
+    thread::scope(|scope| {
+        let _stop = Stop(is_over);
+        for number in 1..=4 {
+            scope.spawn(move || {
+                let mote = mote(number, gateway);
+                while !is_over.load(Relaxed) {
+                    let mut request = mote.post("message", message(api, "5", "x"));
+                    request.kind = Kind::Non;
+                    mote.send(&request);
+                    mote.receive().expect("2.05", SENT);
+                }
+            });
+        }
+        let patient = mote(100, gateway);
+        let poll = patient.post("update", update(api));
+        patient.begin(&poll);
+        let first = patient.response(&poll);
+        let known = api.texts_to(ADA).len();
+        api.person_writes(ADA, "Ada", "help");
+        let again = patient.try_receive(Duration::from_secs(8));
+        assert_eq!(again, Some(first), "a retransmission");
+        let is_answered = |seen: &Seen| seen.texts_to(ADA).len() > known;
+        let is_answered = api.wait_until(Duration::from_secs(15), is_answered);
+        assert!(is_answered, "no fetch");
+    });
+}
+
 // --- responses that nobody acknowledges ---
 
 /// There is room for 1,024 of them; then the oldest is given up, whatever its address is.
