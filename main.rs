@@ -3000,38 +3000,17 @@ mod coap {
         ticket: Option<u64>,
     }
 
-    /// What has come of requests in blocks. RFC 7959 §2.5.
+    /// What has come of a request in blocks. RFC 7959 §2.5.
     struct Assembly {
         /// Stands for peer, path and Request-Tag, which tell bodies apart. RFC 9175 §3.3.
         key: u64,
+        body: Vec<u8>,
         touched: Instant,
-        /// More than one if a client without Request-Tag has begun another body before it finished one.
-        bodies: Vec<Vec<u8>>,
     }
 
     impl Assembly {
         fn size(&self) -> usize {
-            self.bodies
-                .iter()
-                .map(|body| BODY_OVERHEAD + body.len())
-                .sum()
-        }
-
-        /// Takes out the body that a block continues, or begins one. A block that fits behind two bodies
-        /// could belong to either, so it is refused: they must not be mixed.
-        fn take_body(&mut self, block: Block) -> Result<Vec<u8>, Response> {
-            if block.number == 0 {
-                return Ok(Vec::new());
-            }
-            let length = block.number * block.size;
-            let mut fitting = self.bodies.extract_if(.., |body| body.len() == length);
-            let reason = match (fitting.next(), fitting.next()) {
-                (Some(body), None) => return Ok(body),
-                (Some(_), Some(_)) => "Two bodies at once: send it again",
-                (None, _) => "A block before it is missing",
-            };
-            let code = ResponseType::RequestEntityIncomplete;
-            Err(Response::error(code, reason))
+            BODY_OVERHEAD + self.body.len()
         }
     }
 
@@ -3176,8 +3155,7 @@ mod coap {
 
         // ----- Block1 -----
 
-        /// Returns whether the request has its whole body now. `Err` refuses the block, and ends what is
-        /// unfinished: whoever sent it begins anew.
+        /// Returns whether the request has its whole body now. `Err` refuses the block and changes nothing.
         pub fn assemble(&mut self, request: &mut Request) -> Result<bool, Response> {
             let now = request.received_at;
             self.assemblies
@@ -3192,38 +3170,63 @@ mod coap {
             if block.number == 0 && !block.has_more {
                 return Ok(true); // a body of its own, whatever else is unfinished
             }
-            let mut assembly = self.take_assembly(request);
-            let mut body = assembly.take_body(block)?;
+            let tags: Vec<&Vec<u8>> = request.values(REQUEST_TAG).collect();
+            let key = self.hasher.hash_one((request.peer, request.path(), tags));
+            let mut body = self.body_before(key, block, &request.packet.payload)?;
             body.append(&mut request.packet.payload);
             if body.len() > BODY_MAX {
                 return Err(too_large());
             }
-            if block.has_more {
-                assembly.bodies.retain(|other| *other != body); // it was begun again
-                assembly.bodies.push(body);
-            } else {
+            if !block.has_more {
                 request.packet.payload = body;
+                return Ok(true);
             }
-            if !assembly.bodies.is_empty() {
-                self.assemblies.push(assembly);
-            }
-            let mut size: usize = self.assemblies.iter().map(Assembly::size).sum();
-            while size > ASSEMBLIES_MAX {
-                size -= self.assemblies.remove(0).size();
-            }
-            Ok(!block.has_more)
+            self.assemblies
+                .retain(|other| other.key != key || other.body != body); // it was begun again
+            let touched = now;
+            self.assemblies.push(Assembly { key, body, touched });
+            self.make_room();
+            Ok(false)
         }
 
-        /// Takes out what is unfinished and may belong together with this block.
-        fn take_assembly(&mut self, request: &Request) -> Assembly {
-            let tags: Vec<&Vec<u8>> = request.values(REQUEST_TAG).collect();
-            let key = self.hasher.hash_one((request.peer, request.path(), tags));
-            let index = self.assemblies.iter().position(|known| known.key == key);
-            let known = index.map(|index| self.assemblies.remove(index));
-            Assembly {
-                key,
-                touched: request.received_at,
-                bodies: known.map_or(Vec::new(), |known| known.bodies),
+        /// Takes out the body that a block continues, or begins one. Without Request-Tag a client may send
+        /// two bodies at once. A block that fits behind both could belong to either, so it is refused. As
+        /// either may go on, a refusal ends neither: that lasts until one is finished or abandoned.
+        fn body_before(
+            &mut self,
+            key: u64,
+            block: Block,
+            payload: &[u8],
+        ) -> Result<Vec<u8>, Response> {
+            if block.number == 0 {
+                return Ok(Vec::new());
+            }
+            let length = block.number * block.size;
+            let fits = |known: &Assembly| {
+                let is_repeated = known.body.get(length..) == Some(payload);
+                known.key == key && (known.body.len() == length || is_repeated)
+            };
+            let fitting = self.assemblies.iter().filter(|known| fits(known));
+            let mut bodies: Vec<&[u8]> = fitting.map(|known| &known.body[..length]).collect();
+            bodies.dedup();
+            let reason = match bodies[..] {
+                [body] => {
+                    let body = body.to_vec();
+                    self.assemblies.retain(|known| !fits(known));
+                    return Ok(body);
+                }
+                [] => "A block before it is missing",
+                _ => "Two bodies at once: send one after the other, or with Request-Tag",
+            };
+            let code = ResponseType::RequestEntityIncomplete;
+            Err(Response::error(code, reason))
+        }
+
+        /// Gives up what has waited longest, and with it what might be taken for its continuation.
+        fn make_room(&mut self) {
+            while self.assemblies.iter().map(Assembly::size).sum::<usize>() > ASSEMBLIES_MAX {
+                let oldest = self.assemblies[0].key;
+                self.assemblies.retain(|other| other.key != oldest);
             }
         }
     }

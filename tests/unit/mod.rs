@@ -204,24 +204,43 @@ fn an_abandoned_body_is_dropped() {
     }
 }
 
+/// Whatever else its sender begins and finishes meanwhile.
+#[test]
+fn an_abandoned_body_is_not_kept_by_another() {
+    let start = Instant::now();
+    let mut exchanges = Exchanges::new();
+    let mut send = |seconds: u32, number, letter| {
+        let now = start + seconds * SECOND;
+        assemble(&mut exchanges, now, peer(1), &block(number, letter))
+    };
+    assert_eq!(send(0, 0, 'a'), "");
+    assert_eq!(send(0, 1, 'a'), "");
+    assert_eq!(send(30, 0, 'b'), "");
+    assert_eq!(send(31, 1, 'b'), "");
+    let whole = send(60, 2, 'b');
+    assert_eq!(whole.len(), 48, "{whole}");
+}
+
 /// Of a body, each letter is a block; the case is its Request-Tag.
 #[test]
 fn bodies_are_never_mixed() {
     for (blocks, outcome) in [
         ("a0 a1 a2", "_ _ aaa"),
         ("a0 a0 a1 a2", "_ _ _ aaa"),
+        ("a0 a1 a0 a1 a2", "_ _ _ _ aaa"),
+        ("a0 a1 a1 a2", "_ _ _ aaa"),
+        ("a0 a1 a2 a2", "_ _ aaa 4.08"),
         ("a0 A0 a1 A1 a2 A2", "_ _ _ _ aaa AAA"),
         ("a0 b0 a1 b1 b2", "_ _ 4.08 4.08 4.08"),
         ("a0 b0 b1 a1 a2", "_ _ 4.08 4.08 4.08"),
-        ("a0 a1 b0 a2", "_ _ _ aaa"),
-        ("a0 a1 b0 b1 a2 b2", "_ _ _ _ 4.08 4.08"),
-        ("a0 a1 b0 b1 b1 a2", "_ _ _ _ 4.08 4.08"),
+        ("a0 b0 b1 b1", "_ _ 4.08 4.08"),
+        ("a0 b0 b1 b0 a1", "_ _ 4.08 _ 4.08"),
         ("a0 a1 b0 a2 b1 b2", "_ _ _ aaa _ bbb"),
-        ("a0 a1 a0 a1 a2", "_ _ _ _ aaa"),
-        ("a0 b0 a1 b0 b1 b2", "_ _ 4.08 _ _ bbb"),
+        ("a0 a1 b0 b1 a2 b2", "_ _ _ _ 4.08 4.08"),
+        ("a0 a1 b0 b1 b1 a2", "_ _ _ _ _ 4.08"),
         ("a0 a2", "_ 4.08"),
+        ("a0 a2 a1 a2", "_ 4.08 _ aaa"),
         ("a1", "4.08"),
-        ("a0 a1 a1 a2", "_ _ 4.08 4.08"),
     ] {
         let mut exchanges = Exchanges::new();
         let mut outcomes = Vec::new();
