@@ -170,7 +170,7 @@ fn serve() -> Result<(), String> {
             messages; run: sudo systemctl start coap_websocket"
         ));
     }
-    start_log(folders.log.join("coap_server.log"))?;
+    start_log(LevelFilter::Info, Some(folders.log.join("coap_server.log")))?;
     let config = Config::load(&folders)?;
     let state = State::open(&config)?;
     notify("READY=1"); // before there is an address: a unit that waits would hold up the boot
@@ -2454,26 +2454,25 @@ static FORWARDED: AtomicU64 = AtomicU64::new(0);
 static FAILURES: AtomicU64 = AtomicU64::new(0);
 static USERS: AtomicU64 = AtomicU64::new(0);
 
-/// Writes what simple_logger writes to the console to a file, too.
+/// Writes to the console as simple_logger does, whose `println!` would panic once nobody reads it, and
+/// to a file.
 struct Log {
-    console: SimpleLogger,
-    path: PathBuf,
+    /// Says what is logged: this program's records, for the libraries' hold URLs, and so the token.
+    filter: SimpleLogger,
+    file: Option<PathBuf>,
 }
 
-/// Returns a console log of this program alone: the libraries' records hold URLs, and so the token.
-fn console(level: LevelFilter) -> SimpleLogger {
-    log::set_max_level(level);
+/// Starts the log; to the console alone if there is no file or if it cannot be written.
+fn start_log(level: LevelFilter, file: Option<PathBuf>) -> Result<(), String> {
     let silent = SimpleLogger::new().with_level(LevelFilter::Off);
-    silent.with_module_level("coap_websocket", level)
-}
-
-fn start_log(path: PathBuf) -> Result<(), String> {
-    let name = path.display().to_string();
-    let console = console(LevelFilter::Info);
-    let log = Log { console, path };
-    let probe = log.append(""); // can it be written?
+    let filter = silent.with_module_level("coap_websocket", level);
+    let log = Log { filter, file };
+    let probe = log.append("");
+    let name = log.file.clone().unwrap_or_default();
+    log::set_max_level(level);
     log::set_boxed_logger(Box::new(log)).map_err(|error| error.to_string())?;
     if let Err(error) = probe {
+        let name = name.display();
         warn!("cannot write {name}, so the log goes to the console alone: {error}");
     }
     Ok(())
@@ -2481,13 +2480,16 @@ fn start_log(path: PathBuf) -> Result<(), String> {
 
 impl Log {
     fn append(&self, line: &str) -> io::Result<()> {
+        let Some(path) = &self.file else {
+            return Ok(());
+        };
         let mut options = OpenOptions::new();
         options.append(true).create(true);
-        let mut file = options.open(&self.path)?;
+        let mut file = options.open(path)?;
         if file.metadata()?.len() + line.len() as u64 > LOG_MAX {
-            let moved = fs::rename(&self.path, beside(&self.path, ".1"));
+            let moved = fs::rename(path, beside(path, ".1"));
             moved.or_else(|_| file.set_len(0))?;
-            file = options.open(&self.path)?;
+            file = options.open(path)?;
         }
         file.write_all(line.as_bytes())
     }
@@ -2495,20 +2497,18 @@ impl Log {
 
 impl log::Log for Log {
     fn enabled(&self, metadata: &log::Metadata) -> bool {
-        self.console.enabled(metadata)
+        self.filter.enabled(metadata)
     }
 
     fn log(&self, record: &log::Record) {
         if !self.enabled(record.metadata()) {
             return;
         }
-        let text = escape(&record.args().to_string());
-        let mut out = io::stdout().lock(); // so that the priority stays with its line
         let level = record.level();
-        let _ = write!(out, "{}", journal_priority(level));
-        let mut copy = log::Record::builder();
-        copy.metadata(record.metadata().clone());
-        self.console.log(&copy.args(format_args!("{text}")).build());
+        let text = escape(&record.args().to_string());
+        let priority = journal_priority(level);
+        let console = format!("{priority}{level:<5} [{}] {text}\n", record.target());
+        let _ = io::stdout().write_all(console.as_bytes());
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
         let time = utc(now.unwrap_or_default().as_secs());
         let _ = self.append(&format!("{time} [{level}] {text}\n"));
@@ -2588,6 +2588,7 @@ fn notify(message: &str) {
         None => UnixAddress::from_pathname(&path),
     };
     if let (Ok(address), Ok(socket)) = (address, UnixDatagram::unbound()) {
+        let _ = socket.set_nonblocking(true); // whoever does not read holds up nothing
         let _ = socket.send_to_addr(message.as_bytes(), &address);
     }
 }
@@ -2597,12 +2598,12 @@ fn notify(message: &str) {
 // What an operator calls by hand. `check` changes nothing; `send` is a mote for one message.
 
 fn check_settings() -> Result<(), String> {
-    start_console()?;
+    start_log(LevelFilter::Warn, None)?;
     Config::load(&Folders::find()).map(drop)
 }
 
 fn check() -> Result<(), String> {
-    start_console()?;
+    start_log(LevelFilter::Warn, None)?;
     let config = Config::load(&Folders::find())?;
     let token = config.required_token()?;
     let mut telegram = Telegram::new(&config);
@@ -2628,11 +2629,6 @@ fn check() -> Result<(), String> {
         }
     }
     Ok(())
-}
-
-fn start_console() -> Result<(), String> {
-    let console = console(LevelFilter::Warn);
-    console.init().map_err(|error| error.to_string())
 }
 
 /// Prints the registered users, and the line that names them to the firmware's build.

@@ -1,12 +1,14 @@
 //! Addresses, files and settings as operators really have them, and what the gateway says of them.
 
+use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
-use std::{fs, thread};
+use std::{fs, io, thread};
 
 use crate::support::*;
 use serde_json::{Value, json};
@@ -696,6 +698,27 @@ fn priorities_for_the_journal() {
     let finished = bad.run(&[]);
     assert_refused(&finished, &["config.ini:1"]);
     assert!(finished.stderr.starts_with("<3>"), "{finished:?}");
+}
+
+/// Nobody reads what the gateway writes, or the disk behind it is full: it serves, and its file has the log.
+#[test]
+fn a_console_that_cannot_be_written() {
+    let api = BotApi::start();
+    let (reader, pipe) = io::pipe().unwrap();
+    drop(reader);
+    let full = File::options().write(true).open("/dev/full").unwrap();
+    let pipe = File::from(OwnedFd::from(pipe));
+    for stdout in [full, pipe] {
+        let mut gateway = Gateway::stopped(Setup::new(&api));
+        gateway.launch_to(stdout);
+        let mote = Mote::new(gateway.address());
+        assert!(within(PATIENCE, || mote.ping(Duration::from_millis(20))));
+        for _ in 0..3 {
+            mote.post_piggybacked("nowhere", "").expect_code("4.04");
+        }
+        assert!(within(PATIENCE, || gateway.log().matches("4.04").count() == 3));
+        assert!(gateway.is_running());
+    }
 }
 
 /// One of the two is cured by deleteWebhook, the other by stopping the other program.

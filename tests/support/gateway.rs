@@ -285,19 +285,21 @@ impl Gateway {
 
     /// As [`Gateway::restart`], without waiting until it answers.
     pub fn launch(&mut self) {
+        let stdout = self.stream("stdout");
+        self.launch_to(stdout);
+    }
+
+    fn stream(&self, name: &str) -> File {
+        let mut options = File::options();
+        options.create(true).append(true);
+        options.open(self.directory.join(name)).unwrap()
+    }
+
+    /// As [`Gateway::launch`], with another standard output.
+    pub fn launch_to(&mut self, stdout: File) {
         self.kill9();
-        let stream = |name| {
-            File::options()
-                .create(true)
-                .append(true)
-                .open(self.directory.join(name))
-                .unwrap()
-        };
         let mut command = self.setup.command(&self.directory(), self.port);
-        let child = command
-            .stdout(stream("stdout"))
-            .stderr(stream("stderr"))
-            .spawn();
+        let child = command.stdout(stdout).stderr(self.stream("stderr")).spawn();
         self.child =
             Some(child.unwrap_or_else(|error| panic!("start {}: {error}", binary().display())));
     }
