@@ -606,7 +606,10 @@ fn chats(list: &str) -> Result<Vec<ChatId>, Response> {
         let Some(chat) = ChatId::parse(entry) else {
             return Err(Response::bad_request("Malformed chat id"));
         };
-        if !chats.contains(&chat) {
+        // Telegram reads the name of a channel without regard to case.
+        let shown = chat.to_string();
+        let is_same = |other: &ChatId| other.to_string().eq_ignore_ascii_case(&shown);
+        if !chats.iter().any(is_same) {
             chats.push(chat);
         }
     }
@@ -1269,8 +1272,8 @@ fn seconds(value: &Value) -> Option<Duration> {
         Value::String(text) => text.trim().parse().ok()?,
         value => value.as_f64()?,
     };
-    let is_sensible = (0.0..=RETRY_AFTER_MAX).contains(&seconds);
-    is_sensible.then(|| Duration::from_secs_f64(seconds))
+    let is_sensible = seconds >= 0.0;
+    is_sensible.then(|| Duration::from_secs_f64(RETRY_AFTER_MAX.min(seconds)))
 }
 
 /// How long the addresses of a host serve, and how long it is waited for new ones while the old
@@ -1408,10 +1411,19 @@ impl State {
             }
             State::default()
         });
-        // Nobody is lost for want of a name in the file.
-        for index in 0..state.users.len() {
-            if state.users[index].name.is_empty() {
-                state.users[index].name = state.free_name("");
+        // Whatever somebody has written there, the firmware must understand what it is told.
+        let is_interval = |minutes: &u8| (INTERVAL_MIN..=INTERVAL_MAX).contains(minutes);
+        state.interval = state.interval.filter(is_interval);
+        state.feedback = state.feedback.filter(|on| *on <= 1);
+        let users = mem::take(&mut state.users);
+        for chat in mem::take(&mut state.removed) {
+            if fits_firmware(chat) {
+                state.remove(chat);
+            }
+        }
+        for User { name, chat } in users {
+            if fits_firmware(chat) {
+                state.register(chat, &name);
             }
         }
         // Update ids are counted for each bot.
@@ -1456,22 +1468,16 @@ impl State {
         self.removed.iter().any(|id| ChatId::Number(*id) == *chat)
     }
 
-    /// Registers a chat if there is room, and returns whether it is registered. Who is registered
-    /// keeps the name, even after changing it at Telegram: the firmware finds users by name, and of
-    /// two who swap theirs between two polls it would keep one twice and lose the other.
-    fn register(&mut self, chat: i64, name: &str) -> bool {
-        if self.is_user(chat) {
-            return true;
+    /// Registers a chat if there is room, and returns its user. Who is registered keeps the name, even
+    /// after changing it at Telegram: the firmware finds users by name, and of two who swap theirs
+    /// between two polls it would keep one twice and lose the other.
+    fn register(&mut self, chat: i64, name: &str) -> Option<&User> {
+        if !self.is_user(chat) && self.users.len() < USERS_MAX {
+            self.removed.retain(|removed| *removed != chat);
+            let name = self.free_name(name);
+            self.users.push(User { name, chat });
         }
-        if self.users.len() >= USERS_MAX {
-            return false;
-        }
-        self.removed.retain(|removed| *removed != chat);
-        let name = self.free_name(name);
-        let user = User { name, chat };
-        info!("{user} is registered");
-        self.users.push(user);
-        true
+        self.users.iter().find(|user| user.chat == chat)
     }
 
     /// Removes a chat, known or not: the firmware may have it built in. Returns who it was.
@@ -1488,10 +1494,11 @@ impl State {
         shown
     }
 
-    /// Finds the chat that somebody means by an id or by a user's name.
+    /// Finds the chat that somebody means by an id or by a user's name. An id that nobody has may be
+    /// built into the firmware; but first it may be somebody's name.
     fn find(&self, meant: &str) -> Option<i64> {
         let id = parse_number(meant).filter(|id| fits_firmware(*id));
-        if id.is_some() {
+        if id.is_some_and(|id| self.is_user(id)) {
             return id;
         }
         if visible_name(meant).is_empty() {
@@ -1502,7 +1509,7 @@ impl State {
         let is_like = |user: &&User| user.name.to_lowercase() == lower;
         let exact = self.users.iter().find(|user| user.name == name);
         let found = exact.or_else(|| self.users.iter().find(is_like));
-        found.map(|user| user.chat)
+        found.map(|user| user.chat).or(id)
     }
 
     /// Returns a name for the firmware that no user has, for it finds users by name.
@@ -1548,10 +1555,14 @@ fn parse_number<T: std::str::FromStr>(text: &str) -> Option<T> {
     if is_strange { None } else { text.parse().ok() }
 }
 
-/// Reads a file, if there is one. An error names it.
+/// Reads a file, if there is one, without the mark that editors on Windows put in front. An error
+/// names it.
 fn read_file(path: &Path) -> Result<Option<Vec<u8>>, String> {
     match fs::read(path) {
-        Ok(content) => Ok(Some(content)),
+        Ok(content) => {
+            let text = content.strip_prefix(b"\xef\xbb\xbf");
+            Ok(Some(text.unwrap_or(&content).to_vec()))
+        }
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
         Err(error) if error.kind() == ErrorKind::NotADirectory => Ok(None),
         Err(error) => Err(format!("cannot read {}: {error}", path.display())),
@@ -1583,15 +1594,11 @@ fn clean_name(name: &str) -> String {
 
 /// Returns what is left of a name without what nobody sees and what separates the firmware's tokens.
 fn visible_name(name: &str) -> String {
-    let mut visible = String::new();
-    for c in name.chars() {
-        if c.is_whitespace() {
-            visible.push(' ');
-        } else if !c.is_control() && !is_invisible(c) && !";:,&=".contains(c) {
-            visible.push(c);
-        }
-    }
-    cut(visible.trim(), NAME_MAX).to_string()
+    let is_lost = |c: char| c.is_control() || is_invisible(c) || ";:,&=".contains(c);
+    let mut visible = name.to_string();
+    visible.retain(|c| c.is_whitespace() || !is_lost(c));
+    let words: Vec<&str> = visible.split_whitespace().collect();
+    cut(&words.join(" "), NAME_MAX).to_string()
 }
 
 /// Whether the firmware would take a name for a setting, a removal, everybody, or an id.
@@ -1613,7 +1620,8 @@ fn is_invisible(c: char) -> bool {
         '\u{ad}' | '\u{34f}' | '\u{61c}' | '\u{115f}' | '\u{1160}' | '\u{17b4}' | '\u{17b5}'
         | '\u{180b}'..='\u{180f}' | '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}'
         | '\u{2060}'..='\u{206f}' | '\u{2800}' | '\u{3164}' | '\u{fe00}'..='\u{fe0f}'
-        | '\u{feff}' | '\u{ffa0}' | '\u{fff9}'..='\u{fffb}' | '\u{1d173}'..='\u{1d17a}'
+        | '\u{feff}' | '\u{ffa0}' | '\u{fff0}'..='\u{fffb}' | '\u{1bca0}'..='\u{1bca3}'
+        | '\u{1d173}'..='\u{1d17a}'
         | '\u{e0000}'..='\u{e0fff}')
 }
 
@@ -1864,8 +1872,13 @@ impl People {
     /// Registers a chat as long as there is room, and says so.
     fn register(&mut self, chat: &Chat, state: &mut State) {
         let full = format!("The list is full: {USERS_MAX} people are registered already.");
-        let is_registered = state.register(chat.id, &chat.name);
-        self.say(chat.id, if is_registered { REGISTERED } else { &full });
+        match state.register(chat.id, &chat.name) {
+            Some(user) => {
+                info!("{user} is registered");
+                self.say(chat.id, REGISTERED);
+            }
+            None => self.say(chat.id, &full),
+        }
     }
 
     /// Carries out `register <password>`.
@@ -2356,7 +2369,6 @@ impl Setting {
 /// Reads the settings of a file or of a section of it. What is set to nothing is not set.
 fn read_settings(path: &Path, section: Option<&str>) -> Result<Vec<Setting>, String> {
     let content = read_file(path)?.unwrap_or_default();
-    let content = content.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&content);
     let mut current = None;
     let mut settings: Vec<Setting> = Vec::new();
     for (number, line) in (1..).zip(content.split(|byte| *byte == b'\n')) {
@@ -2796,16 +2808,17 @@ mod coap {
         digest: u64,
     }
 
-    /// Shows what the log says. The path ends at a colon: somebody may have put the token there.
+    /// Shows what the log says. A path that is none of ours is not shown, for it may hold a token.
     impl fmt::Display for Request {
         fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
             let method = match self.packet.header.code {
                 MessageClass::Request(method) => format!("{method:?}").to_uppercase(),
                 _ => "?".to_string(),
             };
-            let path = self.path();
-            let path = path.split(':').next().unwrap_or_default();
-            write!(f, "{method} /{path:.24}")
+            match self.path().as_str() {
+                path @ ("message" | "update" | ".well-known/core") => write!(f, "{method} /{path}"),
+                _ => write!(f, "{method} of another path"),
+            }
         }
     }
 
