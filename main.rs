@@ -1006,6 +1006,8 @@ struct Failure {
     timed_out: bool,
     /// An HTTP answer began, whoever sent it.
     http_began: bool,
+    /// Of a whole page that is no JSON, the first update's id.
+    update_id: Option<i64>,
 }
 
 impl Failure {
@@ -1079,9 +1081,14 @@ impl Telegram {
         deadline: Instant,
     ) -> Result<Vec<Value>, Failure> {
         let body = json!({"offset": offset, "limit": limit, "allowed_updates": ["message"]});
-        match self.call(token, "getUpdates", &body, deadline)? {
-            Value::Array(page) => Ok(page),
-            _ => Err(Failure::with_answer("getUpdates: the result is no list")),
+        match self.call(token, "getUpdates", &body, deadline) {
+            Ok(Value::Array(page)) => Ok(page),
+            Ok(_) => Err(Failure::with_answer("getUpdates: the result is no list")),
+            Err(failure) => match failure.update_id {
+                // Nobody can read this update. It must not block those behind it.
+                Some(id) if limit == 1 => Ok(vec![json!({"update_id": id})]),
+                _ => Err(failure),
+            },
         }
     }
 
@@ -1224,6 +1231,7 @@ fn read_response(mut response: ureq::http::Response<ureq::Body>, method: &str) -
 
 /// Reads the body of an answer. Success is `200` and `"ok": true`, nothing else.
 fn read_answer(status: u16, body: &[u8]) -> ApiResult {
+    let mut update_id = None;
     let cause = match serde_json::from_slice::<Value>(body) {
         Ok(mut answer) if status == 200 && answer["ok"] == true => {
             return Ok(answer["result"].take());
@@ -1232,11 +1240,28 @@ fn read_answer(status: u16, body: &[u8]) -> ApiResult {
             Some(failure) => return Err(failure),
             None => "JSON, but not the Bot API's".to_string(),
         },
-        Err(error) => format!("no JSON: {error}"),
+        Err(error) => {
+            if status == 200 && !error.is_eof() {
+                update_id = first_update_id(body);
+            }
+            format!("no JSON: {error}")
+        }
     };
     let length = body.len();
     let reason = format!("HTTP {status} with {length} bytes, {cause}");
-    Err(Failure::with_answer(reason))
+    let failure = Failure::with_answer(reason);
+    Err(Failure {
+        update_id,
+        ..failure
+    })
+}
+
+/// Finds the first `"update_id":`. In a text the second quotation mark would have a backslash.
+fn first_update_id(body: &[u8]) -> Option<i64> {
+    let body = String::from_utf8_lossy(body);
+    let (_, behind) = body.split_once(r#""update_id":"#)?;
+    let is_end = |c: char| !c.is_ascii_digit();
+    behind.trim_start().split(is_end).next()?.parse().ok()
 }
 
 /// Reads what the Bot API says when it refuses a call, and adds what to do about it.
@@ -2235,7 +2260,8 @@ impl Config {
             config.set_ini(setting)?;
         }
         for setting in read_settings(&folders.dot_env, None)? {
-            if variable_of_environment(&setting.name).is_none() {
+            let is_known = VARIABLES.contains(&setting.name.as_str());
+            if !is_known || variable_of_environment(&setting.name).is_none() {
                 config.set_variable(&setting)?;
             }
         }
@@ -2381,13 +2407,19 @@ fn read_settings(path: &Path, section: Option<&str>) -> Result<Vec<Setting>, Str
             continue;
         }
         if section.is_some() && line.starts_with('[') {
-            let Some((name, _)) = line[1..].split_once(']') else {
+            let Some((name, behind)) = line[1..].split_once(']') else {
                 return Err(format!("{place}: `[` without `]`"));
             };
-            current = Some(name.trim());
+            let behind = behind.trim_start();
+            if !behind.is_empty() && !behind.starts_with(['#', ';']) {
+                return Err(format!(
+                    "{place}: something behind `]`; put it in a line of its own"
+                ));
+            }
+            current = Some(name.trim().to_lowercase());
         } else if section.is_some() && current.is_none() {
             return Err(format!("{place}: no section yet; put [telegram] above it"));
-        } else if current == section {
+        } else if current.as_deref() == section {
             let setting = Setting::read(place, line)?;
             let is_same = |other: &Setting| other.name.eq_ignore_ascii_case(&setting.name);
             if settings.iter().any(is_same) {
@@ -2412,25 +2444,35 @@ fn is_mote_token(value: &str) -> bool {
     value.len() <= MOTE_TOKEN_MAX && !value.contains(separates)
 }
 
+/// Whether a bot's token can be put behind this. Without a path it would become part of the host.
 fn is_https_url(text: &str) -> bool {
     let uri = Uri::try_from(text).unwrap_or_default();
-    let has_host = uri.host().is_some_and(|host| !host.is_empty());
-    uri.scheme_str() == Some("https") && has_host && !text.contains(['?', '#'])
+    let authority = uri.authority().map_or("", |authority| authority.as_str());
+    let host = uri.host().unwrap_or_default();
+    let has_port = uri.port_u16().is_some_and(|port| port > 0);
+    let is_host = !host.is_empty() && (has_port || authority.ends_with(host));
+    let has_path = uri.path().len() > 1 && !text.contains(['?', '#']);
+    uri.scheme_str() == Some("https") && is_host && has_path
 }
 
-/// Whether an address is that of one host. From a wildcard socket an answer may leave from another
-/// address than the mote asked, and gcoap drops it.
+/// Whether an address is that of one host, without a zone. From a wildcard socket an answer may leave
+/// from another address than the mote asked, and gcoap drops it.
 fn is_one_address(ip: IpAddr) -> bool {
     let ip = ip.to_canonical();
-    let is_broadcast = ip == IpAddr::from([255, 255, 255, 255]);
-    !ip.is_unspecified() && !ip.is_multicast() && !is_broadcast
+    let is_of_many = match ip {
+        IpAddr::V4(ip) => ip.is_broadcast(),
+        IpAddr::V6(ip) => ip.is_unicast_link_local(),
+    };
+    !is_of_many && !ip.is_unspecified() && !ip.is_multicast()
 }
 
 fn read_roots(file: &str) -> Result<RootCerts, String> {
     let pem = fs::read(file).map_err(|error| format!("cannot be read: {file}: {error}"))?;
     let mut certificates = Vec::new();
     for item in ureq::tls::parse_pem(&pem) {
-        if let Ok(PemItem::Certificate(certificate)) = item {
+        if let Ok(PemItem::Certificate(certificate)) = item
+            && is_usable(certificate.der())
+        {
             certificates.push(certificate);
         }
     }
@@ -2438,6 +2480,12 @@ fn read_roots(file: &str) -> Result<RootCerts, String> {
         return Err(format!("holds no certificate: {file}"));
     }
     Ok(RootCerts::new_with_certs(&certificates))
+}
+
+/// Whether what stands in a file as a certificate is one.
+fn is_usable(der: &[u8]) -> bool {
+    let mut store = rustls::RootCertStore::empty();
+    store.add(der.into()).is_ok()
 }
 
 /// Reads a proxy; none if it cannot be used exactly as it stands there.
@@ -2701,6 +2749,9 @@ fn exchange(peer: SocketAddr, request: &[u8]) -> io::Result<Option<Packet>> {
         socket.send(request)?;
         match receive_packet(&socket, timeout)? {
             None => timeout *= 2,
+            Some(reset) if reset.header.get_type() == MessageType::Reset => {
+                return Err(ErrorKind::ConnectionReset.into());
+            }
             // The gateway answers within 9 s, and repeats what gets lost.
             Some(empty) if empty.header.code == MessageClass::Empty => {
                 return receive_packet(&socket, 2 * REQUEST_TIME);

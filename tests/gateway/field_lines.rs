@@ -515,6 +515,31 @@ fn a_page_that_cannot_be_read() {
     assert_eq!(limits.last(), Some(&Some(10)), "{limits:?}");
 }
 
+/// An update that is no JSON is skipped, once it is alone; those before and behind it are heard.
+#[test]
+fn an_update_that_cannot_be_read() {
+    let cases = [
+        ("half a character", r"\ud83d"),
+        ("a control character", "\u{1}"),
+        ("an escape that is none", r"\x"),
+        ("quotation marks", "\""),
+    ];
+    in_parallel(&cases, |odd| {
+        let api = BotApi::start();
+        api.fail(every("getUpdates"), Fault::Replaced("ODD", odd));
+        api.person_writes(BOB, "Bob", "hi");
+        api.person_writes(STRANGER, "Stranger", "ODD");
+        api.person_writes(STRANGER, "Stranger", r#""update_id":1000000000, ODD"#);
+        api.person_writes(ADA, "Ada", "hi");
+        let gateway = Gateway::with(Setup::new(&api));
+        let is_heard = |seen: &Seen| !seen.texts_to(ADA).is_empty();
+        let is_in_time = api.wait_until(Duration::from_secs(40), is_heard);
+        assert!(is_in_time, "{}", gateway.log());
+        assert_eq!(api.texts_to(BOB).len(), 1, "{}", gateway.log());
+        assert!(api.texts_to(STRANGER).is_empty());
+    });
+}
+
 /// After a fetch that failed the next one comes in a minute; but whoever has written meanwhile is heard as soon as a text
 /// shows that Telegram is there.
 #[test]

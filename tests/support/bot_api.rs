@@ -42,6 +42,8 @@ pub enum Fault {
     Giant(usize),
     /// Carried out and answered, but one byte each time that this passed.
     Trickle(Duration),
+    /// Carried out and answered, with the second text in place of the first.
+    Replaced(&'static str, &'static str),
 }
 
 impl Fault {

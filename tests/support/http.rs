@@ -284,6 +284,10 @@ fn write_reply(shared: &Shared, tls: &mut Tls<'_>, reply: Reply) -> io::Result<b
                 shared.pause(pause);
             }
         }
+        Some(Fault::Replaced(from, to)) => {
+            let body = answer.body.replace(from, to);
+            tls.write_all(http(answer.status, "application/json", &body).as_bytes())?;
+        }
         Some(Fault::Late(time)) => {
             shared.pause(time);
             tls.write_all(response.as_bytes())?;

@@ -1433,10 +1433,19 @@ fn wrong_lines_of_settings() {
     for (content, expected) in [
         ("bot_token=1:a", ":1: no section yet"),
         ("\n[telegram", ":2: `[` without `]`"),
+        ("[telegram] registration = open", ":1: something behind `]`"),
+        ("[telegram]\rbot_token=1:a", ":1: something behind `]`"),
+        ("[Telegram]\nip_family=ipv5", ":2: ip_family is none"),
+        ("[telegram] ; mine\nip_family=ipv5", ":2: ip_family is none"),
         ("[telegram]\nbot_token", ":2: not `NAME=value`"),
         ("[telegram]\nurl=https://a/b\nURL=", ":3: URL is set twice"),
         ("[telegram]\nbot_token=1", ":2: bot_token is not"),
         ("[telegram]\nurl=http://a/b", ":2: url is not"),
+        ("[telegram]\nurl=https://a", ":2: url is not"),
+        ("[telegram]\nurl=https://a/", ":2: url is not"),
+        ("[telegram]\nurl=https://a:443", ":2: url is not"),
+        ("[telegram]\nurl=https://a:99999/b", ":2: url is not"),
+        ("[telegram]\nurl=https:///b", ":2: url is not"),
         ("[telegram]\nip_family=ipv5", ":2: ip_family is none"),
         ("[telegram]\nregistration=on", ":2: registration is neither"),
         (
@@ -1474,10 +1483,35 @@ fn wrong_lines_of_settings() {
 }
 
 #[test]
+fn urls_of_a_bot_api() {
+    for url in [
+        "https://a/b",
+        "https://a:8081/b",
+        "https://[::1]/b",
+        "https://[::1]:8081/bot",
+    ] {
+        assert!(is_https_url(url), "{url}");
+    }
+}
+
+/// What stands between the marks of a certificate must be one.
+#[test]
+fn files_with_certificates() {
+    let scratch = Scratch::new();
+    let file = scratch.0.join("ca.pem");
+    for content in ["AAAA", "", "MIIB"] {
+        let mark = |word| format!("-----{word} CERTIFICATE-----\n");
+        fs::write(&file, mark("BEGIN") + content + "\n" + &mark("END")).unwrap();
+        let fault = read_roots(file.to_str().unwrap()).err();
+        assert!(fault.is_some_and(|fault| fault.starts_with("holds no certificate")));
+    }
+}
+
+#[test]
 fn addresses_of_one_host() {
     for (address, expected) in [
         ("::1", true),
-        ("fe80::1", true),
+        ("fe80::1", false),
         ("2001:470:7347:c810::1234", true),
         ("10.0.0.1", true),
         ("::ffff:10.0.0.1", true),
