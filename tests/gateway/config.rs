@@ -572,6 +572,20 @@ fn send() {
     let finished = gateway.run(&["send", "-i", "5", "-m", "x", "-u", &url]);
     assert_eq!(finished.code(), Some(1), "{finished:?}");
     assert!(!finished.stderr.is_empty() && start.elapsed() < Duration::from_secs(15));
+    // Somebody who is no CoAP server for this.
+    let resets = UdpSocket::bind((loopback(), 0)).unwrap();
+    let url = format!("coap://{}", resets.local_addr().unwrap());
+    let finished = thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut request = [0; 2048];
+            let (_, client) = resets.recv_from(&mut request).unwrap();
+            let reset = [0x70, 0, request[2], request[3]];
+            resets.send_to(&reset, client).unwrap();
+        });
+        gateway.run(&["send", "-i", "5", "-m", "x", "-u", &url])
+    });
+    assert_eq!(finished.code(), Some(1), "{finished:?}");
+    assert!(finished.stderr.contains("reset"), "{finished:?}");
 }
 
 // --- the log ---
@@ -807,6 +821,21 @@ fn notifications_to_systemd() {
     let stopped = polls("5.00");
     api.heal();
     assert_ne!(polls("2.03"), stopped);
+}
+
+/// A full socket that nobody reads holds up nothing.
+#[test]
+fn nobody_reads_the_notifications() {
+    let api = BotApi::start();
+    let directory = TempDir::new();
+    let path = directory.join("notify");
+    let _deaf = UnixDatagram::bind(&path).unwrap();
+    let filler = UnixDatagram::unbound().unwrap();
+    filler.set_nonblocking(true).unwrap();
+    while filler.send_to(b"full", &path).is_ok() {}
+    let setup = Setup::new(&api).env("NOTIFY_SOCKET", path.display());
+    let gateway = start_with(&api, setup);
+    assert!(Mote::new(gateway.address()).ping(PATIENCE));
 }
 
 /// Ready and alive also while the address is not there, or the boot would wait. Never with a bad configuration.
