@@ -53,8 +53,7 @@ section="^($bom)?\s*\[\s*telegram\s*\]"
 # What a run is told and finds out.
 explained=false           # has the fault that ends this run been named?
 address='' interface=''   # asked for; then those that the gateway gets
-old_address=''            # what the last run gave the Pi
-old_interface=''
+old_address='' old_interface=''  # what the last run gave the Pi
 token_file='' password_file=''
 token='' password=''
 reply=''                  # what choose has found
@@ -85,7 +84,7 @@ main() {
     clear_stage
     mkdir -p "$stage" 2>/dev/null || die "cannot write to /var/lib: is the file system read-only, or full?"
     unpack_notes
-    find_last_address
+    read -r _ _ _ _ old_address _ old_interface _ < <(grep -as "^ip -6 addr add .*$mark\$" "$rc_local") || true
     if $uninstall; then take_away; else put_on; fi
 }
 
@@ -105,13 +104,6 @@ finish() {
 # Until there is a note, nothing has been changed.
 clear_stage() {
     if whole_note before >/dev/null || has_our_lines; then rm -rf "$stage"; else rm -rf "$kept"; fi
-}
-
-# The last run's address and interface stand in its line of rc.local.
-find_last_address() {
-    local line
-    line=$(grep -s "^ip -6 addr add .*$mark\$" "$rc_local" | tail -n 1) || true
-    [ -z "$line" ] || read -r _ _ _ _ old_address _ old_interface _ <<<"$line"
 }
 
 # ---- notes -----------------------------------------------------------------------------------------------------
@@ -225,9 +217,8 @@ choose_address() {
 
 # Prints what the kernel makes of an address, in a network of its own; nothing if motes could not use it.
 as_the_kernel_spells() {
-    # shellcheck disable=SC2016
-    unshare --net bash -c 'ip link set lo up && ip -6 addr add "$1" dev lo && ip -6 -o addr show dev lo scope global' \
-        bash "$1" 2>/dev/null | awk '{ print $4 }'
+    printf '%s\n' "addr add $1 dev lo" "addr show dev lo scope global" |
+        unshare --net ip -6 -o -batch - 2>/dev/null | awk '{ print $4 }'
 }
 
 # Right behind the shebang our lines run, whatever exit comes later. They cannot fail, which would end a script under -e.
@@ -247,10 +238,7 @@ prepare_rc_local() {
 
 # Prints what is not ours in an rc.local, as a script of its own.
 theirs_of() {
-    if [ ! -e "$1" ]; then
-        printf '%s\n' '#!/bin/sh' 'exit 0'
-        return
-    fi
+    if [ ! -e "$1" ]; then printf '%s\n' '#!/bin/sh' 'exit 0'; return; fi
     [ "$(head -c 2 "$1")" = '#!' ] || echo '#!/bin/sh'
     sed -e "/$mark\$/d" -e "s/^$off//" "$1"
 }
@@ -258,15 +246,14 @@ theirs_of() {
 # Of two owners of an address the second one fails. Prints for sed how to comment out each line that adds it, in whatever
 # spelling, with the lines that continue it.
 lines_that_add_it() {
-    local number=0 line lines word adds='(^|[^[:alnum:]_-])ip +([^;&|]* )?a(d|dd|ddr|ddre|ddres|ddress)? +(a|ad|add|r[a-z]*|c[a-z]*) '
-    while IFS= read -r line || [ -n "$line" ]; do
-        number=$((number + 1)) lines=$number
-        [[ $line =~ $adds && ! $line =~ ^[[:space:]]*'#' ]] || continue
-        [[ $line != *\\ ]] || lines="$number,/[^\\]\$/"
+    local lines line word ip='^\s*([^#[:space:]].*[^[:alnum:]_-])?ip +([^;&|]* )?'
+    local address_add='a(d|dd|ddr|ddre|ddres|ddress)? +(a|ad|add|r[a-z]*|c[a-z]*) '
+    grep -anE "$ip$address_add" "$1" | while IFS=: read -r lines line; do
+        [[ $line != *\\ ]] || lines="$lines,/[^\\]\$/"
         while read -r word; do
             [ "$(as_the_kernel_spells "$word")" != "${address%/*}/128" ] || echo "$lines s/^/$off/"
         done < <(grep -oE '[[:xdigit:]]*:[[:xdigit:]:]+' <<<"$line")
-    done <"$1"
+    done
 }
 
 # NetworkManager takes away an address that it does not know. Where it does not look after the interface, nobody else
@@ -283,7 +270,7 @@ prepare_interface() {
     fi
 }
 
-# ---- put on: config.ini and .env -------------------------------------------------------------------------------
+# ---- put on: settings ------------------------------------------------------------------------------------------
 
 # What somebody wrote into .env by hand as address stays until another one is asked for.
 prepare_settings() {
@@ -365,8 +352,6 @@ with_line() {
     fi
 }
 
-# ---- put on: the firmware's config.ini -------------------------------------------------------------------------
-
 # A config.ini that somebody else made there is theirs.
 prepare_firmware() {
     local source=$firmware/config.ini word
@@ -392,8 +377,9 @@ place() {
     local new=$stage/$1 target=$2
     if [ ! -e "$new" ]; then
         rm -f "$target"
-    elif [ ! -L "$target" ] && cmp -s "$new" "$target" &&
-        [ "$(stat -c %a:%u:%g "$new" "$target" | uniq | wc -l)" = 1 ]; then
+    elif [ ! -L "$target" ] && cmp -s "$new" "$target"; then
+        chown --reference="$new" "$target"
+        chmod --reference="$new" "$target"
         echo "$target: unchanged"
     else
         [ -d "${target%/*}" ] || mkdir -m 755 "${target%/*}"
