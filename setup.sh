@@ -1,6 +1,16 @@
 #!/usr/bin/env bash
-# Puts coap_websocket on a Raspberry Pi, or takes it away without a trace: sudo bash setup.sh [--help]
+# Puts coap_websocket on a Raspberry Pi, or takes it away without a trace: sudo bash setup.sh [OPTION]...
 #
+#   --address ADDR/LEN   IPv6 address of the gateway (2001:470:7347:c810::1234/64)
+#   --interface IF       network interface of the motes (usb0)
+#   --token-file F       the bot token is the first line of F; "-" asks for a new one
+#   --password-file F    the same for the password of the bot's config messages
+#   --uninstall          put everything back as it was before the first run
+#   --help
+#
+# Without these files the token and the password come from the environment (BOT_TOKEN, PASSWORD), else from the last
+# installation or the program before it, else they are asked for. Address and interface stay as they were last set.
+
 # put_on checks, asks for and prepares everything in a private folder ($stage) before its first change. What is there
 # before that change is kept as notes ($kept), from which take_away puts it back. A note is on the disk before anything
 # relies on it, and every file is replaced by one rename. So a run may be interrupted anywhere: run it again, or uninstall.
@@ -10,22 +20,6 @@ set -eu
 shopt -s nullglob globstar
 umask 077
 export LC_ALL=C.UTF-8
-
-usage() {
-    cat <<'END'
-sudo bash setup.sh [OPTION]...
-
-  --address ADDR/LEN   IPv6 address of the gateway (2001:470:7347:c810::1234/64)
-  --interface IF       network interface of the motes (usb0)
-  --token-file F       the bot token is the first line of F; "-" asks for a new one
-  --password-file F    the same for the password of the bot's config messages
-  --uninstall          put everything back as it was before the first run
-  --help
-
-Without these files the token and the password come from the environment (BOT_TOKEN, PASSWORD), else from the last
-installation or the program before it, else they are asked for. Address and interface stay as they were last set.
-END
-}
 
 # What is installed, and from where.
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -53,6 +47,7 @@ section="^($bom)?\s*\[\s*telegram\s*\]"
 # What a run is told and finds out.
 explained=false           # has the fault that ends this run been named?
 address='' interface=''   # asked for; then those that the gateway gets
+before_note=''            # the note of all but the firmware, if there is one
 old_address='' old_interface=''  # what the last run gave the Pi
 token_file='' password_file=''
 token='' password=''
@@ -63,7 +58,7 @@ main() {
     local uninstall=false lock
     while [ $# -gt 0 ]; do
         case $1 in
-            --help) usage; return ;;
+            --help) sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; return ;;
             --uninstall) uninstall=true; shift; continue ;;
             --address) address=${2:-} ;;
             --interface) interface=${2:-} ;;
@@ -81,7 +76,7 @@ main() {
     flock -n "$lock" || die "another setup.sh is running: wait for it"
     trap finish EXIT
     trap 'exit 130' INT TERM HUP
-    clear_stage
+    rm -rf "$stage"
     mkdir -p "$stage" 2>/dev/null || die "cannot write to /var/lib: is the file system read-only, or full?"
     unpack_notes
     read -r _ _ _ _ old_address _ old_interface _ < <(grep -as "^ip -6 addr add .*$mark\$" "$rc_local") || true
@@ -96,14 +91,10 @@ die() {
 
 finish() {
     local status=$?
-    clear_stage
+    rm -rf "$stage"
+    [ -n "$before_note" ] || has_our_lines || rm -rf "$kept"  # nothing has been changed
     [ $status = 0 ] || $explained ||
         echo "setup.sh: stopped before the end; mend what was said above, then run the same command again" >&2
-}
-
-# Until there is a note, nothing has been changed.
-clear_stage() {
-    if whole_note before >/dev/null || has_our_lines; then rm -rf "$stage"; else rm -rf "$kept"; fi
 }
 
 # ---- notes -----------------------------------------------------------------------------------------------------
@@ -111,7 +102,7 @@ clear_stage() {
 # If the notes were lost, all that we know is that rc.local was there without our lines.
 keep_what_is_there() {
     local path paths=()
-    ! whole_note before >/dev/null || return 0
+    [ -z "$before_note" ] || return 0
     mkdir "$stage/$facts"
     if has_our_lines; then
         echo "$kept: damaged; what was there before the first run cannot be restored any more"
@@ -123,6 +114,7 @@ keep_what_is_there() {
         done
     fi
     keep before "${paths[@]}" -C "$stage" "$facts"
+    before_note=$kept/before.tar.gz
 }
 
 has_our_lines() { grep -qs "$mark\$" "$rc_local"; }
@@ -139,21 +131,14 @@ keep() {
     sync "$kept" /var/lib
 }
 
-# Prints the file of a note that is whole.
-whole_note() {
-    local note
-    for note in "$kept/$1".tar*; do
-        if [ -s "$note" ] && tar -tf "$note" >/dev/null 2>&1; then echo "$note"; return; fi
-    done
-    return 1
-}
-
+# Unpacks those that are whole.
 unpack_notes() {
-    local name note
+    local note
     mkdir -p "$before/$facts"
-    for name in "$kept"/*.tar*; do
-        name=${name##*/}
-        ! note=$(whole_note "${name%%.tar*}") || tar -C "$before" --numeric-owner -xpf "$note"
+    for note in "$kept"/*.tar*; do
+        if [ ! -s "$note" ] || ! tar -tf "$note" >/dev/null 2>&1; then continue; fi
+        tar -C "$before" --numeric-owner -xpf "$note"
+        [[ $note != */before.tar* ]] || before_note=$note
     done
     # Version 1.0 kept these as files.
     cp "$kept"/{addresses,active} "$before/$facts" 2>/dev/null || true
@@ -441,10 +426,10 @@ start() {
     echo "gateway: $(status)"
     echo
     # With the service's files, and without what root has in its environment.
-    said=$(cd / && env -i PATH="$PATH" "$binary" check 2>&1) || case $said in
-        *" 401"* | *" 404"*) : "${fault:=Telegram does not know this token; give it another: sudo bash setup.sh --token-file -}" ;;
-        *) : "${fault:=installed and running, but see what the check says above; then run this again}" ;;
-    esac
+    if ! said=$(cd / && env -i PATH="$PATH" "$binary" check 2>&1) && [ -z "$fault" ]; then
+        fault="installed and running, but see what the check says above; then run this again"
+        [[ $said != *" 40"[14]* ]] || fault="Telegram does not know this token; give it another: sudo bash setup.sh --token-file -"
+    fi
     echo "$said"
     systemctl is-active -q coap_websocket || die "$dead"
     [ -e "/sys/class/net/$interface" ] || echo "
@@ -473,8 +458,7 @@ await_service() {
 # ---- take away -------------------------------------------------------------------------------------------------
 
 take_away() {
-    local note
-    if ! whole_note before >/dev/null && ! has_our_lines; then
+    if [ -z "$before_note" ] && ! has_our_lines; then
         echo "Nothing to uninstall: setup.sh has installed nothing here."
         return
     fi
@@ -488,8 +472,7 @@ take_away() {
     give_back_templates
     rm -rf "${places[@]}" "${places[@]/%/$part}"
     echo "coap_websocket and its files: removed"
-    note=$(whole_note before)
-    tar -C / --numeric-owner --exclude="${rc_local#/}" --exclude="$facts" -xpf "$note"
+    tar -C / --numeric-owner --exclude="${rc_local#/}" --exclude="$facts" -xpf "$before_note"
     echo "what was there before: restored"
 
     systemctl daemon-reload
@@ -519,7 +502,7 @@ give_back_rc_local() {
     fi
 }
 
-# The firmware's, with what was edited in config.ini since, but with its own line instead of the token's.
+# The firmware's as they were, or with what was edited in config.ini since, but with their own line instead of the token.
 give_back_templates() {
     local was template config
     for was in "$before"/**/config.ini.template; do
@@ -528,7 +511,8 @@ give_back_templates() {
         rm -f "$config$part" "$template$part"
         [ -e "$config" ] || continue
         cp -a "$was" "$stage/template"
-        with_line "$config" bot_token "$(line_of "$was" bot_token)" >"$stage/template"
+        [ "$(with_line "$was" bot_token "$(line_of "$config" bot_token)")" = "$(cat "$config")" ] ||
+            with_line "$config" bot_token "$(line_of "$was" bot_token)" >"$stage/template"
         replace "$stage/template" "$template"
         rm "$config"
         echo "$template: restored"
