@@ -13,7 +13,7 @@
 
 # put_on checks, asks for and prepares everything in a private folder ($stage) before its first change. What is there
 # before that change is kept as notes ($kept), from which take_away puts it back. A note is on the disk before anything
-# relies on it, and every file is replaced by one rename. So a run may be interrupted anywhere: run it again, or uninstall.
+# relies on it, and every file is replaced by one rename. So it may be interrupted anywhere: run it again, or uninstall.
 
 [ -n "${BASH_VERSION:-}" ] || { echo "setup.sh: this needs bash: sudo bash setup.sh" >&2; exit 1; }
 set -eu
@@ -151,7 +151,6 @@ put_on() {
     export -n BOT_TOKEN PASSWORD  # not for our children
     prepare_unit_and_binary
     prepare_settings
-    prepare_firmware
     prepare_rc_local
     prepare_interface
 
@@ -162,7 +161,7 @@ put_on() {
     place unit "$unit"
     place config.ini "$etc/config.ini"
     place env "$etc/.env"
-    [ ! -e "$stage/firmware.ini" ] || place_in_firmware
+    place_in_firmware
     [ "$old_address $old_interface" = "$address $interface" ] || drop_address
     place rc.local "$rc_local"
     sed -n "s|^$off|$rc_local: commented out: |p" "$rc_local"
@@ -206,7 +205,7 @@ as_the_kernel_spells() {
         unshare --net ip -6 -o -batch - 2>/dev/null | awk '{ print $4 }'
 }
 
-# Right behind the shebang our lines run, whatever exit comes later. They cannot fail, which would end a script under -e.
+# Right behind the shebang our lines run, whatever exit comes later. They cannot fail, which would end it under -e.
 prepare_rc_local() {
     local theirs=$stage/rc.local.theirs new=$stage/rc.local
     if ! theirs_of "$rc_local" >"$theirs" 2>/dev/null || LC_ALL=C grep -aqP '\0' "$theirs" ||
@@ -228,8 +227,8 @@ theirs_of() {
     sed -e "/$mark\$/d" -e "s/^$off//" "$1"
 }
 
-# Of two owners of an address the second one fails. Prints for sed how to comment out each line that adds it, in whatever
-# spelling, with the lines that continue it.
+# Prints for sed how to comment out each line that adds the address, in whatever spelling, with the lines that continue
+# it: of two owners of an address the second one fails.
 lines_that_add_it() {
     local lines line word ip='^\s*([^#[:space:]].*[^[:alnum:]_-])?ip +([^;&|]* )?'
     local address_add='a(d|dd|ddr|ddre|ddres|ddress)? +(a|ad|add|r[a-z]*|c[a-z]*) '
@@ -268,7 +267,7 @@ prepare_settings() {
     choose password "8 characters or more, no blanks" "$password_file" "${PASSWORD:-}" \
         "$(value_of "$etc/.env" PASSWORD)" "$(value_of "$firmware/.env" PASSWORD)" "$(value_of "$here/.env" PASSWORD)"
     password=$reply
-    [ ${#password} -ge 8 ] || die "the password needs 8 characters or more; for another one: sudo bash setup.sh --password-file -"
+    [ ${#password} -ge 8 ] || die "the password needs 8 characters or more; another one: sudo bash setup.sh --password-file -"
     with_line "$etc/config.ini" bot_token "bot_token = $token" >"$stage/config.ini"
     with_line "$etc/.env" PASSWORD "PASSWORD=\"$password\"" >"$stage/env.password"
     with_line "$stage/env.password" COAP_SERVER_IP "COAP_SERVER_IP=${listen:-${address%/*}}" >"$stage/env"
@@ -319,8 +318,8 @@ value_of() { line_of "$1" "$2" | LC_ALL=C sed 's/^[^=]*=//' | bare; }
 # Takes a BOM, a carriage return, blanks and quotes off both ends of a line.
 bare() { LC_ALL=C sed "s/^$bom//; s/^\s*//; s/\s*\$//; s/^\([\"']\)\(.*\)\1\$/\2/"; }
 
-# with_line FILE KEY LINE: the text of FILE with that line to set KEY, every other line as it is. A value that is the same
-# may be spelled in another way.
+# with_line FILE KEY LINE: the text of FILE with that line to set KEY, every other line as it is; and that, too, if its
+# value is the same.
 with_line() {
     local file=$1 key=$2 line=$3
     [ -f "$file" ] || file=/dev/null
@@ -335,24 +334,6 @@ with_line() {
         [ "$key" != bot_token ] || echo '[telegram]'
         printf '%s\n' "$line"
     fi
-}
-
-# A config.ini that somebody else made there is theirs.
-prepare_firmware() {
-    local source=$firmware/config.ini word
-    if [ ! -e "$source" ]; then source=$source.template; elif ! is_our_firmware; then return; fi
-    [ -n "$(line_of "$source" bot_token)" ] || return 0
-    word=$(value_of "$stage/config.ini" mote_token)  # what motes present instead of the real one
-    with_line "$source" bot_token "bot_token = ${word:-$token}" >"$stage/firmware.ini"
-    chown --reference="$source" "$stage/firmware.ini"
-}
-
-is_our_firmware() { [ -e "$before$firmware/config.ini.template" ]; }
-
-place_in_firmware() {
-    is_our_firmware || keep "firmware${firmware//\//_}" "${firmware#/}/config.ini.template"
-    place firmware.ini "$firmware/config.ini"
-    rm -f "$firmware/config.ini.template"
 }
 
 # ---- put on: changes -------------------------------------------------------------------------------------------
@@ -380,6 +361,20 @@ replace() {
     mv -fT "$2$part" "$2"
 }
 
+# The template becomes config.ini. One that somebody else made there is theirs.
+place_in_firmware() {
+    local config=$firmware/config.ini template=$firmware/config.ini.template source word
+    source=$config
+    if [ ! -e "$config" ]; then source=$template; elif [ ! -e "$before$template" ]; then return; fi
+    [ -n "$(line_of "$source" bot_token)" ] || return 0
+    word=$(value_of "$stage/config.ini" mote_token)  # what motes present instead of the real one
+    with_line "$source" bot_token "bot_token = ${word:-$token}" >"$stage/firmware.ini"
+    chown --reference="$source" "$stage/firmware.ini"
+    [ -e "$before$template" ] || keep "firmware${firmware//\//_}" "${template#/}"
+    place firmware.ini "$config"
+    rm -f "$template"
+}
+
 # What happens at the next boot, now.
 add_address() {
     local there word=unchanged
@@ -389,7 +384,7 @@ add_address() {
     there=$(address_there "$address" "$interface")
     if [[ ! $there || $there == *tentative* ]]; then
         word=added
-        [ -z "$there" ] || ip -6 addr del "$address" dev "$interface"  # so that the kernel asks for its other owner anew
+        [ -z "$there" ] || ip -6 addr del "$address" dev "$interface"  # so that the kernel looks for its other owner
         ip -6 addr add "$address" dev "$interface" || true
         for _ in {1..10}; do
             there=$(address_there "$address" "$interface")
@@ -428,7 +423,7 @@ start() {
     # With the service's files, and without what root has in its environment.
     if ! said=$(cd / && env -i PATH="$PATH" "$binary" check 2>&1) && [ -z "$fault" ]; then
         fault="installed and running, but see what the check says above; then run this again"
-        [[ $said != *" 40"[14]* ]] || fault="Telegram does not know this token; give it another: sudo bash setup.sh --token-file -"
+        [[ $said != *" 40"[14]* ]] || fault="Telegram does not know this token; another one: sudo bash setup.sh --token-file -"
     fi
     echo "$said"
     systemctl is-active -q coap_websocket || die "$dead"
@@ -502,7 +497,7 @@ give_back_rc_local() {
     fi
 }
 
-# The firmware's as they were, or with what was edited in config.ini since, but with their own line instead of the token.
+# The firmware's, as they were, or with what was edited in config.ini since, but without the token.
 give_back_templates() {
     local was template config
     for was in "$before"/**/config.ini.template; do
