@@ -101,7 +101,7 @@ finish() {
 
 # If the notes were lost, all that we know is that rc.local was there without our lines.
 keep_what_is_there() {
-    local path paths=()
+    local paths=()
     [ -z "$before_note" ] || return 0
     mkdir "$stage/$facts"
     if has_our_lines; then
@@ -109,9 +109,7 @@ keep_what_is_there() {
     else
         ip -6 -o addr show | awk '{ print $2, $4 }' >"$stage/$facts/addresses"
         ! systemctl is-active -q coap_websocket || touch "$stage/$facts/active"
-        for path in "${places[@]}" "$rc_local"; do
-            if [ -e "$path" ] || [ -L "$path" ]; then paths+=("${path#/}"); fi
-        done
+        mapfile -t paths < <(cd / && find "${places[@]#/}" "${rc_local#/}" -maxdepth 0 2>/dev/null)
     fi
     keep before "${paths[@]}" -C "$stage" "$facts"
     before_note=$kept/before.tar.gz
@@ -382,16 +380,13 @@ add_address() {
     [ -e "/sys/class/net/$interface" ] || return 0
     ip link set dev "$interface" up
     there=$(address_there "$address" "$interface")
-    if [[ ! $there || $there == *tentative* ]]; then
-        word=added
-        [ -z "$there" ] || ip -6 addr del "$address" dev "$interface"  # so that the kernel looks for its other owner
-        ip -6 addr add "$address" dev "$interface" || true
-        for _ in {1..10}; do
-            there=$(address_there "$address" "$interface")
-            [[ $there == *tentative* && $there != *dadfailed* ]] || break
-            sleep 0.3
-        done
-    fi
+    [[ $there != *dadfailed* ]] || ip -6 addr del "$address" dev "$interface"  # so that the kernel looks for its other owner
+    if ip -6 addr add "$address" dev "$interface" 2>/dev/null; then word=added; fi
+    for _ in {1..10}; do
+        there=$(address_there "$address" "$interface")
+        [[ $there == *tentative* && $there != *dadfailed* ]] || break
+        sleep 0.3
+    done
     echo "$address on $interface: $word"
     if [[ $there == *dadfailed* ]]; then
         fault="another host on $interface has $address, too; for another one: sudo bash setup.sh --address fd00:1234::1/64"
