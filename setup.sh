@@ -41,18 +41,18 @@ facts=coap_websocket-facts          # in the notes: what is no file
 part=.coap_websocket-new            # ends the name of a file that is being written
 mark='  # coap_websocket'           # ends each of our lines in rc.local
 off='# coap_websocket: '            # begins a line of somebody else's there that is commented out
-bom='\xef\xbb\xbf'                  # may begin a text file; so sed spells it
-section="^($bom)?\s*\[\s*telegram\s*\]"
+bom='\xef\xbb\xbf'                  # may begin a text file
+section="^($bom)?\s*\[\s*telegram\s*\]"  # the only one of config.ini that counts
 
 # What a run is told and finds out.
-explained=false           # has the fault that ends this run been named?
-address='' interface=''   # asked for; then those that the gateway gets
-before_note=''            # the note of all but the firmware, if there is one
+explained=false                  # has the fault that ends this run been named?
+address='' interface=''          # asked for; then those that the gateway gets
 old_address='' old_interface=''  # what the last run gave the Pi
 token_file='' password_file=''
 token='' password=''
-reply=''                  # what choose has found
-fault=''                  # why the gateway does not serve, though all is installed
+reply=''                         # what choose has found
+before_note=''                   # a whole note of what was there, but for the firmware
+fault=''                         # why the gateway does not serve, though all is installed
 
 main() {
     local uninstall=false lock
@@ -129,7 +129,7 @@ keep() {
     sync "$kept" /var/lib
 }
 
-# Unpacks those that are whole.
+# Unpacks the notes that are whole.
 unpack_notes() {
     local note
     mkdir -p "$before/$facts"
@@ -380,7 +380,7 @@ add_address() {
     [ -e "/sys/class/net/$interface" ] || return 0
     ip link set dev "$interface" up
     there=$(address_there "$address" "$interface")
-    [[ $there != *dadfailed* ]] || ip -6 addr del "$address" dev "$interface"  # so that the kernel looks for its other owner
+    [[ $there != *dadfailed* ]] || ip -6 addr del "$address" dev "$interface"  # to look for its other owner anew
     if ip -6 addr add "$address" dev "$interface" 2>/dev/null; then word=added; fi
     for _ in {1..10}; do
         there=$(address_there "$address" "$interface")
