@@ -304,7 +304,7 @@ judge_settings() {
 # to_line KEY COMMAND: sed's script for the line that sets KEY, which in config.ini stands under [telegram].
 to_line() {
     case $1 in
-        *_token) printf '%s' "/$section/,/^\s*\[/{/^\s*$1\s*=/I$2}" ;;
+        *_token) printf '%s' "/$section/I,/^\s*\[/{/^\s*$1\s*=/I$2}" ;;
         *) printf '%s' "/^($bom)?\s*(export\s+)?$1\s*=/$2" ;;
     esac
 }
@@ -325,8 +325,8 @@ with_line() {
         cat "$file"
     elif [ -n "$(line_of "$file" "$key")" ]; then
         printf '%s\n' "$line" | LC_ALL=C sed -E "$(to_line "$key" $'{r /dev/stdin\nd}')" "$file"
-    elif [ "$key" = bot_token ] && LC_ALL=C grep -Pq "$section" "$file"; then
-        printf '%s\n' "$line" | LC_ALL=C sed -E "/$section/r /dev/stdin" "$file"
+    elif [ "$key" = bot_token ] && LC_ALL=C grep -Piq "$section" "$file"; then
+        printf '%s\n' "$line" | LC_ALL=C sed -E "/$section/Ir /dev/stdin" "$file"
     else
         sed "\$a\\" "$file"  # ends the last line, if that is open
         [ "$key" != bot_token ] || echo '[telegram]'
