@@ -26,7 +26,8 @@
 //! Where the promises are kept: nothing is sent twice ([`coap::Exchanges`] knows duplicates,
 //! [`Telegram::attempt`] repeats only what surely had no effect); no change is lost ([`Motes`] counts
 //! only what was acknowledged, `fetch_pages` saves before it confirms); nobody waits long
-//! ([`Polling`] says how long a call may take).
+//! ([`Polling`] says how long a call may take); nothing that comes by network ends it
+//! ([`Gateway::run`] never returns).
 
 use std::collections::VecDeque;
 use std::fs::{self, File, OpenOptions};
@@ -219,7 +220,7 @@ impl Gateway {
         let listen = self.config.listen;
         info!("{VERSION} serves CoAP on {listen}");
         self.tell_status();
-        self.settle(Instant::now()); // tells at once of a disk that cannot be written
+        self.settle(Instant::now()); // without time for Telegram: tells of a disk that cannot be written
         let mut buffer = vec![0; coap::DATAGRAM_MAX];
         let mut next_tick = Instant::now();
         let mut next_address_check = Instant::now() + ADDRESS_CHECK;
@@ -278,13 +279,13 @@ impl Gateway {
         let Some(token) = self.polling.token_if_due(now) else {
             return;
         };
-        let deadline = now + FETCH_TIME; // in a hang, too: this is then the try, see Polling
-        if mem::take(&mut self.people.get_a_turn) {
+        let deadline = now + FETCH_TIME; // in a hang, too: this fetch finds out whether it lasts
+        if mem::take(&mut self.people.have_next_turn) {
             return self.settle(deadline); // the fetch stays due: the next round makes it
         }
         let _ = self.fetch(&token, deadline); // it logs when failing begins and ends
         self.settle(deadline);
-        self.people.get_a_turn = self.people.are_waiting();
+        self.people.have_next_turn = self.people.are_waiting();
     }
 
     fn take_datagram(&mut self, peer: SocketAddr, datagram: &[u8]) {
@@ -499,7 +500,7 @@ impl Gateway {
         Ok(Verdict::Work(work))
     }
 
-    /// Reads the form of `POST /message`.
+    /// Reads the payload of `POST /message`.
     fn accept_message(&self, payload: &str) -> Result<Text, Response> {
         let chat_ids = field(payload, CHAT_IDS);
         let text = field(payload, TEXT);
@@ -519,7 +520,7 @@ impl Gateway {
         Ok(Text { token, chats, text })
     }
 
-    /// Reads the form of `POST /update`. Without a configured token, the first bot that Telegram
+    /// Reads the payload of `POST /update`. Without a configured token, the first bot that Telegram
     /// has accepted is the only one: its offset and its people are in the state.
     fn accept_update(&self, payload: &str) -> Result<Secret, Response> {
         if field(payload, URL).is_empty() || field(payload, TOKEN).is_empty() {
@@ -533,8 +534,8 @@ impl Gateway {
         Ok(token)
     }
 
-    /// Returns the bot's own token for it or for the word that motes may use in its place. Neither
-    /// here nor with the url does a mote choose where the gateway connects to.
+    /// Returns the configured token if the mote presents that or `mote_token`; without a configured one,
+    /// the mote's. No mote chooses the url that the gateway connects to.
     fn accept_token(&self, payload: &str) -> Result<Secret, Response> {
         if field(payload, URL) != self.config.url {
             return Err(forbidden("url"));
@@ -580,7 +581,7 @@ fn check_formats(request: &Request, method: RequestType, format: u16) -> Result<
 }
 
 /// Returns the value of a field, empty if it is missing. It ends where another key occurs for the first
-/// time, so a text may hold each key that stands in front of it. Values are not percent-encoded.
+/// time, so a text behind all other fields may hold their keys. Values are not percent-encoded.
 fn field<'a>(payload: &'a str, key: &str) -> &'a str {
     let Some(start) = payload.find(key) else {
         return "";
@@ -768,7 +769,7 @@ impl Gateway {
         while Instant::now() < deadline
             && let Some(Answer { chat, texts }) = self.people.answers.pop_front()
         {
-            let text = format!("{:.TEXT_MAX$}", texts.join("\n\n"));
+            let text = format!("{:.TEXT_MAX$}", texts.join("\n\n")); // cut to what Telegram takes
             let body = json!({"chat_id": chat, "text": text});
             if let Err(failure) = self.telegram.call(token, "sendMessage", &body, deadline) {
                 warn!("sendMessage to {chat} failed: {}", failure.reason);
@@ -788,9 +789,8 @@ impl Gateway {
 
 /// How long the gateway's own fetch may take, during which requests wait.
 const FETCH_TIME: Duration = Duration::from_secs(5);
-/// The pause between two fetches while nobody writes. It also keeps connections open for the next
-/// text: ureq uses the idle ones in turn, so with up to three (3 * 15 s < `IDLE_CONNECTION`) none gets
-/// too old. Of more, left by a text to many chats, some do, and the next such text opens new ones.
+/// The pause between two fetches while nobody writes. It also keeps up to three connections open for the
+/// next text: ureq uses the idle ones in turn, and 3 * 15 s are less than `IDLE_CONNECTION`.
 const FETCH_EVERY: Duration = Duration::from_secs(15);
 /// The pause after a fetch with news, for whoever wrote may be about to write again, and after a page
 /// that was too much to be read. Without news it doubles.
@@ -1809,7 +1809,7 @@ struct People {
     /// What is to be deleted, the oldest first.
     deletions: VecDeque<Deletion>,
     /// Whether the gateway's last fetch left no time for all of them: then they get a turn before the next.
-    get_a_turn: bool,
+    have_next_turn: bool,
     /// Who has tried wrong passwords, the latest last.
     suspects: VecDeque<Suspect>,
 }
