@@ -825,7 +825,7 @@ struct Polling {
     is_failing: bool,
     /// Whether an answered text (a refused one, too) is a reason to fetch at once: the last fetch failed,
     /// and not by a refusal of `getUpdates` below 500, which the next fetch would only meet again.
-    may_work_again: bool,
+    fetches_after_text: bool,
     /// Whether Telegram hangs: the last fetch, or a text to all its chats, got no answer in time.
     hangs: bool,
 }
@@ -840,7 +840,7 @@ impl Polling {
             empty_page_at: None,
             refused_until: None,
             is_failing: false,
-            may_work_again: false,
+            fetches_after_text: false,
             hangs: false,
         }
     }
@@ -890,7 +890,7 @@ impl Polling {
     fn note_fetch(&mut self, token: &Secret, has_news: bool, now: Instant) {
         self.token = Some(token.clone());
         self.is_failing = false;
-        self.may_work_again = false;
+        self.fetches_after_text = false;
         self.hangs = false;
         let longer = FETCH_EVERY.min(2 * self.pause);
         self.pause = if has_news { FETCH_SOON } else { longer };
@@ -900,12 +900,14 @@ impl Polling {
     /// A fetch that began then has failed.
     fn note_failed_fetch(&mut self, failure: &Failure, began: Instant, now: Instant) {
         self.is_failing = true;
-        self.may_work_again = failure.error_code.is_none_or(|code| code >= 500);
+        self.fetches_after_text = failure.error_code.is_none_or(|code| code >= 500);
         let was_unreadable = failure.http_began && failure.error_code.is_none();
         if failure.timed_out {
             self.note_time_out(began);
         } else {
-            self.hangs &= !failure.http_began; // a look-up that came to nothing is no end of it
+            if failure.http_began {
+                self.hangs = false; // otherwise nothing shows that it is over
+            }
             self.next_fetch = now + FETCH_AFTER_FAILURE;
         }
         // Soon again, then with one update. If it was only one already, its size is not the reason.
@@ -925,11 +927,11 @@ impl Polling {
     fn note_texts(&mut self, results: &[ApiResult], began: Instant, now: Instant) {
         let has_answer = |result: &ApiResult| match result {
             Ok(_) => true,
-            Err(failure) => failure.error_code.is_some(),
+            Err(failure) => failure.error_code.is_some(), // a portal's page would refuse a fetch, too
         };
         let timed_out = |result: &ApiResult| result.as_ref().is_err_and(|f| f.timed_out);
         if results.iter().any(has_answer) {
-            if self.hangs || self.may_work_again {
+            if self.hangs || self.fetches_after_text {
                 self.next_fetch = now;
             }
             self.hangs = false;
@@ -966,7 +968,7 @@ const ATTEMPT_PAUSE: Duration = Duration::from_millis(500);
 const PAGE_MAX: u64 = 1 << 20;
 /// How many bytes any other answer may have: a `Message` of 4,096 characters, all escaped, fits.
 const ANSWER_MAX: u64 = 64 << 10;
-/// A call with `FETCH_TIME` left, or less by at most this, takes the agent's `FETCH_TIME` as it is.
+/// How much less than the agent's `FETCH_TIME` may be left for a call that takes it as it is.
 const TIME_LEFT_SLACK: Duration = Duration::from_millis(100);
 /// How many characters of the reason of a failed call are kept.
 const REASON_MAX: usize = 300;
@@ -1000,7 +1002,7 @@ struct Failure {
     /// Both are the Bot API's.
     error_code: Option<u64>,
     retry_after: Option<Duration>,
-    /// At most its head was sent, so Telegram surely has not acted on it. Not set for a refusal.
+    /// At most the head of the call was sent, so Telegram surely has not acted on it.
     had_no_effect: bool,
     /// No answer began in time.
     timed_out: bool,
@@ -1187,9 +1189,9 @@ impl Telegram {
     fn with_limits(&self, request: PostRequest, deadline: Instant) -> PostRequest {
         let time_left = deadline.saturating_duration_since(Instant::now());
         let since_silence = self.silent_at.map_or(IDLE_CONNECTION, |at| at.elapsed());
-        // A request with a config of its own has TLS settings built for it alone, unless an earlier
-        // request without such a config has made ureq build the agent's: these it shares. So the
-        // gateway's own fetch, usually the first request of all, goes without a config of its own.
+        // For a request with a config of its own ureq builds TLS settings, too, unless a request without
+        // one has made it build the agent's, which serve all. So the gateway's own fetch, usually the
+        // first request of all, goes without.
         let is_usual = (FETCH_TIME - TIME_LEFT_SLACK..=FETCH_TIME).contains(&time_left);
         let idle_age = since_silence.min(IDLE_CONNECTION);
         if is_usual && idle_age == IDLE_CONNECTION {
@@ -1291,7 +1293,7 @@ fn read_refusal(answer: &Value) -> Option<Failure> {
     Some(failure)
 }
 
-/// Reads a number of seconds: an integer, a fraction, or either as a string.
+/// Reads a number of seconds: Telegram's integer, or what other servers make of it, a fraction or a string.
 fn seconds(value: &Value) -> Option<Duration> {
     let seconds = match value {
         Value::String(text) => text.trim().parse().ok()?,
@@ -1373,7 +1375,8 @@ impl Addresses {
             }
             changed.notify_all();
         };
-        thread::Builder::new().spawn(run).map(drop)
+        thread::Builder::new().spawn(run)?;
+        Ok(())
     }
 }
 
@@ -2197,6 +2200,7 @@ impl Folders {
         let has_settings = Path::new("config.ini").exists() || Path::new(".env").exists();
         let uses_installation = is_installed && (is_inside || !has_settings);
         let folder = |variable: &str, installed: &str| match variable_of_environment(variable) {
+            // systemd may name several
             Some(folders) => folders.split(':').next().unwrap_or_default().into(),
             None if uses_installation => installed.into(),
             None => PathBuf::new(),
@@ -2294,13 +2298,15 @@ impl Config {
         let value = setting.value.as_str();
         let secret = Secret(value.to_string());
         let refuse = |rule: &str| Err(setting.fault(rule));
-        let word = format!("is not a word of at most {MOTE_TOKEN_MAX} bytes without &");
         match (setting.name.to_lowercase().as_str(), value) {
             ("bot_token", "your_telegram_bot_token") => {} // the template's: not set
             ("bot_token", _) if secret.is_bot_token() => self.token = Some(secret),
             ("bot_token", _) => return refuse("is not a bot token (digits, a colon, letters)"),
             ("mote_token", _) if is_mote_token(value) => self.mote_token = Some(secret),
-            ("mote_token", _) => return refuse(&word),
+            ("mote_token", _) => {
+                let rule = format!("is not a word of at most {MOTE_TOKEN_MAX} bytes without &");
+                return refuse(&rule);
+            }
             ("registration", "open") => self.registration_by_password = false,
             ("registration", "password") => self.registration_by_password = true,
             ("registration", _) => return refuse("is neither open nor password"),
@@ -2438,7 +2444,7 @@ fn variable_of_environment(name: &str) -> Option<String> {
     (!value.is_empty()).then_some(value)
 }
 
-/// Whether a mote can present this word: its form has no way to hold white space or `&` in a token.
+/// Whether a mote can present this word: its payload has no way to hold white space or `&` in a token.
 fn is_mote_token(value: &str) -> bool {
     let separates = |c: char| c.is_whitespace() || c == '&';
     value.len() <= MOTE_TOKEN_MAX && !value.contains(separates)
@@ -2594,10 +2600,11 @@ fn journal_priority(level: Level) -> &'static str {
 fn escape(text: &str) -> String {
     let mut escaped = String::new();
     for c in text.chars() {
-        match c {
-            '\u{2028}' | '\u{2029}' => escaped.extend(c.escape_default()),
-            _ if c.is_control() => escaped.extend(c.escape_default()),
-            _ => escaped.push(c),
+        let ends_line = matches!(c, '\u{2028}' | '\u{2029}'); // line and paragraph separator
+        if ends_line || c.is_control() {
+            escaped.extend(c.escape_default());
+        } else {
+            escaped.push(c);
         }
     }
     escaped
@@ -2659,7 +2666,8 @@ fn notify(message: &str) {
 
 fn check_settings() -> Result<(), String> {
     start_log(LevelFilter::Warn, None)?;
-    Config::load(&Folders::find()).map(drop)
+    Config::load(&Folders::find())?;
+    Ok(())
 }
 
 fn check() -> Result<(), String> {
@@ -2716,8 +2724,8 @@ fn send(chat: &str, text: &str, uri: Option<&str>) -> Result<(), String> {
         None => config.listen,
     };
     let url = &config.url;
-    let form = format!("url={url}&token={token}&chat_ids={chat}&text={text}");
-    let answer = match exchange(peer, &coap::post("message", &form)) {
+    let payload = format!("url={url}&token={token}&chat_ids={chat}&text={text}");
+    let answer = match exchange(peer, &coap::post("message", &payload)) {
         Ok(Some(answer)) => answer,
         Ok(None) => return Err(format!("no answer from {peer}")),
         Err(error) => return Err(format!("cannot reach a gateway at {peer}: {error}")),
@@ -2800,8 +2808,8 @@ mod coap {
     /// Transmission parameters, RFC 7252 §4.8, and what follows from them, §4.8.2.
     pub const ACK_TIMEOUT: Duration = Duration::from_secs(2);
     pub const MAX_RETRANSMIT: u32 = 4;
+    /// By how much a first timeout may be longer: ACK_RANDOM_FACTOR is 1.5.
     const ACK_RANDOM_MS: u64 = 1000;
-    /// ACK_TIMEOUT times ACK_RANDOM_FACTOR, which is 1.5.
     const ACK_TIMEOUT_MAX_S: u64 = 3;
     const MAX_TRANSMIT_SPAN_S: u64 = ACK_TIMEOUT_MAX_S * ((1 << MAX_RETRANSMIT) - 1);
     const MAX_LATENCY_S: u64 = 100;
@@ -2814,7 +2822,7 @@ mod coap {
 
     /// The longest datagram: UDP carries no more.
     pub const DATAGRAM_MAX: usize = 1 << 16;
-    /// The longest payload of a request in bytes: 4,096 characters of 4 bytes, and the form.
+    /// The longest payload of a request in bytes: 4,096 characters of 4 bytes, and the other fields.
     pub const BODY_MAX: usize = 17 << 10;
     /// How many messages each `Memory` holds: those of 1,000 motes that all send four in
     /// `EXCHANGE_LIFETIME`. Each takes about 50 bytes.
