@@ -432,8 +432,10 @@ fn a_state_of_roots() {
     let path = state.join("state.json");
     fs::write(&path, OF_1_0_0).unwrap();
     fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
-    let program = work.join("coap_websocket"); // where nobody may run it
-    fs::copy(binary(), &program).unwrap();
+    // Where nobody may run it. `fs::copy` would hold it open for writing while another test forks.
+    let program = work.join("coap_websocket");
+    let copied = Command::new("cp").arg(binary()).arg(&program).status();
+    assert!(copied.unwrap().success());
     let output = Command::new("timeout")
         .arg("10")
         .arg(&program)
