@@ -1405,7 +1405,7 @@ struct State {
     feedback: Option<u8>,
     users: Vec<User>,
     /// Chats to which no texts of motes are sent until they are registered again, the latest last.
-    removed: Vec<i64>,
+    removed: VecDeque<i64>,
     /// The id of the bot that `offset` belongs to. Without a configured token, no other is served.
     bot: Option<String>,
     /// Bot API, getUpdates: the next update's id. It may fall: Telegram numbers anew after a week.
@@ -1443,16 +1443,13 @@ impl State {
         let is_interval = |minutes: &u8| (INTERVAL_MIN..=INTERVAL_MAX).contains(minutes);
         state.interval = state.interval.filter(is_interval);
         state.feedback = state.feedback.filter(|on| *on <= 1);
+        let removed = mem::take(&mut state.removed);
         let users = mem::take(&mut state.users);
-        for chat in mem::take(&mut state.removed) {
-            if fits_firmware(chat) {
-                state.remove(chat);
-            }
+        for chat in removed.into_iter().filter(|chat| fits_firmware(*chat)) {
+            state.remove(chat);
         }
-        for User { name, chat } in users {
-            if fits_firmware(chat) {
-                state.register(chat, &name);
-            }
+        for user in users.into_iter().filter(|user| fits_firmware(user.chat)) {
+            state.register(user.chat, &user.name);
         }
         // Update ids are counted for each bot.
         if let Some(token) = &config.token
@@ -1515,10 +1512,7 @@ impl State {
             shown = self.users.remove(index).to_string();
         }
         self.removed.retain(|removed| *removed != chat);
-        self.removed.push(chat);
-        if self.removed.len() > REMOVED_MAX {
-            self.removed.remove(0);
-        }
+        push_bounded(&mut self.removed, chat, REMOVED_MAX);
         shown
     }
 
@@ -1528,9 +1522,6 @@ impl State {
         let id = parse_number(meant).filter(|id| fits_firmware(*id));
         if id.is_some_and(|id| self.is_user(id)) {
             return id;
-        }
-        if visible_name(meant).is_empty() {
-            return None; // `clean_name` would make a name of it
         }
         let name = clean_name(meant);
         let lower = name.to_lowercase();
@@ -1542,7 +1533,10 @@ impl State {
 
     /// Returns a name for the firmware that no user has, for it finds users by name.
     fn free_name(&self, name: &str) -> String {
-        let clean = clean_name(name);
+        let mut clean = clean_name(name);
+        if clean.is_empty() {
+            clean = "user".to_string();
+        }
         let mut free = clean.clone();
         let mut number = 2;
         while self.users.iter().any(|user| user.name == free) {
@@ -1579,8 +1573,15 @@ impl State {
 
 /// Reads a number as people mean it: Rust would take a leading `+`, too.
 fn parse_number<T: std::str::FromStr>(text: &str) -> Option<T> {
-    let is_strange = text.starts_with('+');
-    if is_strange { None } else { text.parse().ok() }
+    text.parse().ok().filter(|_| !text.starts_with('+'))
+}
+
+/// Appends an entry. If there are as many as there may be, the oldest gives way and is returned.
+fn push_bounded<T>(queue: &mut VecDeque<T>, entry: T, max: usize) -> Option<T> {
+    let is_full = queue.len() >= max;
+    let oldest = if is_full { queue.pop_front() } else { None };
+    queue.push_back(entry);
+    oldest
 }
 
 /// Reads a file, if there is one, without the mark that editors on Windows put in front. An error
@@ -1608,30 +1609,24 @@ fn fits_firmware(chat: i64) -> bool {
     (1..=CHAT_ID_MAX).contains(&chat)
 }
 
-/// Returns a name that the firmware neither cuts nor takes for anything else.
+/// Returns what is left of a name, maybe nothing, without what nobody sees and what separates the
+/// firmware's tokens. The firmware neither cuts it nor takes it for anything else.
 fn clean_name(name: &str) -> String {
-    let name = visible_name(name);
-    if name.is_empty() {
-        return "user".to_string();
-    }
-    if is_misread(&name) {
-        return cut(&format!("_{name}"), NAME_MAX).to_string();
-    }
-    name
-}
-
-/// Returns what is left of a name without what nobody sees and what separates the firmware's tokens.
-fn visible_name(name: &str) -> String {
     let is_lost = |c: char| c.is_control() || is_invisible(c) || ";:,&=".contains(c);
     let mut visible = name.to_string();
     visible.retain(|c| c.is_whitespace() || !is_lost(c));
     let words: Vec<&str> = visible.split_whitespace().collect();
-    cut(&words.join(" "), NAME_MAX).to_string()
+    let mut name = words.join(" ");
+    if is_misread(cut(&name, NAME_MAX)) {
+        name.insert(0, '_');
+    }
+    cut(&name, NAME_MAX).to_string()
 }
 
 /// Whether the firmware would take a name for a setting, a removal, everybody, or an id.
 fn is_misread(name: &str) -> bool {
     match name.as_bytes() {
+        [] => false,
         [b'f', b'0' | b'1', ..] | [b'i' | b'r', b'0'..=b'9', ..] => true,
         name => name == b"all" || name.iter().all(u8::is_ascii_digit),
     }
@@ -1649,8 +1644,7 @@ fn is_invisible(c: char) -> bool {
         | '\u{180b}'..='\u{180f}' | '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}'
         | '\u{2060}'..='\u{206f}' | '\u{2800}' | '\u{3164}' | '\u{fe00}'..='\u{fe0f}'
         | '\u{feff}' | '\u{ffa0}' | '\u{fff0}'..='\u{fffb}' | '\u{1bca0}'..='\u{1bca3}'
-        | '\u{1d173}'..='\u{1d17a}'
-        | '\u{e0000}'..='\u{e0fff}')
+        | '\u{1d173}'..='\u{1d17a}' | '\u{e0000}'..='\u{e0fff}')
 }
 
 // ---------- Motes ----------
@@ -1667,7 +1661,7 @@ const MESSAGE_ID_STEP_MAX: u16 = 64;
 #[derive(Default)]
 struct Motes {
     /// The longest silent one comes first.
-    motes: Vec<Mote>,
+    motes: VecDeque<Mote>,
     /// The number of the summary that was last offered, and its text.
     version: u64,
     summary: String,
@@ -1699,7 +1693,7 @@ impl Motes {
     fn note_request(&mut self, peer: SocketAddr, message_id: u16, now: Instant) {
         let address = peer.ip().to_canonical();
         let index = self.motes.iter().position(|mote| mote.address == address);
-        let known = index.map(|index| self.motes.remove(index));
+        let known = index.and_then(|index| self.motes.remove(index));
         let mut mote = known.unwrap_or(Mote {
             address,
             port: peer.port(),
@@ -1711,21 +1705,19 @@ impl Motes {
         let steps = 1..=MESSAGE_ID_STEP_MAX;
         let is_same_client = mote.port == peer.port();
         let is_next = steps.contains(&message_id.wrapping_sub(mote.message_id));
-        let is_late = steps.contains(&mote.message_id.wrapping_sub(message_id))
+        let is_late = is_same_client
+            && steps.contains(&mote.message_id.wrapping_sub(message_id))
             && now < mote.message_id_at + coap::MAX_TRANSMIT_WAIT;
         if is_same_client && !is_next && !is_late {
             info!("{address} has restarted, its message ID says: it is told everything");
             mote.version = 0;
         }
-        if !is_same_client || !is_late {
+        if !is_late {
             mote.port = peer.port();
             mote.message_id = message_id;
             mote.message_id_at = now;
         }
-        if self.motes.len() >= MOTES_MAX {
-            self.motes.remove(0);
-        }
-        self.motes.push(mote);
+        push_bounded(&mut self.motes, mote, MOTES_MAX);
     }
 
     fn acknowledge(&mut self, peer: SocketAddr, version: u64, now: Instant) {
@@ -1754,8 +1746,7 @@ impl Motes {
 // everything else in a message may be missing or odd.
 
 /// How many messages that hold a password wait for their deletion, and how many chats for an answer.
-const DELETIONS_MAX: usize = 100;
-const ANSWERS_MAX: usize = 100;
+const WAITING_MAX: usize = 100;
 /// How many chats are remembered for their wrong passwords.
 const SUSPECTS_MAX: usize = 256;
 const REGISTERED: &str = "You are registered.";
@@ -1791,18 +1782,12 @@ impl Chat {
     }
 }
 
-/// Whether somebody has sent something else than a text. Bot API, Message.
+/// The fields of the Bot API's `Message` that hold what people send beside texts.
+const MEDIA: &str = "animation audio checklist contact dice document game invoice live_photo \
+    location paid_media photo poll sticker story venue video video_note voice";
+
 fn has_media(message: &Value) -> bool {
-    for (key, value) in message.as_object().into_iter().flatten() {
-        match key.as_str() {
-            _ if value.is_null() => {}
-            "animation" | "audio" | "checklist" | "contact" | "dice" | "document" | "game"
-            | "invoice" | "live_photo" | "location" | "paid_media" | "photo" | "poll"
-            | "sticker" | "story" | "venue" | "video" | "video_note" | "voice" => return true,
-            _ => {}
-        }
-    }
-    false
+    MEDIA.split(' ').any(|key| !message[key].is_null())
 }
 
 #[derive(Default)]
@@ -1833,7 +1818,7 @@ struct Suspect {
     chat: i64,
     /// Wrong passwords in a row.
     wrong: u32,
-    locked_until: Option<Instant>,
+    last_at: Instant,
 }
 
 impl People {
@@ -1884,6 +1869,7 @@ impl People {
             self.register(chat, state);
         }
         match command {
+            _ if command.has_password() && self.is_locked_out(id) => {}
             Command::Config(words) => self.configure(id, &words, state, config),
             Command::Register(words) => self.on_register(chat, &words, state, config),
             Command::Help => self.say(id, &help(config)),
@@ -1911,9 +1897,6 @@ impl People {
 
     /// Carries out `register <password>`.
     fn on_register(&mut self, chat: &Chat, words: &[&str], state: &mut State, config: &Config) {
-        if self.is_locked_out(chat.id) {
-            return;
-        }
         let [_, guess] = *words else {
             return self.say(chat.id, HOW_TO_REGISTER);
         };
@@ -1929,11 +1912,9 @@ impl People {
         if config.password.is_none() {
             return self.say(chat, "No password is set, so nothing can be changed.");
         }
-        if self.is_locked_out(chat) {
-            return;
-        }
+        let form = format!("Nothing was changed. Allowed is:\n{}", config_commands());
         let [_, guess, key, _, ..] = *words else {
-            return self.say(chat, &config_form());
+            return self.say(chat, &form);
         };
         if !self.check_password(chat, guess, config) {
             return;
@@ -1950,7 +1931,7 @@ impl People {
                 state.feedback = Some(on);
                 format!("The LED feedback is set to {on}.")
             }
-            _ => return self.say(chat, &config_form()),
+            _ => return self.say(chat, &form),
         };
         info!("chat {chat}: {confirmation}");
         self.say(chat, &confirmation);
@@ -1973,50 +1954,44 @@ impl People {
         }
     }
 
-    fn is_locked_out(&self, chat: i64) -> bool {
-        let suspect = self.suspects.iter().find(|suspect| suspect.chat == chat);
-        let locked_until = suspect.and_then(|suspect| suspect.locked_until);
-        locked_until.is_some_and(|until| Instant::now() < until)
+    /// Whether what a chat writes with a password is ignored. After an hour it begins anew.
+    fn is_locked_out(&mut self, chat: i64) -> bool {
+        let is_locked = |suspect: &Suspect| suspect.wrong >= WRONG_PASSWORDS_MAX;
+        self.suspects
+            .retain(|known| !is_locked(known) || known.last_at.elapsed() < LOCKED_OUT);
+        let suspect = self.suspects.iter().find(|known| known.chat == chat);
+        suspect.is_some_and(is_locked)
     }
 
     /// Returns whether the password is right. A wrong one is counted and answered.
     fn check_password(&mut self, chat: i64, guess: &str, config: &Config) -> bool {
         let index = self.suspects.iter().position(|known| known.chat == chat);
-        let suspect = index.and_then(|index| self.suspects.remove(index));
+        let known = index.and_then(|index| self.suspects.remove(index));
         let password = config.password.as_ref();
         if password.is_some_and(|password| password.matches(guess)) {
             return true;
         }
-        let mut wrong = 1 + suspect.map_or(0, |suspect| suspect.wrong);
-        let mut locked_until = None;
-        let mut answer = WRONG_PASSWORD;
-        if wrong >= WRONG_PASSWORDS_MAX {
-            wrong = 0;
-            locked_until = Some(Instant::now() + LOCKED_OUT);
-            answer = TOO_MANY_WRONG_PASSWORDS;
-        }
+        let suspect = Suspect {
+            chat,
+            wrong: 1 + known.map_or(0, |known| known.wrong),
+            last_at: Instant::now(),
+        };
+        let answer = match suspect.wrong {
+            WRONG_PASSWORDS_MAX.. => TOO_MANY_WRONG_PASSWORDS,
+            _ => WRONG_PASSWORD,
+        };
         warn!("chat {chat}: {answer}");
         self.say(chat, answer);
-        if self.suspects.len() >= SUSPECTS_MAX {
-            self.suspects.pop_front();
-        }
-        self.suspects.push_back(Suspect {
-            chat,
-            wrong,
-            locked_until,
-        });
+        push_bounded(&mut self.suspects, suspect, SUSPECTS_MAX);
         false
     }
 
     /// Keeps a message for deletion. If there are too many, the oldest stays in its chat.
     fn delete(&mut self, chat: i64, message: &Value) {
-        let Some(message_id) = message["message_id"].as_i64() else {
-            return;
-        };
-        if self.deletions.len() >= DELETIONS_MAX {
-            self.deletions.pop_front();
+        if let Some(message_id) = message["message_id"].as_i64() {
+            let deletion = Deletion { chat, message_id };
+            push_bounded(&mut self.deletions, deletion, WAITING_MAX);
         }
-        self.deletions.push_back(Deletion { chat, message_id });
     }
 
     /// Adds a text to what a chat is told, once. If too many chats wait, the oldest hears nothing.
@@ -2028,12 +2003,11 @@ impl People {
             }
             return;
         }
-        if self.answers.len() >= ANSWERS_MAX {
-            warn!("no time left: an answer to a person is dropped");
-            self.answers.pop_front();
-        }
         let texts = vec![text];
-        self.answers.push_back(Answer { chat, texts });
+        let dropped = push_bounded(&mut self.answers, Answer { chat, texts }, WAITING_MAX);
+        if dropped.is_some() {
+            warn!("no time left: an answer to a person is dropped");
+        }
     }
 }
 
@@ -2064,11 +2038,9 @@ impl<'a> Command<'a> {
         };
         let first = plain(first);
         let command = first.split('@').next().unwrap_or_default();
-        let mut phrase = plain(command).replace('_', " ");
-        for word in &words[1..] {
-            phrase += " ";
-            phrase += &plain(word).replace('_', " ");
-        }
+        let mut phrase = vec![plain(command)];
+        phrase.extend(words[1..].iter().map(|word| plain(word)));
+        let phrase = phrase.join(" ").replace('_', " ");
         let phrase: Vec<&str> = phrase.split_whitespace().collect();
         match phrase[..] {
             ["remove", "me"] | ["stop"] => Command::Leave,
@@ -2088,8 +2060,7 @@ impl<'a> Command<'a> {
 fn plain(word: &str) -> String {
     let mut visible = word.to_lowercase();
     visible.retain(|c| !is_invisible(c));
-    let word = visible.trim_matches(|c: char| !c.is_alphanumeric());
-    word.to_string()
+    visible.trim_matches(|c: char| !c.is_alphanumeric()).into()
 }
 
 /// Strips what people put around a value: quotes, brackets, and the end of a sentence.
@@ -2119,10 +2090,6 @@ fn config_commands() -> String {
         config <password> feedback <0|1> - LED feedback off or on\n\
         config <password> remove <name or id> - no more messages for somebody else\n"
     )
-}
-
-fn config_form() -> String {
-    format!("Nothing was changed. Allowed is:\n{}", config_commands())
 }
 
 fn removal_notice(config: &Config) -> String {

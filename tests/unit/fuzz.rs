@@ -774,7 +774,7 @@ impl Town {
         } else {
             assert!(new_users.is_empty(), "somebody else is registered");
         }
-        let has_left = state.removed.last() == Some(&writer.chat);
+        let has_left = state.removed.back() == Some(&writer.chat);
         if writer.words == ["remove", "me"] || writer.words == ["stop"] {
             return assert!(!is_user && has_left, "not removed: {}", writer.text);
         }
@@ -860,7 +860,7 @@ impl Writer {
         }
         let mut suspects = town.people.suspects.iter();
         let suspect = suspects.find(|suspect| suspect.chat == chat);
-        let is_locked = suspect.is_some_and(|suspect| suspect.locked_until.is_some());
+        let is_locked = suspect.is_some_and(|suspect| suspect.wrong >= 5);
         Some(Writer {
             chat,
             text: text.to_string(),
