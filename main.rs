@@ -1481,7 +1481,7 @@ impl State {
         file.write_all(&serde_json::to_vec_pretty(self)?)?;
         file.sync_all()?;
         fs::rename(&new, path)?;
-        let whole = Path::new(".").join(path); // a bare name has no folder
+        let whole = Path::new(".").join(path); // so that a bare name, too, has a folder
         File::open(whole.parent().unwrap_or(&whole))?.sync_all()
     }
 
@@ -1573,7 +1573,8 @@ impl State {
 
 /// Reads a number as people mean it: Rust would take a leading `+`, too.
 fn parse_number<T: std::str::FromStr>(text: &str) -> Option<T> {
-    text.parse().ok().filter(|_| !text.starts_with('+'))
+    let is_strange = text.starts_with('+');
+    if is_strange { None } else { text.parse().ok() }
 }
 
 /// Appends an entry. If there are as many as there may be, the oldest gives way and is returned.
@@ -1593,6 +1594,7 @@ fn read_file(path: &Path) -> Result<Option<Vec<u8>>, String> {
             Ok(Some(text.unwrap_or(&content).to_vec()))
         }
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        // Nothing can be there: its folder is a file.
         Err(error) if error.kind() == ErrorKind::NotADirectory => Ok(None),
         Err(error) => Err(format!("cannot read {}: {error}", path.display())),
     }
@@ -1742,7 +1744,7 @@ impl Motes {
 
 // ---------- People ----------
 //
-// What people write to the bot, and what they are answered. Only ids and the chat's type decide;
+// What people write to the bot, and what they are answered. Ids and the chat's type must be there;
 // everything else in a message may be missing or odd.
 
 /// How many messages that hold a password wait for their deletion, and how many chats for an answer.
@@ -1782,12 +1784,34 @@ impl Chat {
     }
 }
 
-/// The fields of the Bot API's `Message` that hold what people send beside texts.
-const MEDIA: &str = "animation audio checklist contact dice document game invoice live_photo \
-    location paid_media photo poll sticker story venue video video_note voice";
-
+/// Whether a message holds something that people send beside texts. Bot API, Message.
 fn has_media(message: &Value) -> bool {
-    MEDIA.split(' ').any(|key| !message[key].is_null())
+    let is_media = |key: &str| {
+        matches!(
+            key,
+            "animation"
+                | "audio"
+                | "checklist"
+                | "contact"
+                | "dice"
+                | "document"
+                | "game"
+                | "invoice"
+                | "live_photo"
+                | "location"
+                | "paid_media"
+                | "photo"
+                | "poll"
+                | "sticker"
+                | "story"
+                | "venue"
+                | "video"
+                | "video_note"
+                | "voice"
+        )
+    };
+    let mut fields = message.as_object().into_iter().flatten();
+    fields.any(|(key, value)| is_media(key) && !value.is_null())
 }
 
 #[derive(Default)]
@@ -1902,12 +1926,14 @@ impl People {
         };
         if self.check_password(chat.id, guess, config) {
             self.register(chat, state);
-            self.say(chat.id, &help(config));
+            if state.is_user(chat.id) {
+                self.say(chat.id, &help(config));
+            }
         }
     }
 
-    /// Carries out `config <password> <key> <value>`. Only four words or more are a guess. Key and
-    /// value are looked at after the password, so that nobody learns anything without it.
+    /// Carries out `config <password> <key> <value>`. Fewer than four words are no guess. Key and value
+    /// are looked at after the password, so that nobody learns anything without it.
     fn configure(&mut self, chat: i64, words: &[&str], state: &mut State, config: &Config) {
         if config.password.is_none() {
             return self.say(chat, "No password is set, so nothing can be changed.");
@@ -2006,7 +2032,7 @@ impl People {
         let texts = vec![text];
         let dropped = push_bounded(&mut self.answers, Answer { chat, texts }, WAITING_MAX);
         if dropped.is_some() {
-            warn!("no time left: an answer to a person is dropped");
+            warn!("too many chats wait: an answer to a person is dropped");
         }
     }
 }
@@ -2030,7 +2056,7 @@ impl<'a> Command<'a> {
         if words.is_empty() {
             return Command::Nothing;
         }
-        // Signs in front are no words; further behind, they may be the password.
+        // Words of signs alone, such as an emoji, are dropped in front; behind, they may be the password.
         let signs = words.iter().take_while(|word| plain(word).is_empty());
         words.drain(..signs.count());
         let Some(first) = words.first() else {
