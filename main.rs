@@ -1786,32 +1786,19 @@ impl Chat {
 
 /// Whether a message holds something that people send beside texts. Bot API, Message.
 fn has_media(message: &Value) -> bool {
-    let is_media = |key: &str| {
-        matches!(
-            key,
-            "animation"
-                | "audio"
-                | "checklist"
-                | "contact"
-                | "dice"
-                | "document"
-                | "game"
-                | "invoice"
-                | "live_photo"
-                | "location"
-                | "paid_media"
-                | "photo"
-                | "poll"
-                | "sticker"
-                | "story"
-                | "venue"
-                | "video"
-                | "video_note"
-                | "voice"
-        )
-    };
-    let mut fields = message.as_object().into_iter().flatten();
-    fields.any(|(key, value)| is_media(key) && !value.is_null())
+    for (key, value) in message.as_object().into_iter().flatten() {
+        match key.as_str() {
+            "animation" | "audio" | "checklist" | "contact" | "dice" | "document" | "game"
+            | "invoice" | "live_photo" | "location" | "paid_media" | "photo" | "poll"
+            | "sticker" | "story" | "venue" | "video" | "video_note" | "voice"
+                if !value.is_null() =>
+            {
+                return true;
+            }
+            _ => {}
+        }
+    }
+    false
 }
 
 #[derive(Default)]
