@@ -46,6 +46,7 @@ use std::{env, fmt, mem, thread};
 use coap::{Event, Exchanges, Request, Response};
 use coap_lite::{CoapOption, MessageClass, MessageType, Packet, RequestType, ResponseType};
 use log::{Level, LevelFilter, error, info, warn};
+use rustls::RootCertStore;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use simple_logger::SimpleLogger;
@@ -172,7 +173,7 @@ fn serve() -> Result<(), String> {
         ));
     }
     start_log(LevelFilter::Info, Some(folders.log.join("coap_server.log")))?;
-    let config = Config::load(&folders)?;
+    let config = Config::load(&folders, environment()?)?;
     let state = State::open(&config)?;
     notify("READY=1"); // before there is an address: a unit that waits would hold up the boot
     let socket = bind(config.listen)?;
@@ -2179,16 +2180,15 @@ impl Folders {
         let is_inside = env::current_dir().is_ok_and(|here| here == Path::new(INSTALLED_SETTINGS));
         let has_settings = Path::new("config.ini").exists() || Path::new(".env").exists();
         let uses_installation = is_installed && (is_inside || !has_settings);
-        let folder = |variable: &str, installed: &str| match variable_of_environment(variable) {
-            // systemd may name several
-            Some(folders) => folders.split(':').next().unwrap_or_default().into(),
+        let folder = |variable: &str, installed: &str| match folder_of_systemd(variable) {
+            Some(folder) => folder,
             None if uses_installation => installed.into(),
             None => PathBuf::new(),
         };
+        let is_service = folder_of_systemd("STATE_DIRECTORY").is_some();
         let settings = folder("CREDENTIALS_DIRECTORY", INSTALLED_SETTINGS);
-        let are_credentials = variable_of_environment("CREDENTIALS_DIRECTORY").is_some();
+        let are_credentials = folder_of_systemd("CREDENTIALS_DIRECTORY").is_some();
         let dot_env = if are_credentials { "env" } else { ".env" }; // systemd wants no dot there
-        let is_service = variable_of_environment("STATE_DIRECTORY").is_some();
         Folders {
             config_ini: settings.join("config.ini"),
             dot_env: settings.join(dot_env),
@@ -2197,6 +2197,13 @@ impl Folders {
             belong_to_the_service: uses_installation && !is_service,
         }
     }
+}
+
+/// Returns the folder that systemd names in a variable; of several, the first.
+fn folder_of_systemd(variable: &str) -> Option<PathBuf> {
+    let folders = env::var(variable).ok()?;
+    let first = folders.split(':').next()?;
+    (!first.is_empty()).then(|| first.into())
 }
 
 struct Config {
@@ -2236,31 +2243,23 @@ impl Config {
         }
     }
 
-    /// Reads `config.ini`, `.env` and the environment. An error names file, line and reason.
-    fn load(folders: &Folders) -> Result<Config, String> {
+    /// Reads `.env` and `config.ini`; the environment wins. An error names file, line and reason.
+    fn load(folders: &Folders, environment: Vec<Setting>) -> Result<Config, String> {
         let mut config = Config::new(folders);
+        let mut variables = read_settings(&folders.dot_env, None)?;
+        variables.retain(|own| environment.iter().all(|other| other.name != own.name));
+        variables.extend(environment);
+        for setting in &variables {
+            config.set_variable(setting)?;
+        }
         let of_ini = read_settings(&folders.config_ini, Some("telegram"))?;
         for setting in &of_ini {
             config.set_ini(setting)?;
         }
-        for setting in read_settings(&folders.dot_env, None)? {
-            let is_known = VARIABLES.contains(&setting.name.as_str());
-            if !is_known || variable_of_environment(&setting.name).is_none() {
-                config.set_variable(&setting)?;
-            }
-        }
-        for name in VARIABLES {
-            if let Err(env::VarError::NotUnicode(_)) = env::var(name) {
-                return Err(format!("environment: {name} is not UTF-8 text"));
-            }
-            if let Some(value) = variable_of_environment(name) {
-                let place = "environment".to_string();
-                let name = name.to_string();
-                config.set_variable(&Setting { place, name, value })?;
-            }
-        }
         for setting in &of_ini {
-            config.check_with_the_rest(setting)?;
+            if config.token.is_none() && setting.name.eq_ignore_ascii_case("mote_token") {
+                return Err(setting.fault("does not work without bot_token"));
+            }
         }
         let ini = folders.config_ini.display();
         let env = folders.dot_env.display();
@@ -2273,7 +2272,7 @@ impl Config {
         Ok(config)
     }
 
-    /// Sets what stands in `[telegram]` of `config.ini`.
+    /// Sets what stands in `[telegram]` of `config.ini`, once the variables are set.
     fn set_ini(&mut self, setting: &Setting) -> Result<(), String> {
         let value = setting.value.as_str();
         let secret = Secret(value.to_string());
@@ -2288,6 +2287,9 @@ impl Config {
                 return refuse(&rule);
             }
             ("registration", "open") => self.registration_by_password = false,
+            ("registration", "password") if self.password.is_none() => {
+                return refuse("does not work without PASSWORD, which .env sets");
+            }
             ("registration", "password") => self.registration_by_password = true,
             ("registration", _) => return refuse("is neither open nor password"),
             ("url", _) if is_https_url(value) => self.url = value.to_string(),
@@ -2329,17 +2331,6 @@ impl Config {
             _ => warn!("{}", setting.fault("is unknown and ignored")),
         }
         Ok(())
-    }
-
-    /// Refuses what works only together with something that is not set.
-    fn check_with_the_rest(&self, setting: &Setting) -> Result<(), String> {
-        let needs_password = self.registration_by_password && self.password.is_none();
-        let missing = match setting.name.to_lowercase().as_str() {
-            "mote_token" if self.token.is_none() => "bot_token",
-            "registration" if needs_password => "PASSWORD, which .env sets",
-            _ => return Ok(()),
-        };
-        Err(setting.fault(&format!("does not work without {missing}")))
     }
 
     /// Returns the token for the commands that cannot do without.
@@ -2418,10 +2409,18 @@ fn read_settings(path: &Path, section: Option<&str>) -> Result<Vec<Setting>, Str
     Ok(settings)
 }
 
-/// Returns a variable of the real environment, unless it is empty.
-fn variable_of_environment(name: &str) -> Option<String> {
-    let value = env::var(name).ok()?;
-    (!value.is_empty()).then_some(value)
+/// Reads the variables of the real environment. What is set to nothing is not set.
+fn environment() -> Result<Vec<Setting>, String> {
+    let mut settings = Vec::new();
+    for name in VARIABLES.map(str::to_string) {
+        let place = "environment".to_string();
+        let value = env::var_os(&name).unwrap_or_default().into_string();
+        let value = value.map_err(|_| format!("{place}: {name} is not UTF-8 text"))?;
+        if !value.is_empty() {
+            settings.push(Setting { place, name, value });
+        }
+    }
+    Ok(settings)
 }
 
 /// Whether a mote can present this word: its payload has no way to hold white space or `&` in a token.
@@ -2457,7 +2456,7 @@ fn read_roots(file: &str) -> Result<RootCerts, String> {
     let mut certificates = Vec::new();
     for item in ureq::tls::parse_pem(&pem) {
         if let Ok(PemItem::Certificate(certificate)) = item
-            && is_usable(certificate.der())
+            && RootCertStore::empty().add(certificate.der().into()).is_ok()
         {
             certificates.push(certificate);
         }
@@ -2466,12 +2465,6 @@ fn read_roots(file: &str) -> Result<RootCerts, String> {
         return Err(format!("holds no certificate: {file}"));
     }
     Ok(RootCerts::new_with_certs(&certificates))
-}
-
-/// Whether what stands in a file as a certificate is one.
-fn is_usable(der: &[u8]) -> bool {
-    let mut store = rustls::RootCertStore::empty();
-    store.add(der.into()).is_ok()
 }
 
 /// Reads a proxy; none if it cannot be used exactly as it stands there.
@@ -2646,13 +2639,13 @@ fn notify(message: &str) {
 
 fn check_settings() -> Result<(), String> {
     start_log(LevelFilter::Warn, None)?;
-    Config::load(&Folders::find())?;
+    Config::load(&Folders::find(), environment()?)?;
     Ok(())
 }
 
 fn check() -> Result<(), String> {
     start_log(LevelFilter::Warn, None)?;
-    let config = Config::load(&Folders::find())?;
+    let config = Config::load(&Folders::find(), environment()?)?;
     let token = config.required_token()?;
     let mut telegram = Telegram::new(&config);
     let deadline = Instant::now() + REQUEST_TIME;
@@ -2696,7 +2689,7 @@ fn print_users(state: &State) -> Result<(), String> {
 
 /// Sends one `POST /message` as a mote sends it, and shows the answer.
 fn send(chat: &str, text: &str, uri: Option<&str>) -> Result<(), String> {
-    let config = Config::load(&Folders::find())?;
+    let config = Config::load(&Folders::find(), environment()?)?;
     let token = config.required_token()?;
     let Secret(token) = config.mote_token.as_ref().unwrap_or(token);
     let peer = match uri {

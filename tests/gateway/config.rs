@@ -1,8 +1,10 @@
 //! Configuration, command line, files, log, and systemd.
 
 use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::net::{SocketAddr, UdpSocket};
 use std::os::linux::net::SocketAddrExt;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{self, UnixDatagram};
 use std::path::Path;
 use std::process::{self, Command};
@@ -187,7 +189,7 @@ fn environment_files() {
     let (file, environment) = ("in-the-file", "in-the-environment");
     let cases = [
         ("file", ("# comment\n\nPASSWORD=in-the-file\n{C}\n", file)),
-        ("environment", ("PASSWORD=x\n{C}\n", environment)),
+        ("environment", ("PASSWORD=not one word\n{C}\n", environment)),
         ("Windows", ("PASSWORD=a=b#c;d\r\n{C}\r\n", "a=b#c;d")),
     ];
     in_parallel(&cases, |(text, password)| {
@@ -201,6 +203,20 @@ fn environment_files() {
         }
         ada_writes(setup, &api, password);
     });
+}
+
+/// What cannot be read is not taken for unset.
+#[test]
+fn a_variable_that_is_no_text() {
+    let directory = TempDir::new();
+    let mut command = Command::new(binary());
+    command.current_dir(directory.path()).env_clear();
+    command.env("PASSWORD", OsStr::from_bytes(b"gehe\xff"));
+    let output = command.args(["check", "--settings"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let said = String::from_utf8(output.stderr).unwrap();
+    let expected = "coap_websocket: environment: PASSWORD is not UTF-8 text\n";
+    assert_eq!(said, expected);
 }
 
 /// A proxy's 403 is not Telegram's: nobody is removed because of it.

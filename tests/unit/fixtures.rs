@@ -89,24 +89,9 @@ pub fn config_of(config_ini: &[u8], dot_env: &[u8]) -> Result<Config, String> {
     let folders = folders(&scratch.0);
     fs::write(&folders.config_ini, config_ini).unwrap();
     fs::write(&folders.dot_env, dot_env).unwrap();
-    read_both(&folders).map_err(|fault| {
+    Config::load(&folders, Vec::new()).map_err(|fault| {
         let place = format!("{}/", scratch.0.display());
         assert!(fault.starts_with(&place), "{fault}");
         fault.replace(&place, "")
     })
-}
-
-fn read_both(folders: &Folders) -> Result<Config, String> {
-    let mut config = Config::new(folders);
-    let of_ini = read_settings(&folders.config_ini, Some("telegram"))?;
-    for setting in &of_ini {
-        config.set_ini(setting)?;
-    }
-    for setting in read_settings(&folders.dot_env, None)? {
-        config.set_variable(&setting)?;
-    }
-    for setting in &of_ini {
-        config.check_with_the_rest(setting)?;
-    }
-    Ok(config)
 }
