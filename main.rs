@@ -3196,7 +3196,7 @@ mod coap {
 
         // ----- Block1 -----
 
-        /// Returns whether the request has its whole body now. `Err` refuses the block and changes nothing.
+        /// Returns whether the request has its whole body now. `Err` refuses the block.
         pub fn assemble(&mut self, request: &mut Request) -> Result<bool, Response> {
             let now = request.received_at;
             self.assemblies
