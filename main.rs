@@ -137,7 +137,7 @@ fn print(line: &str) -> Result<(), String> {
 // One thread receives, answers, and does what is due between the requests. It owns the socket, the
 // state and everything else that changes.
 
-/// The time between two signs of life for systemd's watchdog (a call of Telegram may add 9 s), and
+/// The time between two signs of life for systemd's watchdog (Telegram may add 14 s), and
 /// between two attempts to get the address.
 const TICK: Duration = Duration::from_secs(1);
 /// How long what is due may be put off while datagrams wait without a pause.
@@ -156,10 +156,10 @@ struct Gateway {
     polling: Polling,
     people: People,
     state: State,
-    /// What `state.json` holds, if this program has written it.
+    /// What `state.json` holds, once this run has written it.
     saved: Option<State>,
     address_is_gone: bool,
-    /// Since when the socket has been read without a pause.
+    /// When a request, or what was due, was last done with.
     reads_since: Instant,
 }
 
@@ -280,7 +280,7 @@ impl Gateway {
         let Some(token) = self.polling.token_if_due(now) else {
             return;
         };
-        let deadline = now + FETCH_TIME; // in a hang, too: this fetch finds out whether it lasts
+        let deadline = now + FETCH_TIME; // in a hang, too: it is *the try*, see Polling
         if mem::take(&mut self.people.have_next_turn) {
             return self.settle(deadline); // the fetch stays due: the next round makes it
         }
@@ -295,11 +295,12 @@ impl Gateway {
             Event::Send(bytes) => self.transmit(peer, &bytes),
             Event::Acknowledged(ticket) => self.motes.acknowledge(peer, ticket, now),
             Event::Request(request) => {
+                // Requests without a pause put off the check in `run`.
                 if now >= self.next_due() + OVERDUE_MAX {
                     self.do_what_is_due(now);
                 }
                 self.handle(request);
-                self.reads_since = Instant::now(); // what came meanwhile, such as ACKs, is read first
+                self.reads_since = Instant::now(); // ACKs that came meanwhile are read first
             }
         }
     }
@@ -671,7 +672,7 @@ impl Gateway {
 
     /// Fetches what people wrote, and tells the mote everything unless it knows that.
     fn update(&mut self, token: &Secret, peer: SocketAddr, deadline: Instant) -> Response {
-        let result = match self.polling.last_page_counts(token, Instant::now()) {
+        let result = match self.polling.empty_page_holds(token, Instant::now()) {
             true => self.save().map_err(Failure::new), // nobody is told what is not saved
             false => self.fetch(token, deadline),
         };
@@ -786,7 +787,7 @@ impl Gateway {
 // Telegram *hangs* once a fetch, or every call for one text, got no answer in time. Requests then have
 // TIME_IN_A_HANG only. *The try* has its usual time: it is whatever begins first at `next_fetch` or
 // later, the gateway's own fetch or a request's fetch or text. If it times out as well, `next_fetch`
-// becomes a minute after it began. An answer to a fetch or to a text ends the hang.
+// becomes a minute after it began. Any answer to a fetch, or the Bot API's to a text, ends the hang.
 
 /// How long the gateway's own fetch may take, during which requests wait.
 const FETCH_TIME: Duration = Duration::from_secs(5);
@@ -815,7 +816,7 @@ struct Polling {
     next_fetch: Instant,
     /// The pause before it while nothing fails.
     pause: Duration,
-    /// How many updates to ask for: one after a page that came too slowly or could not be read, until
+    /// How many updates to ask for: one after a time-out or a page that could not be read, until
     /// a page has come.
     page_limit: usize,
     /// When the last page came, if it was empty.
@@ -825,7 +826,7 @@ struct Polling {
     /// Whether the last fetch failed.
     is_failing: bool,
     /// Whether an answered text (a refused one, too) is a reason to fetch at once: the last fetch failed,
-    /// and not by a refusal of `getUpdates` below 500, which the next fetch would only meet again.
+    /// and not by a code below 500, which the next fetch would only meet again.
     fetches_after_text: bool,
     /// Whether Telegram hangs: the last fetch, or a text to all its chats, got no answer in time.
     hangs: bool,
@@ -858,8 +859,8 @@ impl Polling {
         if is_due { self.token.clone() } else { None }
     }
 
-    /// Whether the last page of this bot still counts, as nobody had written.
-    fn last_page_counts(&self, token: &Secret, now: Instant) -> bool {
+    /// Whether the last page of this bot still holds, as nobody had written.
+    fn empty_page_holds(&self, token: &Secret, now: Instant) -> bool {
         let (Some(own), Some(at)) = (&self.token, self.empty_page_at) else {
             return false;
         };
@@ -874,11 +875,9 @@ impl Polling {
 
     /// How long a request may take that begins now.
     fn request_time(&self, now: Instant) -> Duration {
-        let is_short = self.hangs && now < self.next_fetch;
-        if is_short {
-            TIME_IN_A_HANG
-        } else {
-            REQUEST_TIME
+        match self.hangs && now < self.next_fetch {
+            true => TIME_IN_A_HANG,
+            false => REQUEST_TIME,
         }
     }
 
@@ -907,7 +906,7 @@ impl Polling {
             self.note_time_out(began);
         } else {
             if failure.http_began {
-                self.hangs = false; // otherwise nothing shows that it is over
+                self.hangs = false;
             }
             self.next_fetch = now + FETCH_AFTER_FAILURE;
         }
@@ -928,7 +927,7 @@ impl Polling {
     fn note_texts(&mut self, results: &[ApiResult], began: Instant, now: Instant) {
         let has_answer = |result: &ApiResult| match result {
             Ok(_) => true,
-            Err(failure) => failure.error_code.is_some(), // a portal's page would refuse a fetch, too
+            Err(failure) => failure.error_code.is_some(), // a portal's page is none
         };
         let timed_out = |result: &ApiResult| result.as_ref().is_err_and(|f| f.timed_out);
         if results.iter().any(has_answer) {
@@ -969,7 +968,7 @@ const ATTEMPT_PAUSE: Duration = Duration::from_millis(500);
 const PAGE_MAX: u64 = 1 << 20;
 /// How many bytes any other answer may have: a `Message` of 4,096 characters, all escaped, fits.
 const ANSWER_MAX: u64 = 64 << 10;
-/// How much less than the agent's `FETCH_TIME` may be left for a call that takes it as it is.
+/// How much of `FETCH_TIME` may be gone when a call still goes with the agent's settings.
 const TIME_LEFT_SLACK: Duration = Duration::from_millis(100);
 /// How many characters of the reason of a failed call are kept.
 const REASON_MAX: usize = 300;
@@ -1190,9 +1189,9 @@ impl Telegram {
     fn with_limits(&self, request: PostRequest, deadline: Instant) -> PostRequest {
         let time_left = deadline.saturating_duration_since(Instant::now());
         let since_silence = self.silent_at.map_or(IDLE_CONNECTION, |at| at.elapsed());
-        // For a request with a config of its own ureq builds TLS settings, too, unless a request without
-        // one has made it build the agent's, which serve all. So the gateway's own fetch, usually the
-        // first request of all, goes without.
+        // ureq builds TLS settings for each request with a config of its own, until a request without
+        // one has made it build the agent's. So the gateway's own fetch, usually the first of all, goes
+        // without.
         let is_usual = (FETCH_TIME - TIME_LEFT_SLACK..=FETCH_TIME).contains(&time_left);
         let idle_age = since_silence.min(IDLE_CONNECTION);
         if is_usual && idle_age == IDLE_CONNECTION {
@@ -1250,13 +1249,10 @@ fn read_answer(status: u16, body: &[u8]) -> ApiResult {
             format!("no JSON: {error}")
         }
     };
-    let length = body.len();
-    let reason = format!("HTTP {status} with {length} bytes, {cause}");
-    let failure = Failure::with_answer(reason);
-    Err(Failure {
-        update_id,
-        ..failure
-    })
+    let reason = format!("HTTP {status} with {} bytes, {cause}", body.len());
+    let mut failure = Failure::with_answer(reason);
+    failure.update_id = update_id;
+    Err(failure)
 }
 
 /// Finds the first `"update_id":`. In a text the second quotation mark would have a backslash.
@@ -2435,7 +2431,7 @@ fn is_https_url(text: &str) -> bool {
     let authority = uri.authority().map_or("", |authority| authority.as_str());
     let host = uri.host().unwrap_or_default();
     let has_port = uri.port_u16().is_some_and(|port| port > 0);
-    let is_host = !host.is_empty() && (has_port || authority.ends_with(host));
+    let is_host = !host.is_empty() && (has_port || authority.ends_with(host)); // not `host:`
     let has_path = uri.path().len() > 1 && !text.contains(['?', '#']);
     uri.scheme_str() == Some("https") && is_host && has_path
 }
@@ -2863,7 +2859,7 @@ mod coap {
             self.packet.get_option(option).into_iter().flatten()
         }
 
-        /// Returns the path as in a URI: with `/` between segments, encoded inside. RFC 7252 §6.5.
+        /// Returns the path with `/` between segments, and `%2F` for one inside. RFC 7252 §6.5.
         pub fn path(&self) -> String {
             let mut path = Vec::new();
             for segment in self.values(CoapOption::UriPath) {
@@ -3231,8 +3227,8 @@ mod coap {
         }
 
         /// Takes out the body that a block continues, or begins one. Without Request-Tag a client may send
-        /// two bodies at once. A block that fits behind both could belong to either, so it is refused. As
-        /// either may go on, a refusal ends neither: that lasts until one is finished or abandoned.
+        /// two bodies at once. A block that fits behind both could belong to either: it is refused, and
+        /// neither ends, until one is finished or abandoned.
         fn body_before(
             &mut self,
             key: u64,
@@ -3263,7 +3259,7 @@ mod coap {
             Err(Response::error(code, reason))
         }
 
-        /// Gives up what has waited longest, and with it what might be taken for its continuation.
+        /// Gives up what has waited longest, and all with its key: its next block might fit them.
         fn make_room(&mut self) {
             while self.assemblies.iter().map(Assembly::size).sum::<usize>() > ASSEMBLIES_MAX {
                 let oldest = self.assemblies[0].key;

@@ -990,7 +990,7 @@ fn script_of_fetches(script: &[u8]) {
                 is_last_page_unread = false;
                 let due = polling.next_due().unwrap();
                 assert!((3..=15).contains(&(due - now).as_secs()));
-                assert!(polling.last_page_counts(&secret(TOKEN), now) && !polling.is_failing);
+                assert!(polling.empty_page_holds(&secret(TOKEN), now) && !polling.is_failing);
             }
             3 => {
                 failure.http_began = true;

@@ -413,7 +413,7 @@ fn an_empty_page_counts_for_three_seconds() {
     let mut fetches = Fetches::new();
     let counts = |fetches: &Fetches, token: &str, now| {
         let token = secret(token);
-        fetches.polling.last_page_counts(&token, now)
+        fetches.polling.empty_page_holds(&token, now)
     };
     assert!(!counts(&fetches, TOKEN, fetches.start));
     fetches.succeed(0, true);
