@@ -2840,7 +2840,7 @@ mod coap {
     impl fmt::Display for Request {
         fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
             let method = match self.packet.header.code {
-                MessageClass::Request(method) => format!("{method:?}").to_uppercase(),
+                MessageClass::Request(method) => format!("{method:?}").to_ascii_uppercase(),
                 _ => "?".to_string(),
             };
             match self.path().as_str() {
