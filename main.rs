@@ -1008,7 +1008,7 @@ struct Failure {
     timed_out: bool,
     /// An HTTP answer began, whoever sent it.
     http_began: bool,
-    /// Of a whole page that is no JSON, the first update's id.
+    /// The first update's id, if a whole page is no JSON.
     update_id: Option<i64>,
 }
 
