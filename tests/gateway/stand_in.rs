@@ -137,6 +137,9 @@ fn answers_as_telegram_documents() {
     bad_request("sendMessage", chat(json!("Ada"), "x"), "chat not found");
     let unknown = json!({"chat_id": 1, "message_id": 99});
     bad_request("deleteMessage", unknown, "message to delete not found");
+    let known = json!({"chat_id": 1, "message_id": api.person_writes(1, "Ada", "hi")});
+    client.ask("deleteMessage", known.clone()).expect(200, "");
+    bad_request("deleteMessage", known, "message to delete not found");
     client.ask("nonsense", json!({})).expect(404, "Not Found");
     for (token, status, description) in [
         ("12:short".to_string(), 404, "Not Found"),

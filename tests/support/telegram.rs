@@ -450,13 +450,15 @@ impl State {
         {
             return refusal.answer();
         }
-        match integer(parameters, "message_id") {
-            Some(id) if (1..self.next_message_id).contains(&id) => {
-                self.seen.deleted.push((chat, id));
-                Answer::success(json!(true))
-            }
-            _ => Answer::error(400, "Bad Request: message to delete not found"),
-        }
+        let message = integer(parameters, "message_id")
+            .filter(|id| (1..self.next_message_id).contains(id))
+            .map(|id| (chat, id))
+            .filter(|message| !self.seen.deleted.contains(message));
+        let Some(message) = message else {
+            return Answer::error(400, "Bad Request: message to delete not found");
+        };
+        self.seen.deleted.push(message);
+        Answer::success(json!(true))
     }
 
     /// The first fault planned for this call, counted down.
