@@ -69,8 +69,8 @@ const USERS_MAX: usize = 10;
 /// The longest text in characters. Bot API, sendMessage.
 const TEXT_MAX: usize = 4096;
 /// The shortest and the longest interval that people can set, in minutes.
-const INTERVAL_MIN: u8 = 1;
-const INTERVAL_MAX: u8 = 120;
+const INTERVAL_MIN: i64 = 1;
+const INTERVAL_MAX: i64 = 120;
 /// How long a mote is told nothing after it has acknowledged everything. Then it is told all of it
 /// again, for it may have restarted unnoticed.
 const ACKNOWLEDGED_HOLDS: Duration = Duration::from_secs(3600);
@@ -137,8 +137,8 @@ fn print(line: &str) -> Result<(), String> {
 // One thread receives, answers, and does what is due between the requests. It owns the socket, the
 // state and everything else that changes.
 
-/// The time between two signs of life for systemd's watchdog (Telegram may add 14 s), and
-/// between two attempts to get the address.
+/// The time between two signs of life for systemd's watchdog (a fetch and a request add up to 14 s),
+/// and between two attempts to get the address.
 const TICK: Duration = Duration::from_secs(1);
 /// How long what is due may be put off while datagrams wait without a pause.
 const OVERDUE_MAX: Duration = Duration::from_secs(1);
@@ -159,7 +159,7 @@ struct Gateway {
     /// What `state.json` holds, once this run has written it.
     saved: Option<State>,
     address_is_gone: bool,
-    /// When a request, or what was due, was last done with.
+    /// Since when the loop has only read datagrams: a request, or what was due, was done with then.
     reads_since: Instant,
 }
 
@@ -295,7 +295,7 @@ impl Gateway {
             Event::Send(bytes) => self.transmit(peer, &bytes),
             Event::Acknowledged(ticket) => self.motes.acknowledge(peer, ticket, now),
             Event::Request(request) => {
-                // Requests without a pause put off the check in `run`.
+                // Requests without a pause keep `reads_since` young: `run` would find nothing overdue.
                 if now >= self.next_due() + OVERDUE_MAX {
                     self.do_what_is_due(now);
                 }
@@ -320,9 +320,9 @@ impl Gateway {
         let acknowledgement = self.exchanges.promise(&request);
         self.transmit(peer, &acknowledgement);
         let id = request.packet.header.message_id;
-        let begin = Instant::now();
-        self.motes.note_request(peer, id, begin);
-        let deadline = begin + self.polling.request_time(begin);
+        let began = Instant::now();
+        self.motes.note_request(peer, id, began);
+        let deadline = began + self.polling.request_time(began);
         let response = match work {
             Work::Message(text) => self.deliver(&text, deadline),
             Work::Update(token) => self.update(&token, peer, deadline),
@@ -504,21 +504,16 @@ impl Gateway {
 
     /// Reads the payload of `POST /message`.
     fn accept_message(&self, payload: &str) -> Result<Text, Response> {
-        let chat_ids = field(payload, CHAT_IDS);
-        let text = field(payload, TEXT);
+        let text = field(payload, TEXT).to_string();
         if field(payload, URL).is_empty() || field(payload, TOKEN).is_empty() || text.is_empty() {
             return Err(Response::bad_request(MISSING_FIELDS));
         }
-        if chat_ids.is_empty() {
-            return Err(Response::bad_request(NO_CHAT_IDS)); // the firmware's first boot
-        }
-        let token = self.accept_token(payload)?;
         if text.chars().count() > TEXT_MAX {
             let reason = format!("Text too long, at most {TEXT_MAX} characters");
             return Err(Response::bad_request(&reason));
         }
-        let chats = chats(chat_ids)?;
-        let text = text.to_string();
+        let chats = read_chats(field(payload, CHAT_IDS))?;
+        let token = self.accept_token(payload)?;
         Ok(Text { token, chats, text })
     }
 
@@ -560,7 +555,8 @@ fn forbidden(what: &str) -> Response {
     Response::error(ResponseType::Forbidden, &reason)
 }
 
-/// Checks method, Content-Format, Accept and Block2. RFC 7252 §5.8, §5.10.3 and §5.10.4.
+/// Checks method, Content-Format, Accept (`format` is the answer's) and Block2. RFC 7252 §5.8,
+/// §5.10.3 and §5.10.4.
 fn check_formats(request: &Request, method: RequestType, format: u16) -> Result<(), Response> {
     let error = |code, reason| Err(Response::error(code, reason));
     if request.packet.header.code != MessageClass::Request(method) {
@@ -589,7 +585,7 @@ fn field<'a>(payload: &'a str, key: &str) -> &'a str {
         return "";
     };
     let starts = KEYS.iter().filter_map(|other| payload.find(other));
-    let end = starts.filter(|other| *other > start).min();
+    let end = starts.filter(|at| *at > start).min();
     trim(&payload[start + key.len()..end.unwrap_or(payload.len())])
 }
 
@@ -599,7 +595,7 @@ fn trim(text: &str) -> &str {
 }
 
 /// Reads a list of chat ids, each of them once. Blanks and empty entries mean nothing.
-fn chats(list: &str) -> Result<Vec<ChatId>, Response> {
+fn read_chats(list: &str) -> Result<Vec<ChatId>, Response> {
     let mut chats = Vec::new();
     for entry in list.split(',') {
         let entry = trim(entry);
@@ -612,16 +608,17 @@ fn chats(list: &str) -> Result<Vec<ChatId>, Response> {
         // Telegram reads the name of a channel without regard to case.
         let shown = chat.to_string();
         let is_same = |other: &ChatId| other.to_string().eq_ignore_ascii_case(&shown);
-        if !chats.iter().any(is_same) {
-            chats.push(chat);
+        if chats.iter().any(is_same) {
+            continue;
         }
+        if chats.len() >= USERS_MAX {
+            let reason = format!("Too many chat ids, at most {USERS_MAX}");
+            return Err(Response::bad_request(&reason));
+        }
+        chats.push(chat);
     }
     if chats.is_empty() {
-        return Err(Response::bad_request(NO_CHAT_IDS));
-    }
-    if chats.len() > USERS_MAX {
-        let reason = format!("Too many chat ids, at most {USERS_MAX}");
-        return Err(Response::bad_request(&reason));
+        return Err(Response::bad_request(NO_CHAT_IDS)); // the firmware's first boot
     }
     Ok(chats)
 }
@@ -635,7 +632,7 @@ const NO_UPDATES: &str = "No Updates";
 
 impl Gateway {
     /// Sends a text to every chat but the removed ones. The request has succeeded if one of them
-    /// got it, or if nobody is left who wants it.
+    /// got it, or if all had been removed before.
     fn deliver(&mut self, text: &Text, deadline: Instant) -> Response {
         let began = Instant::now();
         let mut chats = text.chats.clone();
@@ -678,9 +675,7 @@ impl Gateway {
         };
         if let Err(failure) = result {
             FAILURES.fetch_add(1, Relaxed);
-            let mut response = Response::new(ResponseType::InternalServerError);
-            response.detail = failure.reason;
-            return response;
+            return Response::error(ResponseType::InternalServerError, &failure.reason);
         }
         let summary = self.state.summary();
         let version = self.motes.version_of(&summary);
@@ -785,9 +780,9 @@ impl Gateway {
 // When to fetch, how much, and how long a call may take. It has no clock: the time is an argument.
 //
 // Telegram *hangs* once a fetch, or every call for one text, got no answer in time. Requests then have
-// TIME_IN_A_HANG only. *The try* has its usual time: it is whatever begins first at `next_fetch` or
-// later, the gateway's own fetch or a request's fetch or text. If it times out as well, `next_fetch`
-// becomes a minute after it began. Any answer to a fetch, or the Bot API's to a text, ends the hang.
+// TIME_IN_A_HANG only. *The try* alone has its usual time: the first fetch or text, the gateway's own
+// or a request's, that begins at `next_fetch` or later. If it times out as well, `next_fetch` becomes
+// a minute after it began. Any answer to a fetch, or the Bot API's to a text, ends the hang.
 
 /// How long the gateway's own fetch may take, during which requests wait.
 const FETCH_TIME: Duration = Duration::from_secs(5);
@@ -968,7 +963,7 @@ const ATTEMPT_PAUSE: Duration = Duration::from_millis(500);
 const PAGE_MAX: u64 = 1 << 20;
 /// How many bytes any other answer may have: a `Message` of 4,096 characters, all escaped, fits.
 const ANSWER_MAX: u64 = 64 << 10;
-/// How much of `FETCH_TIME` may be gone when a call still goes with the agent's settings.
+/// How much of `FETCH_TIME` may be gone when a call still goes by the agent's time-out, see `with_limits`.
 const TIME_LEFT_SLACK: Duration = Duration::from_millis(100);
 /// How many characters of the reason of a failed call are kept.
 const REASON_MAX: usize = 300;
@@ -1096,7 +1091,7 @@ impl Telegram {
 
     /// Sends a text to every chat at the same time, to the first without a thread. Results in order.
     fn send_to_all(&mut self, text: &Text, chats: &[ChatId], deadline: Instant) -> Vec<ApiResult> {
-        let telegram = &*self;
+        let telegram: &Telegram = self;
         let send = |chat: &ChatId| {
             let body = json!({"chat_id": chat, "text": text.text});
             telegram.attempt(&text.token, "sendMessage", &body, deadline)
@@ -1133,7 +1128,8 @@ impl Telegram {
         }
     }
 
-    /// Calls a method until the deadline: again only where the call before surely had no effect.
+    /// Calls a method. It tries again (`ATTEMPTS`, the deadline) only if the call before surely had no
+    /// effect.
     fn attempt(&self, token: &Secret, method: &str, body: &Value, deadline: Instant) -> ApiResult {
         let mut first_reason = None;
         let mut attempts_left = ATTEMPTS;
@@ -1189,9 +1185,9 @@ impl Telegram {
     fn with_limits(&self, request: PostRequest, deadline: Instant) -> PostRequest {
         let time_left = deadline.saturating_duration_since(Instant::now());
         let since_silence = self.silent_at.map_or(IDLE_CONNECTION, |at| at.elapsed());
-        // ureq builds TLS settings for each request with a config of its own, until a request without
-        // one has made it build the agent's. So the gateway's own fetch, usually the first of all, goes
-        // without.
+        // A request with settings of its own makes ureq build TLS settings just for it, unless the agent's
+        // are built, which only a request without such settings does. The gateway's own fetch is one,
+        // and usually the first of all.
         let is_usual = (FETCH_TIME - TIME_LEFT_SLACK..=FETCH_TIME).contains(&time_left);
         let idle_age = since_silence.min(IDLE_CONNECTION);
         if is_usual && idle_age == IDLE_CONNECTION {
@@ -1243,6 +1239,7 @@ fn read_answer(status: u16, body: &[u8]) -> ApiResult {
             None => "JSON, but not the Bot API's".to_string(),
         },
         Err(error) => {
+            // What was cut off may be whole the next time.
             if status == 200 && !error.is_eof() {
                 update_id = first_update_id(body);
             }
@@ -1300,8 +1297,8 @@ fn seconds(value: &Value) -> Option<Duration> {
     is_sensible.then(|| Duration::from_secs_f64(RETRY_AFTER_MAX.min(seconds)))
 }
 
-/// How long the addresses of a host serve, and how long it is waited for new ones while the old
-/// ones can serve.
+/// How long after a look-up, well or not, known addresses serve without another one, and how long that
+/// is waited for before they serve again.
 const ADDRESSES_HOLD: Duration = Duration::from_secs(60);
 const NEW_ADDRESSES_TIME: Duration = Duration::from_secs(1);
 
@@ -1397,13 +1394,13 @@ const REPLY_MAX: usize = 302;
 #[serde(default)]
 struct State {
     /// Minutes between two reports; none until somebody sets it.
-    interval: Option<u8>,
+    interval: Option<i64>,
     /// LED feedback, 0 or 1; none until somebody sets it.
-    feedback: Option<u8>,
+    feedback: Option<i64>,
     users: Vec<User>,
     /// Chats to which no texts of motes are sent until they are registered again, the latest last.
     removed: VecDeque<i64>,
-    /// The id of the bot that `offset` belongs to. Without a configured token, no other is served.
+    /// The id of the bot that `offset` belongs to. Without a configured token, no other is polled.
     bot: Option<String>,
     /// Bot API, getUpdates: the next update's id. It may fall: Telegram numbers anew after a week.
     offset: i64,
@@ -1436,18 +1433,6 @@ impl State {
             }
             State::default()
         });
-        // Whatever somebody has written there, the firmware must understand what it is told.
-        let is_interval = |minutes: &u8| (INTERVAL_MIN..=INTERVAL_MAX).contains(minutes);
-        state.interval = state.interval.filter(is_interval);
-        state.feedback = state.feedback.filter(|on| *on <= 1);
-        let removed = mem::take(&mut state.removed);
-        let users = mem::take(&mut state.users);
-        for chat in removed.into_iter().filter(|chat| fits_firmware(*chat)) {
-            state.remove(chat);
-        }
-        for user in users.into_iter().filter(|user| fits_firmware(user.chat)) {
-            state.register(user.chat, &user.name);
-        }
         // Update ids are counted for each bot.
         if let Some(token) = &config.token
             && state.bot.as_deref() != Some(token.bot_id())
@@ -1458,7 +1443,8 @@ impl State {
         Ok(state)
     }
 
-    /// Reads the content of the file, if there is one.
+    /// Reads the content of the file, if there is one. Whatever somebody has written there, the firmware
+    /// understands what is left of it.
     fn parse(path: &Path, content: Option<Vec<u8>>) -> Result<State, String> {
         let Some(content) = content else {
             return Ok(State::default());
@@ -1466,7 +1452,20 @@ impl State {
         // An array, too, would be a State to serde, with its values in order.
         let object = serde_json::from_slice::<serde_json::Map<String, Value>>(&content);
         let state = object.and_then(|object| State::deserialize(Value::Object(object)));
-        state.map_err(|error| format!("cannot read {}: {error}", path.display()))
+        let mut state =
+            state.map_err(|error| format!("cannot read {}: {error}", path.display()))?;
+        let is_interval = |minutes: &i64| (INTERVAL_MIN..=INTERVAL_MAX).contains(minutes);
+        state.interval = state.interval.filter(is_interval);
+        state.feedback = state.feedback.filter(|on| matches!(on, 0 | 1));
+        let removed = mem::take(&mut state.removed);
+        let users = mem::take(&mut state.users);
+        for chat in removed.into_iter().filter(|chat| fits_firmware(*chat)) {
+            state.remove(chat);
+        }
+        for user in users.into_iter().filter(|user| fits_firmware(user.chat)) {
+            state.register(user.chat, &user.name);
+        }
+        Ok(state)
     }
 
     /// Replaces the file, readable by its owner alone. A power cut leaves the old or the new one.
@@ -1583,7 +1582,7 @@ fn push_bounded<T>(queue: &mut VecDeque<T>, entry: T, max: usize) -> Option<T> {
 }
 
 /// Reads a file, if there is one, without the mark that editors on Windows put in front. An error
-/// names it.
+/// names the file.
 fn read_file(path: &Path) -> Result<Option<Vec<u8>>, String> {
     match fs::read(path) {
         Ok(content) => {
@@ -1613,7 +1612,7 @@ fn fits_firmware(chat: i64) -> bool {
 fn clean_name(name: &str) -> String {
     let is_lost = |c: char| c.is_control() || is_invisible(c) || ";:,&=".contains(c);
     let mut visible = name.to_string();
-    visible.retain(|c| c.is_whitespace() || !is_lost(c));
+    visible.retain(|c| c.is_whitespace() || !is_lost(c)); // a line feed is a control, and parts words
     let words: Vec<&str> = visible.split_whitespace().collect();
     let mut name = words.join(" ");
     if is_misread(cut(&name, NAME_MAX)) {
@@ -1783,19 +1782,13 @@ impl Chat {
 
 /// Whether a message holds something that people send beside texts. Bot API, Message.
 fn has_media(message: &Value) -> bool {
-    for (key, value) in message.as_object().into_iter().flatten() {
-        match key.as_str() {
-            "animation" | "audio" | "checklist" | "contact" | "dice" | "document" | "game"
-            | "invoice" | "live_photo" | "location" | "paid_media" | "photo" | "poll"
-            | "sticker" | "story" | "venue" | "video" | "video_note" | "voice"
-                if !value.is_null() =>
-            {
-                return true;
-            }
-            _ => {}
-        }
-    }
-    false
+    let mut fields = message.as_object().into_iter().flatten();
+    fields.any(|(key, value)| match key.as_str() {
+        "animation" | "audio" | "checklist" | "contact" | "dice" | "document" | "game"
+        | "invoice" | "live_photo" | "location" | "paid_media" | "photo" | "poll" | "sticker"
+        | "story" | "venue" | "video" | "video_note" | "voice" => !value.is_null(),
+        _ => false,
+    })
 }
 
 #[derive(Default)]
@@ -1863,7 +1856,7 @@ impl People {
         }
         let command = Command::read(text, config);
         if command.has_password() || Command::read(caption, config).has_password() {
-            self.delete(id, message);
+            self.delete_later(id, message);
         }
         if let Command::Leave = command {
             let who = state.remove(id);
@@ -1893,13 +1886,15 @@ impl People {
 
     /// Registers a chat as long as there is room, and says so.
     fn register(&mut self, chat: &Chat, state: &mut State) {
-        let full = format!("The list is full: {USERS_MAX} people are registered already.");
         match state.register(chat.id, &chat.name) {
             Some(user) => {
                 info!("{user} is registered");
                 self.say(chat.id, REGISTERED);
             }
-            None => self.say(chat.id, &full),
+            None => {
+                let full = format!("The list is full: {USERS_MAX} people are registered already.");
+                self.say(chat.id, &full);
+            }
         }
     }
 
@@ -1954,7 +1949,8 @@ impl People {
             return self.say(chat, "Nobody is registered with this name or id.");
         };
         let was_user = state.is_user(other);
-        let confirmation = format!("{} is removed.", state.remove(other));
+        let who = state.remove(other);
+        let confirmation = format!("{who} is removed.");
         info!("chat {chat}: {confirmation}");
         self.say(chat, &confirmation);
         if was_user {
@@ -1997,7 +1993,7 @@ impl People {
     }
 
     /// Keeps a message for deletion. If there are too many, the oldest stays in its chat.
-    fn delete(&mut self, chat: i64, message: &Value) {
+    fn delete_later(&mut self, chat: i64, message: &Value) {
         if let Some(message_id) = message["message_id"].as_i64() {
             let deletion = Deletion { chat, message_id };
             push_bounded(&mut self.deletions, deletion, WAITING_MAX);
@@ -2047,8 +2043,8 @@ impl<'a> Command<'a> {
             return Command::Unknown;
         };
         let first = plain(first);
-        let command = first.split('@').next().unwrap_or_default();
-        let mut phrase = vec![plain(command)];
+        let command = first.split('@').next().unwrap_or_default(); // without the bot's name
+        let mut phrase = vec![command.to_string()];
         phrase.extend(words[1..].iter().map(|word| plain(word)));
         let phrase = phrase.join(" ").replace('_', " ");
         let phrase: Vec<&str> = phrase.split_whitespace().collect();
@@ -2419,7 +2415,7 @@ fn environment() -> Result<Vec<Setting>, String> {
     Ok(settings)
 }
 
-/// Whether a mote can present this word: its payload has no way to hold white space or `&` in a token.
+/// Whether every mote can present this word: the firmware keeps so many bytes of it.
 fn is_mote_token(value: &str) -> bool {
     let separates = |c: char| c.is_whitespace() || c == '&';
     value.len() <= MOTE_TOKEN_MAX && !value.contains(separates)
@@ -2440,11 +2436,11 @@ fn is_https_url(text: &str) -> bool {
 /// from another address than the mote asked, and gcoap drops it.
 fn is_one_address(ip: IpAddr) -> bool {
     let ip = ip.to_canonical();
-    let is_of_many = match ip {
+    let is_unclear = match ip {
         IpAddr::V4(ip) => ip.is_broadcast(),
         IpAddr::V6(ip) => ip.is_unicast_link_local(),
     };
-    !is_of_many && !ip.is_unspecified() && !ip.is_multicast()
+    !is_unclear && !ip.is_unspecified() && !ip.is_multicast()
 }
 
 fn read_roots(file: &str) -> Result<RootCerts, String> {
@@ -2489,8 +2485,8 @@ static FORWARDED: AtomicU64 = AtomicU64::new(0);
 static FAILURES: AtomicU64 = AtomicU64::new(0);
 static USERS: AtomicU64 = AtomicU64::new(0);
 
-/// Writes to the console as simple_logger does, whose `println!` would panic once nobody reads it, and
-/// to a file.
+/// Writes to a file, and to the console as simple_logger does, whose `println!` would panic once nobody
+/// reads it.
 struct Log {
     /// Says what is logged: this program's records, for the libraries' hold URLs, and so the token.
     filter: SimpleLogger,
@@ -2553,7 +2549,7 @@ impl log::Log for Log {
 }
 
 /// Returns what tells the journal the priority of a line, sd-daemon(3); nothing if the console is not
-/// the journal. A terminal may have inherited its variable.
+/// the journal. A terminal may have inherited JOURNAL_STREAM.
 fn journal_priority(level: Level) -> &'static str {
     // This asks stderr, for stdout and stderr of the service both go to the journal.
     let is_journal = env::var_os("JOURNAL_STREAM").is_some() && !io::stderr().is_terminal();
@@ -2654,7 +2650,8 @@ fn check() -> Result<(), String> {
     let saved = read_file(&config.state_path)?;
     print_users(&State::parse(&config.state_path, saved)?)?;
     print("chats with messages not fetched yet (for others see the log):")?;
-    // Offset 1 confirms nothing; and as the gateway asks for another, Telegram delays neither.
+    // Offset 1 confirms nothing. Nor is it the gateway's: Telegram delays a repeated one, see
+    // EMPTY_PAGE_HOLDS.
     let updates = telegram.get_updates(token, 1, PAGE_LIMIT, deadline);
     let mut printed = Vec::new();
     for update in updates.map_err(fault)? {
@@ -2745,7 +2742,7 @@ fn receive_packet(socket: &UdpSocket, timeout: Duration) -> io::Result<Option<Pa
     let mut buffer = vec![0; coap::DATAGRAM_MAX];
     let length = match socket.recv(&mut buffer) {
         Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(None),
-        length => length?,
+        result => result?,
     };
     let packet = Packet::from_bytes(&buffer[..length]);
     let packet = packet.map_err(|error| io::Error::other(error.to_string()))?;
@@ -2791,7 +2788,7 @@ mod coap {
 
     /// The longest datagram: UDP carries no more.
     pub const DATAGRAM_MAX: usize = 1 << 16;
-    /// The longest payload of a request in bytes: 4,096 characters of 4 bytes, and the other fields.
+    /// The longest body in blocks, in bytes: 4,096 characters of 4 bytes, and the other fields.
     pub const BODY_MAX: usize = 17 << 10;
     /// How many messages each `Memory` holds: those of 1,000 motes that all send four in
     /// `EXCHANGE_LIFETIME`. Each takes about 50 bytes.
@@ -3058,9 +3055,10 @@ mod coap {
         hasher: RandomState,
         /// Requests that were promised a response: they held an acceptable token of a bot.
         begun: Memory,
-        /// Blocks that were answered 2.31. Apart from `begun`, so that they cannot push anything out of
-        /// it: anybody can send many, for the bot's token is looked for in a whole body only.
-        continued: Memory,
+        /// Blocks that were answered at once: 2.31, or a refusal that ended their body. Apart from `begun`,
+        /// so that they cannot push anything out of it: anybody can send many, for the bot's token is
+        /// looked for in a whole body only.
+        blocks: Memory,
         /// The oldest comes first.
         unacknowledged: VecDeque<Unacknowledged>,
         /// The one that has waited longest for its next block comes first.
@@ -3075,7 +3073,7 @@ mod coap {
             }
         }
 
-        /// Says what a datagram is. It remembers nothing: `promise` does, and `respond_now` a 2.31. Any
+        /// Says what a datagram is. It remembers nothing: `promise` does, and `respond_now` a block. Any
         /// other request that was answered at once has done nothing: a duplicate is judged again.
         pub fn receive(&mut self, now: Instant, peer: SocketAddr, datagram: &[u8]) -> Event {
             if peer.ip().is_unspecified() {
@@ -3095,7 +3093,7 @@ mod coap {
             }
             let digest = self.hasher.hash_one((peer, datagram));
             let begun = self.begun.find(digest, now);
-            if let Some(first) = begun.or_else(|| self.continued.find(digest, now)) {
+            if let Some(first) = begun.or_else(|| self.blocks.find(digest, now)) {
                 return Event::Send(first.reply.clone());
             }
             Event::Request(Request {
@@ -3131,8 +3129,8 @@ mod coap {
                 let kind = MessageType::Acknowledgement;
                 reply = encode(kind, request.packet.header.message_id, request, response);
             }
-            if response.is(ResponseType::Continue) {
-                self.continued.remember(request, &reply);
+            if request.block_value(CoapOption::Block1).is_some() {
+                self.blocks.remember(request, &reply);
             }
             // RFC 7252 §5.4.1: a NON with a bad option gets silence.
             if request.is_confirmable() || response.is(ResponseType::BadOption) {
@@ -3228,7 +3226,7 @@ mod coap {
 
         /// Takes out the body that a block continues, or begins one. Without Request-Tag a client may send
         /// two bodies at once. A block that fits behind both could belong to either: it is refused, and
-        /// neither ends, until one is finished or abandoned.
+        /// both are kept, as long as there are two.
         fn body_before(
             &mut self,
             key: u64,
@@ -3259,7 +3257,7 @@ mod coap {
             Err(Response::error(code, reason))
         }
 
-        /// Gives up what has waited longest, and all with its key: its next block might fit them.
+        /// Gives up what has waited longest, and all others with its key, which its next block might fit.
         fn make_room(&mut self) {
             while self.assemblies.iter().map(Assembly::size).sum::<usize>() > ASSEMBLIES_MAX {
                 let oldest = self.assemblies[0].key;
@@ -3313,7 +3311,8 @@ mod coap {
         to_bytes(&packet)
     }
 
-    /// Encodes a response. Outside an ACK, the firmware would take an error's payload for settings.
+    /// Encodes a response. An error's payload goes in an ACK only: elsewhere the firmware takes it for
+    /// settings.
     fn encode(kind: MessageType, id: u16, request: &Request, response: &Response) -> Vec<u8> {
         let mut packet = response.packet.clone();
         // RFC 7959 §2.3: a response to a block says which one.

@@ -243,10 +243,12 @@ impl World {
             let unfinished = unfinished.or_default();
             unfinished.bodies.append(&mut bodies);
             unfinished.at = Some(self.now);
-            let again = if is_con { reply } else { Vec::new() };
-            return self.remember(peer, bytes, again);
         }
-        if is_con && message.option_value(BLOCK1).is_none() {
+        let block = message.option_value(BLOCK1);
+        if block.is_some_and(|value| value.len() <= 4) {
+            let again = if is_con { reply } else { Vec::new() };
+            self.remember(peer, bytes, again);
+        } else if is_con {
             let first = self.refused.entry((peer, bytes.to_vec()));
             let first = first.or_insert_with(|| reply.clone());
             assert_eq!(*first, reply, "judged otherwise the second time");

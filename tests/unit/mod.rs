@@ -49,11 +49,11 @@ fn duplicates_are_remembered_for_their_lifetime() {
         for is_begun in [true, false] {
             let mut exchanges = Exchanges::new();
             let start = Instant::now();
-            let message = post(kind, 7);
+            let message = post(kind, 7).option(BLOCK1, [0x10]); // a last block
             let first = request(&mut exchanges, start, 1, &message);
             let reply = match is_begun {
                 true => exchanges.promise(&first),
-                false => exchanges.respond_now(&first, &Response::new(ResponseType::Continue)),
+                false => exchanges.respond_now(&first, &Response::bad_request("no")),
             };
             let end = start + seconds * SECOND;
             let again = duplicate(&mut exchanges, end - MOMENT, &message);
@@ -76,13 +76,13 @@ fn only_what_was_begun_pushes_out_what_was_begun() {
     let first = post(Kind::Con, 0);
     let begun = request(&mut exchanges, now, 1, &first);
     exchanges.promise(&begun);
-    for (from, response) in [
-        (2, Response::new(ResponseType::Continue)),
-        (3, Response::bad_request("no")),
-    ] {
-        for id in 0..=coap::SEEN_MAX as u16 {
-            let message = request(&mut exchanges, now, from, &post(Kind::Con, id));
-            exchanges.respond_now(&message, &response);
+    let refusal = Response::bad_request("no");
+    for id in 0..=coap::SEEN_MAX as u16 {
+        let whole = post(Kind::Con, id);
+        let block = post(Kind::Con, id).option(BLOCK1, [0x10]);
+        for message in [whole, block] {
+            let message = request(&mut exchanges, now, 2, &message);
+            exchanges.respond_now(&message, &refusal);
         }
     }
     duplicate(&mut exchanges, now, &first);
@@ -871,6 +871,11 @@ fn states_of_other_versions() {
         (r#"{"interval": 0, "feedback": 2}"#, "", 0),
         (r#"{"interval": 121, "feedback": 1}"#, "f1", 0),
         (
+            r#"{"interval": 300, "feedback": -1, "users": [{"chat": 5}]}"#,
+            "user:5",
+            0,
+        ),
+        (
             r#"{"users": [{"chat": 1, "name": "a;i9"}, {"chat": 2, "name": "ai9"}, {"chat": 1}, {"chat": -1}]}"#,
             "ai9:1;ai9_2:2",
             0,
@@ -1362,7 +1367,7 @@ fn chat_ids() {
         ("1;2", None),
         ("-100123:45", None),
     ] {
-        let chats = chats(list).ok().map(|chats| json!(chats).to_string());
+        let chats = read_chats(list).ok().map(|chats| json!(chats).to_string());
         assert_eq!(chats.as_deref(), expected, "{list:?}");
     }
     assert!(ChatId::parse(&format!("@{}", "a".repeat(32))).is_some());
