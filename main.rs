@@ -34,7 +34,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, IsTerminal as _, Write};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
 use std::os::linux::net::SocketAddrExt as _;
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::os::unix::net::{SocketAddr as UnixAddress, UnixDatagram};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -642,7 +642,7 @@ impl Gateway {
         let sent = results.iter().filter(|result| result.is_ok()).count();
         for (chat, result) in chats.iter().zip(results) {
             if let Err(failure) = result {
-                self.note_refusal(chat, &failure);
+                self.note_refusal(chat, &failure, &text.token);
             }
         }
         FORWARDED.fetch_add(sent as u64, Relaxed);
@@ -657,11 +657,13 @@ impl Gateway {
 
     /// Removes a person who has blocked the bot, as if they had asked, and logs why a chat did not get
     /// a text. A group that refuses may have the bot back tomorrow.
-    fn note_refusal(&mut self, chat: &ChatId, failure: &Failure) {
+    fn note_refusal(&mut self, chat: &ChatId, failure: &Failure, token: &Secret) {
         warn!("sendMessage to {chat} failed: {}", failure.reason);
         let ChatId::Number(id) = *chat else { return };
+        // Without a configured token a mote may use another bot, to which nobody has written.
+        let own = self.state.bot.as_deref().unwrap_or(token.bot_id());
         // The ids of groups are negative, and do not fit.
-        if failure.error_code == Some(403) && fits_firmware(id) {
+        if failure.error_code == Some(403) && own == token.bot_id() && fits_firmware(id) {
             let who = self.state.remove(id);
             info!("{who} is removed: Telegram refuses messages to it");
         }
@@ -701,6 +703,12 @@ impl Gateway {
         let result = self.fetch_pages(token, deadline);
         let now = Instant::now();
         if let Err(failure) = &result {
+            // Without a configured token a mote's may be wrong, which says nothing of the one that works.
+            let is_wrong_token = matches!(failure.error_code, Some(401 | 404));
+            let own = self.polling.token.as_ref().unwrap_or(token);
+            if is_wrong_token && !own.matches(&token.0) {
+                return result;
+            }
             self.polling.note_failed_fetch(failure, began, now);
         }
         if self.polling.is_failing != was_failing {
@@ -1173,8 +1181,9 @@ impl Telegram {
             }),
         };
         result.map_err(|failure| {
-            let reason = failure.reason.replace(&token.0, "<token>");
-            let reason = format!("{}: {reason:.REASON_MAX$}", self.url);
+            let reason = format!("{}: {}", self.url, failure.reason);
+            let reason = reason.replace(&token.0, "<token>");
+            let reason = format!("{reason:.REASON_MAX$}");
             Failure { reason, ..failure }
         })
     }
@@ -1270,7 +1279,7 @@ fn read_refusal(answer: &Value) -> Option<Failure> {
     let has_webhook = description.to_lowercase().contains("webhook");
     let parameters = &answer["parameters"];
     let hint = match code {
-        401 | 404 => " (is the bot's token right?)",
+        401 | 404 => " (are the bot's token and the url right?)",
         409 if has_webhook => " (open <url><token>/deleteWebhook once)",
         409 => " (stop the other program that uses this bot)",
         _ => "",
@@ -1379,7 +1388,7 @@ impl Addresses {
 // What outlives the process: who is registered, who has left, what is set, and how far Telegram's
 // updates have been read.
 
-/// How many chats that have left are remembered.
+/// How many chats that were registered are remembered as removed, and how many others.
 const REMOVED_MAX: usize = 100;
 /// How many bytes of a user's name the firmware keeps.
 const NAME_MAX: usize = 14;
@@ -1400,6 +1409,9 @@ struct State {
     users: Vec<User>,
     /// Chats to which no texts of motes are sent until they are registered again, the latest last.
     removed: VecDeque<i64>,
+    /// Those of them that were not registered, as far as this run knows: motes are told of them last.
+    #[serde(skip)]
+    strangers: VecDeque<i64>,
     /// The id of the bot that `offset` belongs to. Without a configured token, no other is polled.
     bot: Option<String>,
     /// Bot API, getUpdates: the next update's id. It may fall: Telegram numbers anew after a week.
@@ -1454,6 +1466,7 @@ impl State {
         let state = object.and_then(|object| State::deserialize(Value::Object(object)));
         let mut state =
             state.map_err(|error| format!("cannot read {}: {error}", path.display()))?;
+        let read = state.clone();
         let is_interval = |minutes: &i64| (INTERVAL_MIN..=INTERVAL_MAX).contains(minutes);
         state.interval = state.interval.filter(is_interval);
         state.feedback = state.feedback.filter(|on| matches!(on, 0 | 1));
@@ -1465,6 +1478,10 @@ impl State {
         for user in users.into_iter().filter(|user| fits_firmware(user.chat)) {
             state.register(user.chat, &user.name);
         }
+        if state.for_file() != read {
+            let path = path.display();
+            warn!("{path}: what motes would not understand is left out or changed");
+        }
         Ok(state)
     }
 
@@ -1474,7 +1491,8 @@ impl State {
         let mut options = OpenOptions::new();
         options.write(true).create(true).truncate(true).mode(0o600);
         let mut file = options.open(&new)?;
-        file.write_all(&serde_json::to_vec_pretty(self)?)?;
+        file.set_permissions(fs::Permissions::from_mode(0o600))?; // one that was left there, too
+        file.write_all(&serde_json::to_vec_pretty(&self.for_file())?)?;
         file.sync_all()?;
         fs::rename(&new, path)?;
         let whole = Path::new(".").join(path); // so that a bare name, too, has a folder
@@ -1486,7 +1504,21 @@ impl State {
     }
 
     fn is_removed(&self, chat: &ChatId) -> bool {
-        self.removed.iter().any(|id| ChatId::Number(*id) == *chat)
+        self.removals().any(|id| ChatId::Number(id) == *chat)
+    }
+
+    /// Returns who is removed, the latest of each kind last.
+    fn removals(&self) -> impl Iterator<Item = i64> {
+        self.strangers.iter().chain(&self.removed).copied()
+    }
+
+    /// Returns what the file holds, which does not tell strangers apart.
+    fn for_file(&self) -> State {
+        State {
+            removed: self.removals().collect(),
+            strangers: VecDeque::new(),
+            ..self.clone()
+        }
     }
 
     /// Registers a chat if there is room, and returns its user. Who is registered keeps the name, even
@@ -1495,6 +1527,7 @@ impl State {
     fn register(&mut self, chat: i64, name: &str) -> Option<&User> {
         if !self.is_user(chat) && self.users.len() < USERS_MAX {
             self.removed.retain(|removed| *removed != chat);
+            self.strangers.retain(|removed| *removed != chat);
             let name = self.free_name(name);
             self.users.push(User { name, chat });
         }
@@ -1506,9 +1539,11 @@ impl State {
         let mut shown = chat.to_string();
         if let Some(index) = self.users.iter().position(|user| user.chat == chat) {
             shown = self.users.remove(index).to_string();
+            push_bounded(&mut self.removed, chat, REMOVED_MAX);
+        } else if !self.removed.contains(&chat) {
+            self.strangers.retain(|removed| *removed != chat);
+            push_bounded(&mut self.strangers, chat, REMOVED_MAX);
         }
-        self.removed.retain(|removed| *removed != chat);
-        push_bounded(&mut self.removed, chat, REMOVED_MAX);
         shown
     }
 
@@ -1545,7 +1580,7 @@ impl State {
 
     /// Returns all that a mote should know: removals first, for they make room; then settings and
     /// users. A removal that does not fit any more is not told, but nothing is sent to that chat
-    /// either; the newest are the last to be left out.
+    /// either; the newest of those who were registered are the last to be left out.
     fn summary(&self) -> String {
         let mut tokens = Vec::new();
         tokens.extend(self.interval.map(|minutes| format!("i{minutes}")));
@@ -1554,17 +1589,26 @@ impl State {
             tokens.push(format!("{name}:{chat}"));
         }
         // At most 277 bytes: i120;f1; and ten times a name of 14, a colon, an id of 11 digits.
-        let mut summary = tokens.join(";");
-        for chat in self.removed.iter().rev() {
-            let separator = if summary.is_empty() { "" } else { ";" };
-            let longer = format!("r{chat}{separator}{summary}");
-            if longer.len() > REPLY_MAX {
-                break;
-            }
-            summary = longer;
-        }
-        summary
+        let others = tokens.join(";");
+        let removed = newest_removals(&self.removed, REPLY_MAX - others.len());
+        let room = REPLY_MAX - others.len() - removed.len();
+        let strangers = newest_removals(&self.strangers, room);
+        let summary = removed + &strangers + &others;
+        summary.trim_end_matches(';').to_string()
     }
+}
+
+/// Returns the tokens of the newest removals that fit into so many bytes, each with a `;`.
+fn newest_removals(chats: &VecDeque<i64>, room: usize) -> String {
+    let mut tokens = String::new();
+    for chat in chats.iter().rev() {
+        let longer = format!("r{chat};{tokens}");
+        if longer.len() > room {
+            break;
+        }
+        tokens = longer;
+    }
+    tokens
 }
 
 /// Reads a number as people mean it: Rust would take a leading `+`, too.
@@ -1581,19 +1625,20 @@ fn push_bounded<T>(queue: &mut VecDeque<T>, entry: T, max: usize) -> Option<T> {
     oldest
 }
 
-/// Reads a file, if there is one, without the mark that editors on Windows put in front. An error
-/// names the file.
+/// Reads a text file, if there is one. An error names the file.
 fn read_file(path: &Path) -> Result<Option<Vec<u8>>, String> {
     match fs::read(path) {
-        Ok(content) => {
-            let text = content.strip_prefix(b"\xef\xbb\xbf");
-            Ok(Some(text.unwrap_or(&content).to_vec()))
-        }
+        Ok(content) => Ok(Some(without_mark(&content).to_vec())),
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
         // Nothing can be there: its folder is a file.
         Err(error) if error.kind() == ErrorKind::NotADirectory => Ok(None),
         Err(error) => Err(format!("cannot read {}: {error}", path.display())),
     }
+}
+
+/// Strips the byte order mark that editors on Windows put in front of a text.
+fn without_mark(content: &[u8]) -> &[u8] {
+    content.strip_prefix(b"\xef\xbb\xbf").unwrap_or(content)
 }
 
 fn beside(path: &Path, suffix: &str) -> PathBuf {
@@ -1848,15 +1893,15 @@ impl People {
         if message["from"]["is_bot"] == true {
             return info!("{chat} is a bot, and ignored");
         }
+        let command = Command::read(text, config);
+        if command.has_password() || Command::read(caption, config).has_password() {
+            self.delete_later(id, message); // in a group, too, where it is not carried out
+        }
         if chat.kind != "private" || !fits_firmware(id) {
             return info!("{chat} cannot register");
         }
         if text.is_empty() && caption.is_empty() && !has_media(message) {
             return; // a service message: it tells what happened in the chat
-        }
-        let command = Command::read(text, config);
-        if command.has_password() || Command::read(caption, config).has_password() {
-            self.delete_later(id, message);
         }
         if let Command::Leave = command {
             let who = state.remove(id);
@@ -2004,9 +2049,8 @@ impl People {
     fn say(&mut self, chat: i64, text: &str) {
         let text = text.to_string();
         if let Some(answer) = self.answers.iter_mut().find(|answer| answer.chat == chat) {
-            if !answer.texts.contains(&text) {
-                answer.texts.push(text);
-            }
+            answer.texts.retain(|other| *other != text); // what is said last is what holds
+            answer.texts.push(text);
             return;
         }
         let texts = vec![text];
@@ -2350,6 +2394,10 @@ impl Setting {
             return Err(format!("{place}: not `NAME=value`"));
         };
         let name = name.trim().to_string();
+        let fits = |c: char| c.is_alphanumeric() || "_-.".contains(c);
+        if !name.chars().all(fits) {
+            return Err(format!("{place}: not `NAME=value`")); // it may hold a secret
+        }
         let value = value.trim();
         let between = |quote: char| value.strip_prefix(quote)?.strip_suffix(quote);
         let value = between('"').or(between('\'')).unwrap_or(value).to_string();
@@ -2390,7 +2438,11 @@ fn read_settings(path: &Path, section: Option<&str>) -> Result<Vec<Setting>, Str
             return Err(format!("{place}: no section yet; put [telegram] above it"));
         } else if current.as_deref() == section {
             let setting = Setting::read(place, line)?;
-            let is_same = |other: &Setting| other.name.eq_ignore_ascii_case(&setting.name);
+            // Variables are told apart by case: many set `no_proxy` and `NO_PROXY`.
+            let is_same = |other: &Setting| match section {
+                Some(_) => other.name.eq_ignore_ascii_case(&setting.name),
+                None => other.name == setting.name,
+            };
             if settings.iter().any(is_same) {
                 return Err(setting.fault("is set twice; remove one of them"));
             }
@@ -2421,7 +2473,8 @@ fn is_mote_token(value: &str) -> bool {
     value.len() <= MOTE_TOKEN_MAX && !value.contains(separates)
 }
 
-/// Whether a bot's token can be put behind this. Without a path it would become part of the host.
+/// Whether a bot's token can be put behind this. Without a path it would become part of the host. What
+/// may be a secret itself, a token or a password, is refused: every message about a call holds the url.
 fn is_https_url(text: &str) -> bool {
     let uri = Uri::try_from(text).unwrap_or_default();
     let authority = uri.authority().map_or("", |authority| authority.as_str());
@@ -2429,7 +2482,8 @@ fn is_https_url(text: &str) -> bool {
     let has_port = uri.port_u16().is_some_and(|port| port > 0);
     let is_host = !host.is_empty() && (has_port || authority.ends_with(host)); // not `host:`
     let has_path = uri.path().len() > 1 && !text.contains(['?', '#']);
-    uri.scheme_str() == Some("https") && is_host && has_path
+    let has_secret = authority.contains('@') || uri.path().contains(':');
+    uri.scheme_str() == Some("https") && is_host && has_path && !has_secret
 }
 
 /// Whether an address is that of one host, without a zone. From a wildcard socket an answer may leave
@@ -2445,8 +2499,9 @@ fn is_one_address(ip: IpAddr) -> bool {
 
 fn read_roots(file: &str) -> Result<RootCerts, String> {
     let pem = fs::read(file).map_err(|error| format!("cannot be read: {file}: {error}"))?;
+    let pem = without_mark(&pem);
     let mut certificates = Vec::new();
-    for item in ureq::tls::parse_pem(&pem) {
+    for item in ureq::tls::parse_pem(pem) {
         if let Ok(PemItem::Certificate(certificate)) = item
             && RootCertStore::empty().add(certificate.der().into()).is_ok()
         {
@@ -2875,7 +2930,8 @@ mod coap {
 
         fn block_value(&self, option: CoapOption) -> Option<u32> {
             let value = self.packet.get_first_option_as::<OptionValueU32>(option)?;
-            value.ok().map(|value| value.0)
+            let value = value.ok()?.0;
+            (value >> 24 == 0).then_some(value) // three bytes at most
         }
 
         /// Returns Block1 or Block2, if the request has it. `Err` refuses the reserved size.
@@ -3039,6 +3095,8 @@ mod coap {
         /// Stands for peer, path and Request-Tag, which tell bodies apart. RFC 9175 §3.3.
         key: u64,
         body: Vec<u8>,
+        /// The datagram that brought the last block, and when that or a copy of it came.
+        digest: u64,
         touched: Instant,
     }
 
@@ -3061,7 +3119,6 @@ mod coap {
         blocks: Memory,
         /// The oldest comes first.
         unacknowledged: VecDeque<Unacknowledged>,
-        /// The one that has waited longest for its next block comes first.
         assemblies: Vec<Assembly>,
     }
 
@@ -3094,6 +3151,11 @@ mod coap {
             let digest = self.hasher.hash_one((peer, datagram));
             let begun = self.begun.find(digest, now);
             if let Some(first) = begun.or_else(|| self.blocks.find(digest, now)) {
+                // Whoever repeats a block still waits for its answer, and has not abandoned the body.
+                let mut all = self.assemblies.iter_mut();
+                if let Some(assembly) = all.find(|assembly| assembly.digest == digest) {
+                    assembly.touched = now;
+                }
                 return Event::Send(first.reply.clone());
             }
             Event::Request(Request {
@@ -3218,8 +3280,12 @@ mod coap {
             }
             self.assemblies
                 .retain(|other| other.key != key || other.body != body); // it was begun again
-            let touched = now;
-            self.assemblies.push(Assembly { key, body, touched });
+            self.assemblies.push(Assembly {
+                key,
+                body,
+                digest: request.digest,
+                touched: now,
+            });
             self.make_room();
             Ok(false)
         }
@@ -3259,6 +3325,7 @@ mod coap {
 
         /// Gives up what has waited longest, and all others with its key, which its next block might fit.
         fn make_room(&mut self) {
+            self.assemblies.sort_by_key(|assembly| assembly.touched);
             while self.assemblies.iter().map(Assembly::size).sum::<usize>() > ASSEMBLIES_MAX {
                 let oldest = self.assemblies[0].key;
                 self.assemblies.retain(|other| other.key != oldest);

@@ -92,6 +92,41 @@ fn without_a_token() {
     });
 }
 
+/// A mote with a wrong token, or one of another bot, keeps nobody from being heard, and removes nobody.
+#[test]
+fn other_tokens_without_one() {
+    let api = BotApi::start();
+    let config = format!("[telegram]\nurl = {}\n", api.url());
+    let mut setup = Setup::new(&api).config(&config);
+    let other_key = format!("{TOKEN}x");
+    let other_bot = format!("9{TOKEN}");
+    setup.secrets.extend([other_key.clone(), other_bot.clone()]);
+    let gateway = Gateway::with(setup);
+    let mote = Mote::new(gateway.address());
+    api.person_writes(ADA, "Ada", "hi");
+    assert_eq!(hear(&mote, &api), ADA_TOKEN);
+
+    let fault = Fault::error(
+        403,
+        "Forbidden: bot can't initiate conversation with a user",
+    );
+    api.fail(next(1, "sendMessage").saying("of another bot"), fault);
+    let of_another = form(&api.url(), &other_bot, &ADA.to_string(), "of another bot");
+    mote.post_separate("message", of_another).expect("5.00", "");
+    mote.post_separate("message", message(&api, &ADA.to_string(), "of ours"));
+    assert!(api.texts_to(ADA).contains(&"of ours".to_string()));
+
+    api.person_writes(ADA, "Ada", "help");
+    let start = Instant::now();
+    while api.waiting_updates() > 0 {
+        assert!(start.elapsed() < Duration::from_secs(20), "not heard");
+        mote.post_separate("update", format!("url={}&token={other_key}", api.url()))
+            .expect("5.00", "");
+        thread::sleep(Duration::from_millis(500));
+    }
+    assert!(!gateway.log().contains("cannot fetch"));
+}
+
 /// Motes may present a word in place of the token, which Telegram never sees and nobody reads in the log.
 #[test]
 fn mote_token() {
@@ -194,6 +229,8 @@ fn environment_files() {
     ];
     in_parallel(&cases, |(text, password)| {
         let api = BotApi::start();
+        let pem = fs::read_to_string(api.ca_path()).unwrap();
+        fs::write(api.ca_path(), format!("\u{feff}{pem}")).unwrap(); // as an editor on Windows saves it
         let certificates = format!("SSL_CERT_FILE={}", api.ca_path().display());
         let mut setup = Setup::new(&api).dotenv(&text.replace("{C}", &certificates));
         setup.env.clear();

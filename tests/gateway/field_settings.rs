@@ -384,6 +384,27 @@ fn a_way_back() {
     assert_eq!(*user, json!({"name": "Ada", "chat": ADA}));
 }
 
+/// What is left out of a state that somebody has edited is told.
+#[test]
+fn an_edited_state() {
+    for (edited, is_told) in [
+        (json!({"interval": 90}), false),
+        (json!({"interval": 900}), true),
+        (json!({"feedback": 2}), true),
+        (json!({"removed": [-5]}), true),
+        (json!({"users": [{"name": "Lab", "chat": -100}]}), true),
+    ] {
+        let api = BotApi::start();
+        let gateway = Gateway::stopped(Setup::new(&api));
+        let path = gateway.directory().join("state.json");
+        fs::write(&path, changed(edited.clone())).unwrap();
+        let said = gateway.run(&["check"]);
+        let warning = "state.json: what motes would not understand is left out";
+        let was_told = said.stdout.contains(warning);
+        assert_eq!(was_told, is_told, "{edited}: {said:?}");
+    }
+}
+
 /// What cannot be read is not worthless: the start ends, systemd tries again, and nobody is lost.
 #[test]
 fn a_state_that_cannot_be_read() {

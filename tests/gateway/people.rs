@@ -307,6 +307,14 @@ fn answers_are_joined() {
     let texts = api.texts_to(BOB);
     assert_eq!(texts.len(), 1, "{texts:#?}");
     assert_eq!(texts[0].matches("remove me").count(), 1);
+    // What is said last is what holds.
+    for text in ["stop", "hi", "stop"] {
+        api.person_writes(BOB, "Bob", text);
+    }
+    hear(&Mote::new(gateway.address()), &api);
+    let told = api.texts_to(BOB).pop().unwrap();
+    let (removed, registered) = (told.rfind("are removed"), told.rfind("are registered"));
+    assert!(registered.is_some() && removed > registered, "{told}");
 }
 
 // --- the log ---

@@ -204,6 +204,29 @@ fn an_abandoned_body_is_dropped() {
     }
 }
 
+/// Copies of its last block keep a body: only the answers to them were lost.
+#[test]
+fn a_body_on_a_lossy_line_is_kept() {
+    let start = Instant::now();
+    let mut exchanges = Exchanges::new();
+    let first = block(0, 'a');
+    let request = request(&mut exchanges, start, 1, &first);
+    exchanges.respond_now(&request, &Response::new(ResponseType::Continue));
+    let Ok(false) = exchanges.assemble(&mut { request }) else {
+        panic!("no first block");
+    };
+    duplicate(&mut exchanges, start + 45 * SECOND, &first);
+    let later = start + 105 * SECOND;
+    let second = block(1, 'a');
+    assert_eq!(
+        assemble(&mut exchanges, later - MOMENT, peer(1), &second),
+        ""
+    );
+    let third = block(2, 'a');
+    let whole = assemble(&mut exchanges, later + MINUTE, peer(1), &third);
+    assert_eq!(whole, "4.08", "nothing came for a minute");
+}
+
 /// Whatever else its sender begins and finishes meanwhile.
 #[test]
 fn an_abandoned_body_is_not_kept_by_another() {
@@ -819,14 +842,37 @@ fn removals_alone_fill_a_reply() {
 fn the_latest_removals_are_remembered() {
     let mut state = State::default();
     for id in 1..=101 {
+        state.register(id, "Ada");
         state.remove(id);
     }
-    assert_eq!(state.removed, (2..=101).collect::<Vec<i64>>());
-    state.remove(2);
-    assert_eq!(state.removed.back(), Some(&2), "the latest, not twice");
-    assert_eq!(state.removed.len(), 100);
-    state.register(50, "Ada");
-    assert!(!state.removed.contains(&50), "removed and registered");
+    for id in 201..=301 {
+        state.remove(id);
+    }
+    state.remove(202); // again: the latest, not twice
+    state.remove(2); // once is enough
+    let removed: Vec<i64> = state.removals().collect();
+    let expected = (203..=301).chain([202]).chain(2..=101);
+    assert_eq!(removed, expected.collect::<Vec<i64>>());
+    for id in [50, 250] {
+        state.register(id, "Ada");
+        assert!(!state.is_removed(&ChatId::Number(id)), "and registered");
+    }
+}
+
+/// Whoever was registered may have a place in a mote that somebody else needs.
+#[test]
+fn strangers_who_stop_push_nobody_out_of_a_reply() {
+    let mut state = State::default();
+    let mut mote = Firmware::default();
+    for chat in 1_000_000_001..=1_000_000_010 {
+        state.register(chat, &format!("User {chat}"));
+    }
+    mote.take(&state.summary());
+    state.remove(1_000_000_001);
+    (2_000_000_001..=2_000_000_020).for_each(|chat| drop(state.remove(chat)));
+    state.register(1_000_000_011, "Cy");
+    mote.take(&state.summary());
+    assert!(mote.chat_ids().contains("1000000011"), "no room for Cy");
 }
 
 #[test]
@@ -1283,7 +1329,7 @@ fn whom_the_owner_removes() {
         let answer = town.write(9, command);
         let confirmation = format!("{shown} is removed.");
         assert_eq!(answer.contains(&confirmation), gone.is_some(), "{answer}");
-        assert_eq!(town.state.removed, Vec::from_iter(gone), "{command}");
+        assert!(town.state.removals().eq(gone), "{command}");
         for chat in 1..=2 {
             let is_gone = gone == Some(chat);
             assert_eq!(town.state.is_user(chat), !is_gone, "{command}");
@@ -1310,6 +1356,14 @@ fn what_is_deleted_from_its_chat() {
         ("caption", &register, true, true),
         ("caption", "hi", true, false),
     ] {
+        let mut group = message(5, "Ada", text);
+        group["chat"] = json!({"id": -5, "type": "group", "title": "Lab"});
+        let mut town = Town::new();
+        town.config.registration_by_password = by_password;
+        town.take(group);
+        let is_kept = town.people.deletions.is_empty();
+        assert_eq!(is_kept, !is_deleted, "{text} in a group");
+        assert!(town.state.users.is_empty() && town.state.interval.is_none());
         let mut town = Town::new();
         town.config.registration_by_password = by_password;
         let mut message = message(5, "Ada", "");
@@ -1422,7 +1476,7 @@ fn lines_of_settings() {
     }
     let config_ini = b"[telegram]\nregistration=password\nIP_family=ipv6";
     let dot_env =
-        b"# a\nexport PASSWORD=\"a=b\"\nCOAP_SERVER_IP=::2\nCOAP_SERVER_PORT=9\nbot_token=x";
+        b"# a\nno_proxy=x\nNO_PROXY=x\nexport PASSWORD=\"a=b\"\nCOAP_SERVER_IP=::2\nCOAP_SERVER_PORT=9\nbot_token=x";
     let Ok(config) = config_of(config_ini, dot_env) else {
         panic!("refused");
     };
@@ -1442,6 +1496,7 @@ fn wrong_lines_of_settings() {
         ("[Telegram]\nip_family=ipv5", ":2: ip_family is none"),
         ("[telegram] ; mine\nip_family=ipv5", ":2: ip_family is none"),
         ("[telegram]\nbot_token", ":2: not `NAME=value`"),
+        ("[telegram]\nbot_token: 1:a=", ":2: not `NAME=value`"),
         ("[telegram]\nurl=https://a/b\nURL=", ":3: URL is set twice"),
         ("[telegram]\nbot_token=1", ":2: bot_token is not"),
         ("[telegram]\nurl=http://a/b", ":2: url is not"),
@@ -1450,6 +1505,8 @@ fn wrong_lines_of_settings() {
         ("[telegram]\nurl=https://a:443", ":2: url is not"),
         ("[telegram]\nurl=https://a:99999/b", ":2: url is not"),
         ("[telegram]\nurl=https:///b", ":2: url is not"),
+        ("[telegram]\nurl=https://a/bot123:geheim/", ":2: url is not"),
+        ("[telegram]\nurl=https://me:geheim@a/bot", ":2: url is not"),
         ("[telegram]\nip_family=ipv5", ":2: ip_family is none"),
         ("[telegram]\nregistration=on", ":2: registration is neither"),
         (
@@ -1466,6 +1523,7 @@ fn wrong_lines_of_settings() {
         let fault = config_of(content.as_bytes(), b"").err().unwrap_or_default();
         let expected = format!("config.ini{expected}");
         assert!(fault.starts_with(&expected), "{content:?}: {fault}");
+        assert!(!fault.contains("geheim"), "a secret: {fault}");
     }
     for (content, expected) in [
         ("PASSWORD=geheim b", ":1: PASSWORD holds white space"),
@@ -1478,6 +1536,7 @@ fn wrong_lines_of_settings() {
             ":1: HTTPS_PROXY is not",
         ),
         ("PASSWORD=a\nPASSWORD=b", ":2: PASSWORD is set twice"),
+        ("PASSWORD: geheim=", ":1: not `NAME=value`"),
     ] {
         let fault = config_of(b"", content.as_bytes()).err().unwrap_or_default();
         let expected = format!(".env{expected}");
