@@ -384,6 +384,20 @@ fn a_way_back() {
     assert_eq!(*user, json!({"name": "Ada", "chat": ADA}));
 }
 
+/// Whatever a power cut has left, the state is its owner's alone.
+#[test]
+fn a_state_that_was_not_finished() {
+    let api = BotApi::start();
+    let mut gateway = Gateway::stopped(Setup::new(&api));
+    let unfinished = gateway.directory().join("state.json.new");
+    fs::write(&unfinished, "{").unwrap();
+    fs::set_permissions(&unfinished, fs::Permissions::from_mode(0o644)).unwrap();
+    gateway.restart();
+    assert!(within(PATIENCE, || !unfinished.exists()));
+    let state = fs::metadata(gateway.directory().join("state.json")).unwrap();
+    assert_eq!(state.permissions().mode() & 0o777, 0o600);
+}
+
 /// What is left out of a state that somebody has edited is told.
 #[test]
 fn an_edited_state() {
