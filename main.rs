@@ -750,9 +750,9 @@ impl Gateway {
         }
     }
 
-    /// Deletes messages that hold a password. One stays on the list until Telegram has decided.
+    /// Deletes messages that hold a password. One about which Telegram has not decided is tried again the
+    /// next time, behind the others.
     fn delete_passwords(&mut self, token: &Secret, deadline: Instant) {
-        let mut undecided = VecDeque::new();
         while Instant::now() < deadline
             && let Some(deletion) = self.people.deletions.pop_front()
         {
@@ -761,12 +761,10 @@ impl Gateway {
             if let Err(failure) = self.telegram.call(token, "deleteMessage", &body, deadline) {
                 warn!("deleteMessage in {chat} failed: {}", failure.reason);
                 if !failure.is_final() {
-                    undecided.push_back(deletion);
+                    return self.people.deletions.push_back(deletion);
                 }
             }
         }
-        undecided.append(&mut self.people.deletions);
-        self.people.deletions = undecided;
     }
 
     /// Tells people what became of their messages. An answer is sent once, when there is time.
