@@ -137,8 +137,8 @@ fn print(line: &str) -> Result<(), String> {
 // One thread receives, answers, and does what is due between the requests. It owns the socket, the
 // state and everything else that changes.
 
-/// The time between two signs of life for systemd's watchdog (a fetch and a request add up to 14 s),
-/// and between two attempts to get the address.
+/// The time between two signs of life for systemd's watchdog (up to 14 s while a fetch and a request
+/// last), between two attempts to get the address, and the longest wait for a datagram.
 const TICK: Duration = Duration::from_secs(1);
 /// How long what is due may be put off while datagrams wait without a pause.
 const OVERDUE_MAX: Duration = Duration::from_secs(1);
@@ -159,14 +159,14 @@ struct Gateway {
     /// What `state.json` holds, once this run has written it.
     saved: Option<State>,
     address_is_gone: bool,
-    /// Since when the loop has only read datagrams: a request, or what was due, was done with then.
+    /// When a request, or what was due, was last done with: since then only datagrams were read.
     reads_since: Instant,
 }
 
 /// Serves for ever. A fault of the start ends it; nothing that comes by network does.
 fn serve() -> Result<(), String> {
     let folders = Folders::find();
-    if folders.belong_to_the_service {
+    if folders.belong_to_another {
         return Err(format!(
             "{INSTALLED_SETTINGS} belongs to the service, and two gateways would take each other's \
             messages; run: sudo systemctl start coap_websocket"
@@ -280,7 +280,7 @@ impl Gateway {
         let Some(token) = self.polling.token_if_due(now) else {
             return;
         };
-        let deadline = now + FETCH_TIME; // in a hang, too: it is *the try*, see Polling
+        let deadline = now + FETCH_TIME; // a due fetch is *the try* of a hang, so not shortened: see Polling
         if mem::take(&mut self.people.have_next_turn) {
             return self.settle(deadline); // the fetch stays due: the next round makes it
         }
@@ -578,8 +578,8 @@ fn check_formats(request: &Request, method: RequestType, format: u16) -> Result<
     Ok(())
 }
 
-/// Returns the value of a field, empty if it is missing. It ends where another key occurs for the first
-/// time, so a text behind all other fields may hold their keys. Values are not percent-encoded.
+/// Returns the value of a field, empty if it is missing. It ends at the first occurrence of another key,
+/// if that is behind it: a text that comes last may hold all keys. Values are not percent-encoded.
 fn field<'a>(payload: &'a str, key: &str) -> &'a str {
     let Some(start) = payload.find(key) else {
         return "";
@@ -627,6 +627,8 @@ fn read_chats(list: &str) -> Result<Vec<ChatId>, Response> {
 //
 // What is done for an accepted request: texts go to Telegram, and what people wrote comes from it.
 
+/// How much time must be left to begin an answer to a person, which is sent only once.
+const ANSWER_TIME_MIN: Duration = Duration::from_millis(500);
 const MESSAGES_SENT: &str = "Messages sent successfully";
 const NO_UPDATES: &str = "No Updates";
 
@@ -642,7 +644,7 @@ impl Gateway {
         let sent = results.iter().filter(|result| result.is_ok()).count();
         for (chat, result) in chats.iter().zip(results) {
             if let Err(failure) = result {
-                self.note_refusal(chat, &failure, &text.token);
+                self.note_failed_text(chat, &failure, &text.token);
             }
         }
         FORWARDED.fetch_add(sent as u64, Relaxed);
@@ -657,10 +659,10 @@ impl Gateway {
 
     /// Removes a person who has blocked the bot, as if they had asked, and logs why a chat did not get
     /// a text. A group that refuses may have the bot back tomorrow.
-    fn note_refusal(&mut self, chat: &ChatId, failure: &Failure, token: &Secret) {
+    fn note_failed_text(&mut self, chat: &ChatId, failure: &Failure, token: &Secret) {
         warn!("sendMessage to {chat} failed: {}", failure.reason);
         let ChatId::Number(id) = *chat else { return };
-        // Without a configured token a mote may use another bot, to which nobody has written.
+        // Another bot's 403 says nothing of our people; a mote may use one if no token is configured.
         let own = self.state.bot.as_deref().unwrap_or(token.bot_id());
         // The ids of groups are negative, and do not fit.
         if failure.error_code == Some(403) && own == token.bot_id() && fits_firmware(id) {
@@ -769,7 +771,7 @@ impl Gateway {
 
     /// Tells people what became of their messages. An answer is sent once, when there is time.
     fn answer_people(&mut self, token: &Secret, deadline: Instant) {
-        while Instant::now() < deadline
+        while Instant::now() + ANSWER_TIME_MIN < deadline
             && let Some(Answer { chat, texts }) = self.people.answers.pop_front()
         {
             let text = format!("{:.TEXT_MAX$}", texts.join("\n\n")); // cut to what Telegram takes
@@ -795,8 +797,8 @@ const FETCH_TIME: Duration = Duration::from_secs(5);
 /// The pause between two fetches while nobody writes. It also keeps up to three connections open for the
 /// next text: ureq uses the idle ones in turn, and 3 * 15 s are less than `IDLE_CONNECTION`.
 const FETCH_EVERY: Duration = Duration::from_secs(15);
-/// The pause after a fetch with news, for whoever wrote may be about to write again, and after a page
-/// that was too much to be read. Without news it doubles.
+/// The pause after a fetch with news, for whoever wrote may be about to write again; without news it
+/// doubles. Also the pause after a page that was too much to be read.
 const FETCH_SOON: Duration = Duration::from_secs(3);
 /// The pause after a failed fetch. In a hang, one call in this time may take its usual time.
 const FETCH_AFTER_FAILURE: Duration = Duration::from_secs(60);
@@ -898,7 +900,7 @@ impl Polling {
         self.next_fetch = now + self.pause;
     }
 
-    /// A fetch that began then has failed.
+    /// A fetch, begun at `began`, has failed.
     fn note_failed_fetch(&mut self, failure: &Failure, began: Instant, now: Instant) {
         self.is_failing = true;
         self.fetches_after_text = failure.error_code.is_none_or(|code| code >= 500);
@@ -923,7 +925,7 @@ impl Polling {
         }
     }
 
-    /// The calls for a text, which began then, have ended. They may show that Telegram hangs, or that
+    /// The calls for a text, begun at `began`, have ended. They may show that Telegram hangs, or that
     /// it answers again, be it with a refusal.
     fn note_texts(&mut self, results: &[ApiResult], began: Instant, now: Instant) {
         let has_answer = |result: &ApiResult| match result {
@@ -941,7 +943,7 @@ impl Polling {
         }
     }
 
-    /// A call that began then got no answer in time. The call that begins the hang, and each try (see
+    /// A call, begun at `began`, got no answer in time. The call that begins the hang, and each try (see
     /// `next_fetch`), put the next try off by a minute; the short calls between do not.
     fn note_time_out(&mut self, began: Instant) {
         let was_try = began >= self.next_fetch;
@@ -969,7 +971,7 @@ const ATTEMPT_PAUSE: Duration = Duration::from_millis(500);
 const PAGE_MAX: u64 = 1 << 20;
 /// How many bytes any other answer may have: a `Message` of 4,096 characters, all escaped, fits.
 const ANSWER_MAX: u64 = 64 << 10;
-/// How much of `FETCH_TIME` may be gone when a call still goes by the agent's time-out, see `with_limits`.
+/// How much of `FETCH_TIME` may be gone for a call that still has the agent's time-out, see `with_limits`.
 const TIME_LEFT_SLACK: Duration = Duration::from_millis(100);
 /// How many characters of the reason of a failed call are kept.
 const REASON_MAX: usize = 300;
@@ -1192,12 +1194,12 @@ impl Telegram {
     fn with_limits(&self, request: PostRequest, deadline: Instant) -> PostRequest {
         let time_left = deadline.saturating_duration_since(Instant::now());
         let since_silence = self.silent_at.map_or(IDLE_CONNECTION, |at| at.elapsed());
-        // A request with settings of its own makes ureq build TLS settings just for it, unless the agent's
-        // are built, which only a request without such settings does. The gateway's own fetch is one,
-        // and usually the first of all.
-        let is_usual = (FETCH_TIME - TIME_LEFT_SLACK..=FETCH_TIME).contains(&time_left);
         let idle_age = since_silence.min(IDLE_CONNECTION);
-        if is_usual && idle_age == IDLE_CONNECTION {
+        // ureq keeps TLS settings only if it built them for a request without settings of its own; until
+        // then every other request builds its own. So the gateway's fetch, usually the first call of
+        // all, gets none.
+        let has_agents_time = (FETCH_TIME - TIME_LEFT_SLACK..=FETCH_TIME).contains(&time_left);
+        if has_agents_time && idle_age == IDLE_CONNECTION {
             return request;
         }
         let config = request.config().timeout_global(Some(time_left));
@@ -1304,9 +1306,9 @@ fn seconds(value: &Value) -> Option<Duration> {
     is_sensible.then(|| Duration::from_secs_f64(RETRY_AFTER_MAX.min(seconds)))
 }
 
-/// How long after a look-up, well or not, known addresses serve without another one, and how long that
-/// is waited for before they serve again.
+/// How long after the end of a look-up, failed or not, the known addresses serve without another one.
 const ADDRESSES_HOLD: Duration = Duration::from_secs(60);
+/// How long that other one is waited for before the known addresses serve after all.
 const NEW_ADDRESSES_TIME: Duration = Duration::from_secs(1);
 
 /// Keeps the addresses of the Bot API or the proxy, for ureq asks for them on each call. There is
@@ -1386,7 +1388,7 @@ impl Addresses {
 // What outlives the process: who is registered, who has left, what is set, and how far Telegram's
 // updates have been read.
 
-/// How many chats that were registered are remembered as removed, and how many others.
+/// How many removed chats are remembered.
 const REMOVED_MAX: usize = 100;
 /// How many bytes of a user's name the firmware keeps.
 const NAME_MAX: usize = 14;
@@ -1405,9 +1407,10 @@ struct State {
     /// LED feedback, 0 or 1; none until somebody sets it.
     feedback: Option<i64>,
     users: Vec<User>,
-    /// Chats to which no texts of motes are sent until they are registered again, the latest last.
+    /// Chats to which no texts of motes are sent until they are registered again, the latest last:
+    /// here those that were registered, in the file the strangers, too.
     removed: VecDeque<i64>,
-    /// Those of them that were not registered, as far as this run knows: motes are told of them last.
+    /// The removed ones that were not registered, as far as this run knows: motes are told of them last.
     #[serde(skip)]
     strangers: VecDeque<i64>,
     /// The id of the bot that `offset` belongs to. Without a configured token, no other is polled.
@@ -1464,7 +1467,7 @@ impl State {
         let state = object.and_then(|object| State::deserialize(Value::Object(object)));
         let mut state =
             state.map_err(|error| format!("cannot read {}: {error}", path.display()))?;
-        let read = state.clone();
+        let as_read = state.clone();
         let is_interval = |minutes: &i64| (INTERVAL_MIN..=INTERVAL_MAX).contains(minutes);
         state.interval = state.interval.filter(is_interval);
         state.feedback = state.feedback.filter(|on| matches!(on, 0 | 1));
@@ -1476,7 +1479,7 @@ impl State {
         for user in users.into_iter().filter(|user| fits_firmware(user.chat)) {
             state.register(user.chat, &user.name);
         }
-        if state.for_file() != read {
+        if state.for_file() != as_read {
             let path = path.display();
             warn!("{path}: what motes would not understand is left out or changed");
         }
@@ -1537,10 +1540,13 @@ impl State {
         let mut shown = chat.to_string();
         if let Some(index) = self.users.iter().position(|user| user.chat == chat) {
             shown = self.users.remove(index).to_string();
-            push_bounded(&mut self.removed, chat, REMOVED_MAX);
+            self.removed.push_back(chat);
         } else if !self.removed.contains(&chat) {
             self.strangers.retain(|removed| *removed != chat);
-            push_bounded(&mut self.strangers, chat, REMOVED_MAX);
+            self.strangers.push_back(chat);
+        }
+        if self.removals().count() > REMOVED_MAX && self.strangers.pop_front().is_none() {
+            self.removed.pop_front();
         }
         shown
     }
@@ -1610,9 +1616,9 @@ fn newest_removals(chats: &VecDeque<i64>, room: usize) -> String {
 }
 
 /// Reads a number as people mean it: Rust would take a leading `+`, too.
-fn parse_number<T: std::str::FromStr>(text: &str) -> Option<T> {
-    let is_strange = text.starts_with('+');
-    if is_strange { None } else { text.parse().ok() }
+fn parse_number(text: &str) -> Option<i64> {
+    let has_plus = text.starts_with('+');
+    if has_plus { None } else { text.parse().ok() }
 }
 
 /// Appends an entry. If there are as many as there may be, the oldest gives way and is returned.
@@ -2079,12 +2085,11 @@ impl<'a> Command<'a> {
             return Command::Nothing;
         }
         // Words of signs alone, such as an emoji, are dropped in front; behind, they may be the password.
-        let signs = words.iter().take_while(|word| plain(word).is_empty());
-        words.drain(..signs.count());
-        let Some(first) = words.first() else {
+        let Some(start) = words.iter().position(|word| !plain(word).is_empty()) else {
             return Command::Unknown;
         };
-        let first = plain(first);
+        words.drain(..start);
+        let first = plain(words[0]);
         let command = first.split('@').next().unwrap_or_default(); // without the bot's name
         let mut phrase = vec![command.to_string()];
         phrase.extend(words[1..].iter().map(|word| plain(word)));
@@ -2158,7 +2163,7 @@ const MOTE_TOKEN_MAX: usize = 49;
 const INSTALLED_SETTINGS: &str = "/etc/coap_websocket";
 const INSTALLED_STATE: &str = "/var/lib/coap_websocket";
 const INSTALLED_LOG: &str = "/var/log/coap_websocket";
-/// What `.env` may hold. The real environment wins.
+/// What is read of the real environment, which wins over `.env`.
 const VARIABLES: [&str; 5] = [
     "PASSWORD",
     "COAP_SERVER_IP",
@@ -2200,8 +2205,8 @@ struct Folders {
     dot_env: PathBuf,
     state: PathBuf,
     log: PathBuf,
-    /// Whether the state is an installed service's, and this is not the service.
-    belong_to_the_service: bool,
+    /// Whether these are an installed service's, and this process is not that service.
+    belong_to_another: bool,
 }
 
 impl Folders {
@@ -2228,7 +2233,7 @@ impl Folders {
             dot_env: settings.join(dot_env),
             state: folder("STATE_DIRECTORY", INSTALLED_STATE),
             log: folder("LOGS_DIRECTORY", INSTALLED_LOG),
-            belong_to_the_service: uses_installation && !is_service,
+            belong_to_another: uses_installation && !is_service,
         }
     }
 }
@@ -2352,8 +2357,8 @@ impl Config {
                 Err(_) => return refuse("is not an IP address (without a zone)"),
             },
             "COAP_SERVER_PORT" => match value.parse() {
-                Ok(port) => self.listen.set_port(port),
-                Err(_) => return refuse("is not a port (0 to 65535)"),
+                Ok(port @ 1..) => self.listen.set_port(port),
+                _ => return refuse("is not a port (1 to 65535)"),
             },
             "SSL_CERT_FILE" => {
                 self.roots = read_roots(value).map_err(|reason| setting.fault(&reason))?;
@@ -2388,15 +2393,15 @@ impl Setting {
     /// Reads `NAME=value`; the value may stand in quotes.
     fn read(place: String, line: &str) -> Result<Setting, String> {
         let line = line.strip_prefix("export ").unwrap_or(line);
-        let Some((name, value)) = line.split_once('=') else {
-            return Err(format!("{place}: not `NAME=value`"));
-        };
-        let name = name.trim().to_string();
         let fits = |c: char| c.is_alphanumeric() || "_-.".contains(c);
-        if !name.chars().all(fits) {
-            return Err(format!("{place}: not `NAME=value`")); // it may hold a secret
-        }
-        let value = value.trim();
+        let is_name = |name: &str| !name.is_empty() && name.chars().all(fits);
+        let pair = line
+            .split_once('=')
+            .map(|(name, value)| (name.trim(), value.trim()));
+        let Some((name, value)) = pair.filter(|(name, _)| is_name(name)) else {
+            return Err(format!("{place}: not `NAME=value`")); // the line may hold a secret
+        };
+        let name = name.to_string();
         let between = |quote: char| value.strip_prefix(quote)?.strip_suffix(quote);
         let value = between('"').or(between('\'')).unwrap_or(value).to_string();
         Ok(Setting { place, name, value })
@@ -2618,8 +2623,9 @@ fn journal_priority(level: Level) -> &'static str {
 fn escape(text: &str) -> String {
     let mut escaped = String::new();
     for c in text.chars() {
-        let ends_line = matches!(c, '\u{2028}' | '\u{2029}'); // line and paragraph separator
-        if ends_line || c.is_control() {
+        // Separators of lines and paragraphs, and what turns the direction of the rest.
+        let is_mark = matches!(c, '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+        if is_mark || c.is_control() {
             escaped.extend(c.escape_default());
         } else {
             escaped.push(c);
@@ -2703,8 +2709,8 @@ fn check() -> Result<(), String> {
     let saved = read_file(&config.state_path)?;
     print_users(&State::parse(&config.state_path, saved)?)?;
     print("chats with messages not fetched yet (for others see the log):")?;
-    // Offset 1 confirms nothing. Nor is it the gateway's: Telegram delays a repeated one, see
-    // EMPTY_PAGE_HOLDS.
+    // Offset 1 confirms nothing. It differs from the gateway's, too: the same one again would be
+    // delayed, see EMPTY_PAGE_HOLDS.
     let updates = telegram.get_updates(token, 1, PAGE_LIMIT, deadline);
     let mut printed = Vec::new();
     for update in updates.map_err(fault)? {
@@ -2737,7 +2743,7 @@ fn print_users(state: &State) -> Result<(), String> {
 fn send(chat: &str, text: &str, uri: Option<&str>) -> Result<(), String> {
     let config = Config::load(&Folders::find(), environment()?)?;
     let token = config.required_token()?;
-    let Secret(token) = config.mote_token.as_ref().unwrap_or(token);
+    let token = &config.mote_token.as_ref().unwrap_or(token).0;
     let peer = match uri {
         Some(uri) => address_of(uri).ok_or_else(|| format!("cannot resolve {}", escape(uri)))?,
         None => config.listen,
@@ -2851,7 +2857,7 @@ mod coap {
     /// How many bytes all unfinished bodies may take, and how long one waits for its next block.
     pub const ASSEMBLIES_MAX: usize = 512 << 10;
     pub const ASSEMBLY_LIFETIME: Duration = Duration::from_secs(60);
-    /// What a body takes in memory beside its bytes, at most about.
+    /// About how much memory a body takes beside its bytes, at most.
     const BODY_OVERHEAD: usize = 256;
 
     /// Content formats, RFC 7252 §12.3.
@@ -2929,7 +2935,7 @@ mod coap {
         fn block_value(&self, option: CoapOption) -> Option<u32> {
             let value = self.packet.get_first_option_as::<OptionValueU32>(option)?;
             let value = value.ok()?.0;
-            (value >> 24 == 0).then_some(value) // three bytes at most
+            (value >> 24 == 0).then_some(value) // a longer one is refused, but its answer comes by here
         }
 
         /// Returns Block1 or Block2, if the request has it. `Err` refuses the reserved size.
@@ -3109,7 +3115,7 @@ mod coap {
     pub struct Exchanges {
         last_message_id: u16,
         hasher: RandomState,
-        /// Requests that were promised a response: they held an acceptable token of a bot.
+        /// Requests that were promised a response: they held an acceptable token.
         begun: Memory,
         /// Blocks that were answered at once: 2.31, or a refusal that ended their body. Apart from `begun`,
         /// so that they cannot push anything out of it: anybody can send many, for the bot's token is
@@ -3289,8 +3295,8 @@ mod coap {
         }
 
         /// Takes out the body that a block continues, or begins one. Without Request-Tag a client may send
-        /// two bodies at once. A block that fits behind both could belong to either: it is refused, and
-        /// both are kept, as long as there are two.
+        /// two bodies at once. A block that fits behind both could belong to either: both are kept, and
+        /// it is refused until one of them has gone.
         fn body_before(
             &mut self,
             key: u64,
@@ -3302,6 +3308,7 @@ mod coap {
             }
             let length = block.number * block.size;
             let fits = |known: &Assembly| {
+                // The block may be in it already, and come again in a new message.
                 let is_repeated = known.body.get(length..) == Some(payload);
                 known.key == key && (known.body.len() == length || is_repeated)
             };

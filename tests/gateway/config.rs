@@ -390,6 +390,7 @@ telegram         | bot_token = {T}¶mote_token = 50-characters-are-one-more-than
 .env             | # x¶PASSWORD sesame¶             | .env:2
 .env             | COAP_SERVER_PORT=70000           | .env COAP_SERVER_PORT
 COAP_SERVER_PORT | 70000                            | environment COAP_SERVER_PORT
+COAP_SERVER_PORT | 0                                | environment COAP_SERVER_PORT
 COAP_SERVER_PORT | coap                             | COAP_SERVER_PORT
 COAP_SERVER_IP   | gateway                          | environment COAP_SERVER_IP
 COAP_SERVER_IP   | fe80::1%lo                       | COAP_SERVER_IP

@@ -323,8 +323,7 @@ fn answers_are_joined() {
 #[test]
 fn nobody_forges_the_log() {
     let api = BotApi::start();
-    let forged =
-        "x\n2026-01-31 12:00:00 [INFO] forged\r\nINFO forged\u{1b}[31mforged\u{2028}forged\0";
+    let forged = "x\n2026-01-31 12:00:00 [INFO] forged\r\nINFO forged\u{1b}[31mforged\u{2028}forged\u{202e}\0";
     api.person_writes(ADA, forged, forged);
     api.person_writes(BOB, forged, &format!("config {forged} {forged}"));
     let gateway = start_with(&api, Setup::new(&api));
@@ -348,7 +347,7 @@ fn nobody_forges_the_log() {
     for line in (gateway.log() + &gateway.output()).lines() {
         let head: String = line.chars().take(34).collect();
         assert!(!head.contains("forged"), "{line:?}");
-        let plain = |c: char| !c.is_control() && c != '\u{2028}';
+        let plain = |c: char| !c.is_control() && !"\u{2028}\u{202e}".contains(c);
         assert!(line.chars().all(plain), "{line:?}");
     }
 }

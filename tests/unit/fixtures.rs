@@ -30,7 +30,7 @@ fn folders(folder: &Path) -> Folders {
         dot_env: folder.join(".env"),
         state: folder.into(),
         log: folder.into(),
-        belong_to_the_service: false,
+        belong_to_another: false,
     }
 }
 

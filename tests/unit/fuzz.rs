@@ -177,7 +177,12 @@ impl World {
                 let delivered = open.filter(|open| message.kind == Kind::Ack && open.copies < 4);
                 assert!(delivered.is_none_or(|open| open.ticket.is_none()));
             }
-            Some(_) => assert_eq!(Some(&reply), self.known(peer, bytes), "not acted on"),
+            Some(message) => {
+                assert_eq!(Some(&reply), self.known(peer, bytes), "not acted on");
+                if let Some(unfinished) = self.unfinished.get_mut(&BodyKey::of(peer, &message)) {
+                    unfinished.at = Some(self.now); // at most: another of its bodies may be meant
+                }
+            }
         }
     }
 
@@ -244,8 +249,8 @@ impl World {
             unfinished.bodies.append(&mut bodies);
             unfinished.at = Some(self.now);
         }
-        let block = message.option_value(BLOCK1);
-        if block.is_some_and(|value| value.len() <= 4) {
+        let is_block = |value: &[u8]| value.len() < 4 || value.len() == 4 && value[0] == 0;
+        if message.option_value(BLOCK1).is_some_and(is_block) {
             let again = if is_con { reply } else { Vec::new() };
             self.remember(peer, bytes, again);
         } else if is_con {

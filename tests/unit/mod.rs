@@ -841,22 +841,27 @@ fn removals_alone_fill_a_reply() {
 #[test]
 fn the_latest_removals_are_remembered() {
     let mut state = State::default();
-    for id in 1..=101 {
-        state.register(id, "Ada");
-        state.remove(id);
-    }
     for id in 201..=301 {
         state.remove(id);
     }
     state.remove(202); // again: the latest, not twice
+    for id in 1..=60 {
+        state.register(id, "Ada");
+        state.remove(id);
+    }
     state.remove(2); // once is enough
     let removed: Vec<i64> = state.removals().collect();
-    let expected = (203..=301).chain([202]).chain(2..=101);
+    let expected = (263..=301).chain([202]).chain(1..=60);
     assert_eq!(removed, expected.collect::<Vec<i64>>());
-    for id in [50, 250] {
+    for id in [50, 290] {
         state.register(id, "Ada");
         assert!(!state.is_removed(&ChatId::Number(id)), "and registered");
     }
+    for id in 400..=500 {
+        state.register(id, "Ada");
+        state.remove(id);
+    }
+    assert!(state.removals().eq(401..=500), "strangers go first");
 }
 
 /// Whoever was registered may have a place in a mote that somebody else needs.
@@ -1497,6 +1502,7 @@ fn wrong_lines_of_settings() {
         ("[telegram] ; mine\nip_family=ipv5", ":2: ip_family is none"),
         ("[telegram]\nbot_token", ":2: not `NAME=value`"),
         ("[telegram]\nbot_token: 1:a=", ":2: not `NAME=value`"),
+        ("[telegram]\n=1:geheim", ":2: not `NAME=value`"),
         ("[telegram]\nurl=https://a/b\nURL=", ":3: URL is set twice"),
         ("[telegram]\nbot_token=1", ":2: bot_token is not"),
         ("[telegram]\nurl=http://a/b", ":2: url is not"),
