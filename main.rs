@@ -1545,8 +1545,9 @@ impl State {
             self.strangers.retain(|removed| *removed != chat);
             self.strangers.push_back(chat);
         }
-        if self.removals().count() > REMOVED_MAX && self.strangers.pop_front().is_none() {
-            self.removed.pop_front();
+        if self.removals().count() > REMOVED_MAX {
+            let oldest = self.strangers.pop_front();
+            oldest.or_else(|| self.removed.pop_front());
         }
         shown
     }
