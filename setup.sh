@@ -11,25 +11,26 @@
 # Without these files the token and the password come from the environment (BOT_TOKEN, PASSWORD), else from the last
 # installation or the program before it, else they are asked for. Address and interface stay as they were last set.
 
-# put_on checks, asks for and prepares everything in a private folder ($stage) before its first change. What is there
-# before that change is kept as notes ($kept), from which take_away puts it back. A note is on the disk before anything
-# relies on it, and every file is replaced by one rename. So it may be interrupted anywhere: run it again, or uninstall.
+# put_on checks, asks for and prepares all but the firmware's file in a private folder ($stage) before its first change.
+# What is there before that change is kept as notes ($kept), from which take_away puts it back. A note is on the disk
+# before anything relies on it, and every file is replaced by one rename. So it may be interrupted anywhere: run it
+# again, or uninstall.
 
 [ -n "${BASH_VERSION:-}" ] || { echo "setup.sh: this needs bash: sudo bash setup.sh" >&2; exit 1; }
 set -eu
-shopt -s nullglob globstar
+shopt -s nullglob globstar dotglob
 umask 077
 export LC_ALL=C.UTF-8
 
 # What is installed, and from where.
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+here=$(CDPATH='' cd "$(dirname "${BASH_SOURCE[0]:-.}")" && pwd)
 firmware=$(readlink -m "$here/../src")
 binary=/usr/local/bin/coap_websocket
 unit=/etc/systemd/system/coap_websocket.service
-etc=/etc/coap_websocket
+etc=$(readlink -m /etc/coap_websocket)  # it may be a link
 connection=/etc/NetworkManager/system-connections/coap_websocket.nmconnection
 udev_rule=/etc/udev/rules.d/90-coap_websocket.rules
-rc_local=$(readlink -m /etc/rc.local)  # it may be a link
+rc_local=$(readlink -m /etc/rc.local)   # so may this
 places=("$binary" "$unit" "$unit.d" "$etc" "$connection" "$udev_rule" /var/{lib,log}/{,private/}coap_websocket
     /etc/systemd/system/*.wants/coap_websocket.service)  # all but rc.local and the firmware's config.ini
 
@@ -42,6 +43,7 @@ part=.coap_websocket-new            # ends the name of a file that is being writ
 mark='  # coap_websocket'           # ends each of our lines in rc.local
 off='# coap_websocket: '            # begins a line of somebody else's there that is commented out
 bom='\xef\xbb\xbf'                  # may begin a text file
+placeholder=your_telegram_bot_token # stands for the token in the firmware's template
 section="^($bom)?\s*\[\s*telegram\s*\]"  # the only one of config.ini that counts
 
 # What a run is told and finds out.
@@ -51,7 +53,7 @@ old_address='' old_interface=''  # what the last run gave the Pi
 token_file='' password_file=''
 token='' password=''
 reply=''                         # what choose has found
-before_note=''                   # a whole note of what was there, but for the firmware
+before_note=''                   # the note of what was there, if one is whole; the firmware has its own
 fault=''                         # why the gateway does not serve, though all is installed
 
 main() {
@@ -79,7 +81,9 @@ main() {
     rm -rf "$stage"
     mkdir -p "$stage" 2>/dev/null || die "cannot write to /var/lib: is the file system read-only, or full?"
     unpack_notes
-    read -r _ _ _ _ old_address _ old_interface _ < <(grep -as "^ip -6 addr add .*$mark\$" "$rc_local") || true
+    # From our line in rc.local; if that was lost, from the udev rule.
+    read -r _ _ _ _ old_address _ old_interface _ < <(
+        sed -nE "s/^(ip -6 addr add .*)$mark\$/\1/p; s/^ACTION.*\"(.*)\"\$/\1/p" "$rc_local" "$udev_rule" 2>/dev/null) || true
     if $uninstall; then take_away; else put_on; fi
 }
 
@@ -92,16 +96,18 @@ die() {
 finish() {
     local status=$?
     rm -rf "$stage"
-    [ -n "$before_note" ] || has_our_lines || rm -rf "$kept"  # nothing has been changed
+    rmdir "$kept" 2>/dev/null || true  # holds no note: nothing has been changed
     [ $status = 0 ] || $explained ||
         echo "setup.sh: stopped before the end; mend what was said above, then run the same command again" >&2
 }
 
 # ---- notes -----------------------------------------------------------------------------------------------------
 
-# If the notes were lost, all that we know is that rc.local was there without our lines.
+# Before the first change. If the notes were lost, all that we know is that rc.local was there without our lines.
 keep_what_is_there() {
     local paths=()
+    [ "$(stat -f -c %T /)" != overlayfs ] ||
+        echo "warning: the root file system is an overlay: unless that is switched off, nothing of this outlasts a reboot"
     [ -z "$before_note" ] || return 0
     mkdir "$stage/$facts"
     if has_our_lines; then
@@ -117,15 +123,13 @@ keep_what_is_there() {
 
 has_our_lines() { grep -qs "$mark\$" "$rc_local"; }
 
-# keep NAME PATH...: keeps files as a note, twice, for one may get lost.
+# keep NAME PATH... (and tar's -C): keeps files as a note, twice, for one may get lost.
 keep() {
     local note=$kept/$1.tar.gz status=0
-    tar -C / --numeric-owner --warning=no-file-changed -czf "$stage/note" "${@:2}" || status=$?
+    tar -C / --numeric-owner --no-unquote --warning=no-file-changed -czf "$stage/note" "${@:2}" || status=$?
     [ $status -le 1 ] || die "cannot write to $kept: is the disk full?"  # 1: a file changed meanwhile, such as a log
-    cp "$stage/note" "$stage/copy"
-    sync "$stage/note" "$stage/copy"
-    mv "$stage/copy" "$note.copy"
-    mv "$stage/note" "$note"
+    replace "$stage/note" "$note.copy"
+    replace "$stage/note" "$note"
     sync "$kept" /var/lib
 }
 
@@ -152,10 +156,9 @@ put_on() {
     prepare_rc_local
     prepare_interface
 
-    [ "$(stat -f -c %T /)" != overlayfs ] ||
-        echo "warning: the root file system is an overlay: unless that is switched off, nothing of this outlasts a reboot"
     keep_what_is_there
     place binary "$binary"
+    grep -qs '^LoadCredential=' "$unit" || rm -rf "$unit.d"  # what was added to another unit
     place unit "$unit"
     place config.ini "$etc/config.ini"
     place env "$etc/.env"
@@ -179,7 +182,8 @@ prepare_unit_and_binary() {
     [ -f "$source" ] || source=$here/target/release/coap_websocket
     [ -f "$source" ] || die 'no coap_websocket beside setup.sh: see "Get the binary" in README.md'
     install -m 755 "$source" "$stage/binary"
-    said=$(timeout 10 "$stage/binary" --version 2>&1 </dev/null) || true
+    # By bash, which does not take a program for another machine for a script, as timeout does.
+    said=$(timeout 10 bash -c "$stage/binary --version" 2>&1 </dev/null) || true
     [[ $said == "coap_websocket "[0-9]* ]] ||
         die "$source does not run on this $(dpkg --print-architecture) system (${said##*: }): see \"Get the binary\" in README.md"
 }
@@ -206,7 +210,7 @@ as_the_kernel_spells() {
 # Right behind the shebang our lines run, whatever exit comes later. They cannot fail, which would end it under -e.
 prepare_rc_local() {
     local theirs=$stage/rc.local.theirs new=$stage/rc.local
-    if ! theirs_of "$rc_local" >"$theirs" 2>/dev/null || LC_ALL=C grep -aqP '\0' "$theirs" ||
+    if ! theirs_of "$rc_local" >"$theirs" 2>/dev/null || LC_ALL=C grep -aqP '\0|\r$' "$theirs" ||
         ! head -n 1 "$theirs" | grep -Eq '^#! *(/usr)?/bin/(env +)?(ba|da)?sh( .*)?$'; then
         die "$rc_local is not a shell script: move it away, then run this again"
     fi
@@ -214,26 +218,28 @@ prepare_rc_local() {
     [ -x "$new" ] || chmod 755 "$new"  # else it never runs
     printf "%s$mark\n" "sleep 1" "ip link set dev $interface up || true" "ip -6 addr add $address dev $interface || true" |
         sed -e "$(lines_that_add_it "$theirs")" -e '1r /dev/stdin' "$theirs" >"$new"
-    ! bash -n "$theirs" 2>/dev/null || bash -n "$new" 2>/dev/null ||
+    if bash -n "$theirs" 2>/dev/null && ! bash -n "$new" 2>/dev/null; then
         die "$rc_local adds $address in a way that cannot be commented out: remove that there, then run this again"
+    fi
 }
 
 # Prints what is not ours in an rc.local, as a script of its own.
 theirs_of() {
     if [ ! -e "$1" ]; then printf '%s\n' '#!/bin/sh' 'exit 0'; return; fi
+    [ -f "$1" ] || return
     [ "$(head -c 2 "$1")" = '#!' ] || echo '#!/bin/sh'
     sed -e "/$mark\$/d" -e "s/^$off//" "$1"
 }
 
-# Prints for sed how to comment out each line that adds the address, in whatever spelling, with the lines that continue
-# it: of two owners of an address the second one fails.
+# Prints for sed how to comment out, once, each line that adds the address, in whatever spelling, with the lines that
+# continue it: of two owners of an address the second one fails.
 lines_that_add_it() {
-    local lines line word ip='^\s*([^#[:space:]].*[^[:alnum:]_-])?ip +([^;&|]* )?'
-    local address_add='a(d|dd|ddr|ddre|ddres|ddress)? +(a|ad|add|r[a-z]*|c[a-z]*) '
-    grep -anE "$ip$address_add" "$1" | while IFS=: read -r lines line; do
-        [[ $line != *\\ ]] || lines="$lines,/[^\\]\$/"
+    local lines line word start='^\s*([^#[:space:]].*[^[:alnum:]_-])?' ifconfig='ifconfig\s[^;&|]*\sadd\s'
+    local ip='ip\s+([^;&|]*\s)?a(d|dd|ddr|ddre|ddres|ddress)?\s+(a|ad|add|r[a-z]*|c[a-z]*)\s'
+    grep -anE "$start($ip|$ifconfig)" "$1" | while IFS=: read -r lines line; do
+        [[ $line != *\\ ]] || lines="$lines,/^\$\|[^\\]\$/"
         while read -r word; do
-            [ "$(as_the_kernel_spells "$word")" != "${address%/*}/128" ] || echo "$lines s/^/$off/"
+            [ "$(as_the_kernel_spells "$word")" != "${address%/*}/128" ] || echo "$lines s/^\($off\)\?/$off/"
         done < <(grep -oE '[[:xdigit:]]*:[[:xdigit:]:]+' <<<"$line")
     done
 }
@@ -241,8 +247,12 @@ lines_that_add_it() {
 # NetworkManager takes away an address that it does not know. Where it does not look after the interface, nobody else
 # brings that up when it appears.
 prepare_interface() {
+    local there
     if systemctl is-active -q NetworkManager &&
         [[ $(nmcli -g GENERAL.STATE device show "$interface" 2>/dev/null) != *unmanaged* ]]; then
+        there=$(ip -4 -br addr show dev "$interface" 2>/dev/null | awk '{ print $3 }')
+        [ -z "$there" ] ||
+            echo "warning: $interface loses $there, for it is the motes' alone now; if it is not theirs: sudo bash setup.sh --uninstall"
         printf '%s\n' '[connection]' id=coap_websocket type=ethernet "interface-name=$interface" autoconnect-priority=10 '' \
             '[ipv4]' method=disabled '' '[ipv6]' method=manual "address1=$address" >"$stage/connection"
     elif [ -d "${udev_rule%/*}" ]; then
@@ -257,7 +267,7 @@ prepare_interface() {
 # What somebody wrote into .env by hand as address stays until another one is asked for.
 prepare_settings() {
     local listen=''
-    [ -n "$address" ] || listen=$(value_of "$etc/.env" COAP_SERVER_IP)
+    [ -n "$address" ] || listen=$(value_of "$etc/.env" COAP_SERVER_IP)  # none was asked for
     choose_address
     choose "bot token" "as BotFather shows it" "$token_file" "${BOT_TOKEN:-}" \
         "$(value_of "$etc/config.ini" bot_token)" "$(value_of "$firmware/config.ini" bot_token)"
@@ -279,29 +289,29 @@ choose() {
     local what=$1 hint=$2 file=$3 value
     reply=''
     if [ -z "$file" ]; then
-        for value in "${@:4}"; do reply=${reply:-$value}; done
+        for value in "${@:4}"; do reply=${reply:-${value#"$placeholder"}}; done
     elif [ "$file" != - ]; then
-        reply=$(head -n 1 "$file" 2>/dev/null | bare)
-        [ -n "$reply" ] || die "cannot read the $what from $file: write it there as the first line, then run this again"
+        reply=$(head -n 1 "$file" 2>/dev/null | tr -d '\0' | bare)
+        [ -n "${reply#"$placeholder"}" ] ||
+            die "--${what#* }-file names no file that begins with the $what: write it there as the first line, then run this again"
     fi
-    reply=${reply#your_telegram_bot_token}  # the template's
     [ -z "$reply" ] || return 0
     [ -t 0 ] || die "no $what and no terminal to ask for it: write it to a file, then run this with --${what#* }-file FILE"
     read -rsp "${what^} ($hint; it is not shown): " reply || true
     echo >&2
-    [ -n "${reply#your_telegram_bot_token}" ] || die "no $what: nothing was changed"
+    [ -n "${reply#"$placeholder"}" ] || die "no $what: nothing was changed"
 }
 
 # The program decides whether it would start with these settings.
 judge_settings() {
     local said status=0
     said=$(cd / && env -i PATH="$PATH" CREDENTIALS_DIRECTORY="$stage" "$stage/binary" check --settings 2>&1) || status=$?
-    [ $status -le 1 ] || die "this coap_websocket is older than this setup.sh"
+    [ $status -le 1 ] || die "the coap_websocket beside this setup.sh is older than it: build it anew"
     said=${said##*$'\n'coap_websocket: } said=${said//"$stage/env"/"$etc/.env"} said=${said//"$stage"/"$etc"}
     [ $status = 0 ] || die "${said#coap_websocket: }: mend it or give another, then run this again; nothing was changed"
 }
 
-# to_line KEY COMMAND: sed's script for the line that sets KEY, which in config.ini stands under [telegram].
+# to_line KEY COMMAND: sed's script that does COMMAND to the line that sets KEY, in config.ini under [telegram].
 to_line() {
     case $1 in
         *_token) printf '%s' "/$section/I,/^\s*\[/{/^\s*$1\s*=/I$2}" ;;
@@ -316,8 +326,8 @@ value_of() { line_of "$1" "$2" | LC_ALL=C sed 's/^[^=]*=//' | bare; }
 # Takes a BOM, a carriage return, blanks and quotes off both ends of a line.
 bare() { LC_ALL=C sed "s/^$bom//; s/^\s*//; s/\s*\$//; s/^\([\"']\)\(.*\)\1\$/\2/"; }
 
-# with_line FILE KEY LINE: the text of FILE with that line to set KEY, every other line as it is; and that, too, if its
-# value is the same.
+# with_line FILE KEY LINE: the text of FILE with that line to set KEY, every other line as it is. A line whose value is
+# right stays as it is spelled.
 with_line() {
     local file=$1 key=$2 line=$3
     [ -f "$file" ] || file=/dev/null
@@ -336,25 +346,19 @@ with_line() {
 
 # ---- put on: changes -------------------------------------------------------------------------------------------
 
-# place NAME TARGET: makes TARGET what was prepared as NAME, if it was.
+# place NAME TARGET: installs what was prepared as NAME; if nothing was, removes TARGET.
 place() {
-    local new=$stage/$1 target=$2
-    if [ ! -e "$new" ]; then
-        rm -f "$target"
-    elif [ ! -L "$target" ] && cmp -s "$new" "$target"; then
-        chown --reference="$new" "$target"
-        chmod --reference="$new" "$target"
-        echo "$target: unchanged"
-    else
-        [ -d "${target%/*}" ] || mkdir -m 755 "${target%/*}"
-        replace "$new" "$target"
-        echo "$target: installed"
-    fi
+    local new=$stage/$1 target=$2 word=installed
+    if [ ! -e "$new" ]; then rm -f "$target"; return; fi
+    [ -L "$target" ] || ! cmp -s "$new" "$target" || word=unchanged
+    [ -d "${target%/*}" ] || mkdir -m 755 "${target%/*}"
+    replace "$new" "$target"  # also for owner and mode
+    echo "$target: $word"
 }
 
 # replace SOURCE TARGET: whole or not at all.
 replace() {
-    cp -a "$1" "$2$part"
+    cp -aT --remove-destination "$1" "$2$part"
     sync "$2$part"
     mv -fT "$2$part" "$2"
 }
@@ -363,6 +367,7 @@ replace() {
 place_in_firmware() {
     local config=$firmware/config.ini template=$firmware/config.ini.template source word
     source=$config
+    # Without a note of ours config.ini is somebody's own.
     if [ ! -e "$config" ]; then source=$template; elif [ ! -e "$before$template" ]; then return; fi
     [ -n "$(line_of "$source" bot_token)" ] || return 0
     word=$(value_of "$stage/config.ini" mote_token)  # what motes present instead of the real one
@@ -378,7 +383,7 @@ add_address() {
     local there word=unchanged
     ! systemctl is-active -q NetworkManager || nmcli connection reload
     [ -e "/sys/class/net/$interface" ] || return 0
-    ip link set dev "$interface" up
+    ip link set dev "$interface" up || true  # await_service tells what lacks
     there=$(address_there "$address" "$interface")
     [[ $there != *dadfailed* ]] || ip -6 addr del "$address" dev "$interface"  # to look for its other owner anew
     if ip -6 addr add "$address" dev "$interface" 2>/dev/null; then word=added; fi
@@ -413,12 +418,12 @@ start() {
     systemctl restart coap_websocket 2>/dev/null || die "$dead"
     echo "service: enabled and restarted"
     [ -n "$fault" ] || [ ! -e "/sys/class/net/$interface" ] || await_service
-    echo "gateway: $(status)"
+    echo "gateway: $(systemctl show -P StatusText coap_websocket)"
     echo
     # With the service's files, and without what root has in its environment.
     if ! said=$(cd / && env -i PATH="$PATH" "$binary" check 2>&1) && [ -z "$fault" ]; then
         fault="installed and running, but see what the check says above; then run this again"
-        [[ $said != *" 40"[14]* ]] || fault="Telegram does not know this token; another one: sudo bash setup.sh --token-file -"
+        [[ $said != *": 40"[14]" "* ]] || fault="Telegram does not know this token; another one: sudo bash setup.sh --token-file -"
     fi
     echo "$said"
     systemctl is-active -q coap_websocket || die "$dead"
@@ -428,12 +433,10 @@ If one of them is the motes': sudo bash setup.sh --interface NAME"
     [ -z "$fault" ] || die "$fault"
 }
 
-status() { systemctl show -P StatusText coap_websocket; }
-
 # Waits until the gateway serves, or finds out why it does not.
 await_service() {
     for _ in {1..30}; do
-        [[ $(status) != "Serves CoAP on "* ]] || return 0
+        [[ $(systemctl show -P StatusText coap_websocket) != "Serves CoAP on "* ]] || return 0
         sleep 0.5
     done
     if [[ $(ip -o link show dev "$interface") != *LOWER_UP* ]]; then
@@ -449,10 +452,11 @@ await_service() {
 
 take_away() {
     if [ -z "$before_note" ] && ! has_our_lines; then
+        rm -rf "$kept"  # with notes that never got whole
         echo "Nothing to uninstall: setup.sh has installed nothing here."
         return
     fi
-    keep_what_is_there
+    keep_what_is_there  # anew, if the notes were lost
     systemctl stop coap_websocket 2>/dev/null || true
     systemctl reset-failed coap_websocket 2>/dev/null || true
     echo "service: stopped"
@@ -460,14 +464,15 @@ take_away() {
     drop_address
     give_back_rc_local
     give_back_templates
-    rm -rf "${places[@]}" "${places[@]/%/$part}"
+    rm -rf "${places[@]}" "${places[@]/%/$part}"  # and what was being written
     echo "coap_websocket and its files: removed"
     tar -C / --numeric-owner --exclude="${rc_local#/}" --exclude="$facts" -xpf "$before_note"
     echo "what was there before: restored"
 
     systemctl daemon-reload
     ! systemctl is-active -q NetworkManager || nmcli connection reload
-    [ ! -e "$before/$facts/active" ] || systemctl start coap_websocket
+    [ ! -e "$before/$facts/active" ] || systemctl start coap_websocket ||
+        echo "the service that ran before does not start; it says why: sudo journalctl -u coap_websocket -n 20"
     sync
     rm -rf "$kept"
     echo "coap_websocket is gone."
@@ -499,12 +504,13 @@ give_back_templates() {
         template=${was#"$before"}
         config=${template%.template}
         rm -f "$config$part" "$template$part"
-        [ -e "$config" ] || continue
+        [ -d "${config%/*}" ] || continue
+        [ -e "$config" ] || [ ! -e "$template" ] || continue
         cp -a "$was" "$stage/template"
-        [ "$(with_line "$was" bot_token "$(line_of "$config" bot_token)")" = "$(cat "$config")" ] ||
+        [ ! -e "$config" ] || [ "$(with_line "$was" bot_token "$(line_of "$config" bot_token)")" = "$(cat "$config")" ] ||
             with_line "$config" bot_token "$(line_of "$was" bot_token)" >"$stage/template"
         replace "$stage/template" "$template"
-        rm "$config"
+        rm -f "$config"
         echo "$template: restored"
     done
 }

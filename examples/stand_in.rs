@@ -13,7 +13,7 @@
 //! say <chat id> <name> <text>    somebody writes to the bot
 //! unknown <chat id>              sending there fails with 400, chat not found
 //! block <chat id>                sending there fails with 403, bot was blocked
-//! hang | heal                    calls are not answered any more | are answered again
+//! hang | portal | heal           calls are not answered any more | by a page of somebody else | are answered again
 //! ```
 
 #[path = "../tests/support/mod.rs"]
@@ -88,6 +88,7 @@ fn obey(api: &BotApi, line: &str) {
         ("unknown", chat, "", "") => api.unknown_chat(chat),
         ("block", chat, "", "") => api.block_chat(chat),
         ("hang", "", ..) => api.fail(every(""), Fault::Hang),
+        ("portal", "", ..) => api.fail(every(""), Fault::Page(404)),
         ("heal", "", ..) => api.heal(),
         _ => eprintln!("not understood: {line}"),
     }
