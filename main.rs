@@ -31,7 +31,7 @@
 
 use std::collections::VecDeque;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, ErrorKind, IsTerminal as _, Write};
+use std::io::{self, ErrorKind, IsTerminal as _, Read as _, Write};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
@@ -627,8 +627,6 @@ fn read_chats(list: &str) -> Result<Vec<ChatId>, Response> {
 //
 // What is done for an accepted request: texts go to Telegram, and what people wrote comes from it.
 
-/// How much time must be left to begin an answer to a person, which is sent only once.
-const ANSWER_TIME_MIN: Duration = Duration::from_millis(500);
 const MESSAGES_SENT: &str = "Messages sent successfully";
 const NO_UPDATES: &str = "No Updates";
 
@@ -730,8 +728,8 @@ impl Gateway {
         let began = Instant::now();
         let half_time = began + deadline.saturating_duration_since(began) / 2;
         let mut has_news = false;
+        self.save().map_err(Failure::new)?;
         loop {
-            self.save().map_err(Failure::new)?;
             let offset = self.state.offset;
             let limit = self.polling.page_limit;
             let page = self.telegram.get_updates(token, offset, limit, deadline)?;
@@ -740,12 +738,12 @@ impl Gateway {
             for update in &page {
                 self.people.take(update, &mut self.state, &self.config);
             }
+            self.save().map_err(Failure::new)?;
             // Not `page.is_empty()`: updates without an id would come again and again. Not `>`: ids may
             // fall.
             let has_moved = self.state.offset != offset;
             has_news |= has_moved;
             if !has_moved || Instant::now() >= half_time {
-                self.save().map_err(Failure::new)?;
                 self.polling.note_fetch(token, has_news, Instant::now());
                 return Ok(());
             }
@@ -771,7 +769,7 @@ impl Gateway {
 
     /// Tells people what became of their messages. An answer is sent once, when there is time.
     fn answer_people(&mut self, token: &Secret, deadline: Instant) {
-        while Instant::now() + ANSWER_TIME_MIN < deadline
+        while Instant::now() + CALL_TIME_MIN < deadline
             && let Some(Answer { chat, texts }) = self.people.answers.pop_front()
         {
             let text = format!("{:.TEXT_MAX$}", texts.join("\n\n")); // cut to what Telegram takes
@@ -967,10 +965,16 @@ const CONNECT_TIME: Duration = Duration::from_secs(4);
 /// How often a call is tried, and how long to wait between.
 const ATTEMPTS: u32 = 3;
 const ATTEMPT_PAUSE: Duration = Duration::from_millis(500);
+/// How much time must be left to begin a call that need not be made at all.
+const CALL_TIME_MIN: Duration = Duration::from_millis(500);
 /// How many bytes a page of updates may have: ten of the longest take about half of that.
 const PAGE_MAX: u64 = 1 << 20;
-/// How many bytes any other answer may have: a `Message` of 4,096 characters, all escaped, fits.
-const ANSWER_MAX: u64 = 64 << 10;
+/// How many bytes of a single update are read at least before it is given up as too long for this line.
+/// What somebody wants of the bot is shorter.
+const UPDATE_MAX: usize = 30 << 10;
+/// How many bytes any other answer may have: a `Message` of 4,096 characters fits, all escaped, or with
+/// a command in every third one.
+const ANSWER_MAX: u64 = 256 << 10;
 /// How much of `FETCH_TIME` may be gone for a call that still has the agent's time-out, see `with_limits`.
 const TIME_LEFT_SLACK: Duration = Duration::from_millis(100);
 /// How many characters of the reason of a failed call are kept.
@@ -981,6 +985,8 @@ const RETRY_AFTER_MAX: f64 = 86_400.0;
 struct Telegram {
     agent: ureq::Agent,
     url: String,
+    /// Where a call goes, for a person: the url, and the proxy without name and password.
+    place: String,
     /// When a call last ended without any HTTP answer. Connections that were idle then are not used
     /// any more: a router that has forgotten one has forgotten all.
     silent_at: Option<Instant>,
@@ -1011,7 +1017,7 @@ struct Failure {
     timed_out: bool,
     /// An HTTP answer began, whoever sent it.
     http_began: bool,
-    /// The first update's id, if a whole page is no JSON.
+    /// The first update's id, if a whole page is no JSON, or too long for the line.
     update_id: Option<i64>,
 }
 
@@ -1070,7 +1076,12 @@ impl Telegram {
             .max_idle_age(IDLE_CONNECTION)
             .build();
         let connector = DefaultConnector::default();
+        let mut place = config.url.clone();
+        if let Some(proxy) = &config.proxy {
+            place += &format!(" by HTTPS_PROXY {}:{}", proxy.host(), proxy.port());
+        }
         Telegram {
+            place,
             agent: ureq::Agent::with_parts(settings, connector, Addresses::default()),
             url: config.url.clone(),
             silent_at: None,
@@ -1147,7 +1158,7 @@ impl Telegram {
                 Err(failure) => failure,
             };
             attempts_left -= 1;
-            let time_left = deadline.saturating_duration_since(Instant::now());
+            let time_left = deadline.saturating_duration_since(Instant::now() + CALL_TIME_MIN);
             match failure.retry_in() {
                 Some(pause) if attempts_left > 0 && pause < time_left => thread::sleep(pause),
                 _ if failure.is_final() => return Err(failure),
@@ -1181,7 +1192,7 @@ impl Telegram {
             }),
         };
         result.map_err(|failure| {
-            let reason = format!("{}: {}", self.url, failure.reason);
+            let reason = format!("{}: {}", self.place, failure.reason);
             let reason = reason.replace(&token.0, "<token>");
             let reason = format!("{reason:.REASON_MAX$}");
             Failure { reason, ..failure }
@@ -1227,13 +1238,17 @@ fn read_response(mut response: ureq::http::Response<ureq::Body>, method: &str) -
     let status = response.status().as_u16();
     let is_page = method == "getUpdates";
     let limit = if is_page { PAGE_MAX } else { ANSWER_MAX };
-    match response.body_mut().with_config().limit(limit).read_to_vec() {
-        Ok(body) => read_answer(status, &body),
-        Err(error) => {
-            let reason = format!("HTTP {status}, then {}", describe(&error));
-            Err(Failure::with_answer(reason))
+    let mut body = Vec::new();
+    let mut reader = response.body_mut().with_config().limit(limit).reader();
+    if let Err(error) = reader.read_to_end(&mut body) {
+        let reason = format!("HTTP {status}, then {}", describe(&error.into()));
+        let mut failure = Failure::with_answer(reason);
+        if status == 200 && body.len() > UPDATE_MAX {
+            failure.update_id = first_update_id(&body);
         }
+        return Err(failure);
     }
+    read_answer(status, &body)
 }
 
 /// Reads the body of an answer. Success is `200` and `"ok": true`, nothing else.
@@ -1895,15 +1910,16 @@ impl People {
         let id = chat.id;
         let text = message["text"].as_str().unwrap_or_default();
         let caption = message["caption"].as_str().unwrap_or_default();
-        if message["from"]["is_bot"] == true {
-            return info!("{chat} is a bot, and ignored");
-        }
         let command = Command::read(text, config);
         if command.has_password() || Command::read(caption, config).has_password() {
             self.delete_later(id, message); // in a group, too, where it is not carried out
         }
         if chat.kind != "private" || !fits_firmware(id) {
             return info!("{chat} cannot register");
+        }
+        // In a group a person may write as a bot of Telegram's, an anonymous admin for one.
+        if message["from"]["is_bot"] == true {
+            return info!("{chat} is a bot, and ignored");
         }
         if text.is_empty() && caption.is_empty() && !has_media(message) {
             return; // a service message: it tells what happened in the chat
@@ -2113,7 +2129,7 @@ impl<'a> Command<'a> {
 /// Returns a word for comparison: lower-case, visible, from the first to the last letter or digit.
 fn plain(word: &str) -> String {
     let mut visible = word.to_lowercase();
-    visible.retain(|c| !is_invisible(c));
+    visible.retain(|c| !is_invisible(c) && c != '\u{307}'); // `İ` becomes `i` and this
     visible.trim_matches(|c: char| !c.is_alphanumeric()).into()
 }
 
@@ -2581,7 +2597,12 @@ impl Log {
             moved.or_else(|_| file.set_len(0))?;
             file = options.open(path)?;
         }
-        file.write_all(line.as_bytes())
+        let length = file.metadata()?.len();
+        let written = file.write_all(line.as_bytes());
+        if written.is_err() {
+            file.set_len(length)?; // a full disk leaves no half of a line
+        }
+        written
     }
 }
 
@@ -2757,7 +2778,8 @@ fn send(chat: &str, text: &str, uri: Option<&str>) -> Result<(), String> {
         Err(error) => return Err(format!("cannot reach a gateway at {peer}: {error}")),
     };
     let code = answer.header.get_code();
-    let text = escape(&String::from_utf8_lossy(&answer.payload));
+    let text = String::from_utf8_lossy(&answer.payload).replace(token, "<token>"); // whoever answers
+    let text = escape(&text);
     if !code.starts_with('2') {
         return Err(format!("{code} {text} (the gateway's log tells why)"));
     }

@@ -212,6 +212,22 @@ fn ip_family() {
     assert_eq!(api.texts_to(5), ["any", "ipv6"]);
 }
 
+/// Whoever answers `send` may say what it was sent.
+#[test]
+fn send_to_an_echo() {
+    let api = BotApi::start();
+    let echo = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let uri = format!("coap://{}", echo.local_addr().unwrap());
+    thread::spawn(move || {
+        let mut datagram = [0; 2048];
+        let (length, peer) = echo.recv_from(&mut datagram).unwrap();
+        echo.send_to(&datagram[..length], peer).unwrap();
+    });
+    let finished = Setup::new(&api).run(&["send", "-i", "5", "-m", "x", "-u", &uri]);
+    assert!(finished.stderr.contains("<token>"), "{finished:?}");
+    assert!(!format!("{finished:?}").contains(TOKEN), "{finished:?}");
+}
+
 /// `.env` brings any variable; the real environment wins.
 #[test]
 fn environment_files() {
@@ -806,6 +822,74 @@ fn a_slow_disk() {
     assert!(state.contains("1234567890"), "{state}");
     fs::remove_file(&pipe).unwrap();
     assert!(mote.ping(PATIENCE));
+}
+
+/// A disk that takes longer than a request has is no Telegram that hangs.
+#[test]
+fn a_disk_that_takes_too_long() {
+    let directory = TempDir::new();
+    let source = directory.join("slow.c");
+    let library = directory.join("slow.so");
+    let once = directory.join("once");
+    let code = format!(
+        "#include <unistd.h>\n#include <sys/syscall.h>\n\
+        int fsync(int fd) {{ if (unlink(\"{}\") == 0) sleep(9); return syscall(SYS_fsync, fd); }}\n",
+        once.display()
+    );
+    fs::write(&source, code).unwrap();
+    let mut compiler = Command::new("cc");
+    compiler.args(["-shared", "-fPIC", "-o"]);
+    let compiled = compiler.arg(&library).arg(&source).status().unwrap();
+    assert!(compiled.success());
+    let api = BotApi::start();
+    let setup = Setup::new(&api).env("LD_PRELOAD", library.display());
+    let gateway = start_with(&api, setup);
+    let mote = Mote::new(gateway.address());
+    thread::sleep(EMPTY_PAGE_HOLDS);
+    fs::write(&once, "").unwrap();
+    api.person_writes(ADA, "Ada", "hi");
+    mote.post_separate("update", update(&api))
+        .expect("2.05", ADA_TOKEN);
+    assert!(!once.exists(), "it was fast");
+    assert!(!gateway.log().contains("cannot fetch"));
+    let late = Fault::Late(Duration::from_millis(2600)); // more than a request has while Telegram hangs
+    api.fail(next(1, "sendMessage").to(5), late);
+    mote.post_separate("message", message(&api, "5", "x"))
+        .expect("2.05", SENT);
+}
+
+/// What does not fit on the disk leaves no half lines.
+#[test]
+fn a_log_on_a_full_disk() {
+    if !in_namespaces(a_log_on_a_full_disk) {
+        return;
+    }
+    let api = BotApi::start();
+    let disk = TempDir::new();
+    let mut mount = Command::new("mount");
+    mount.args(["-t", "tmpfs", "-o", "size=64k", "none"]);
+    assert!(mount.arg(disk.path()).status().unwrap().success());
+    let setup = Setup::new(&api).env("LOGS_DIRECTORY", disk.path().display());
+    let gateway = start_with(&api, setup);
+    let mote = Mote::new(gateway.address());
+    let send = |times: usize| {
+        for _ in 0..times {
+            mote.post_separate("message", message(&api, "5", "x"))
+                .expect("2.05", SENT);
+        }
+    };
+    let _ = fs::write(disk.join("fill"), [0; 60_000]);
+    send(150);
+    fs::remove_file(disk.join("fill")).unwrap();
+    send(5);
+    let log = fs::read_to_string(disk.join("coap_server.log")).unwrap();
+    assert!(log.lines().count() < 150, "the disk was not full");
+    for line in log.lines() {
+        assert!(
+            line.starts_with("20") && line.matches("[INFO]").count() == 1,
+            "{line}"
+        );
+    }
 }
 
 // --- systemd ---

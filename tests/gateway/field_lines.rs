@@ -134,6 +134,24 @@ fn a_page_that_is_too_long() {
     assert!(is_in_time, "{}", gateway.log());
 }
 
+/// A long answer to a long text is one update, and more than such a line brings in time.
+#[test]
+fn an_update_that_is_too_long_for_the_line() {
+    let api = BotApi::start();
+    let text = "🙂".repeat(4096);
+    let chat = json!({"id": STRANGER, "type": "private", "first_name": "Stranger"});
+    let before = json!({"message_id": 1, "date": 0, "chat": chat, "text": text});
+    let answer = json!({"text": text, "reply_to_message": before});
+    api.push_message(STRANGER, "Stranger", answer);
+    api.person_writes(ADA, "Ada", "hello");
+    let line = Line::start(api.address(), 8_000);
+    let config = format!("[telegram]\nbot_token = {TOKEN}\nurl = {}\n", line.url());
+    let gateway = Gateway::with(Setup::ipv4(&api).config(&config));
+    let is_heard = |seen: &Seen| !seen.texts_to(ADA).is_empty();
+    let is_in_time = api.wait_until(Duration::from_secs(40), is_heard);
+    assert!(is_in_time, "{}", gateway.log());
+}
+
 /// A stranger's longest texts are read in little memory: the unit has 64 MB.
 #[test]
 fn the_memory_of_a_page() {

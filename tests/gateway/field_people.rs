@@ -522,6 +522,21 @@ fn odd_passwords() {
 
 // --- passwords in the chat ---
 
+/// Telegram writes a group's anonymous admin as a bot of its own.
+#[test]
+fn the_password_of_an_anonymous_admin() {
+    let scene = Scene::new();
+    let group = -1_001_234_567_890_i64;
+    let lab = json!({"id": group, "type": "supergroup", "title": "Lab"});
+    let bot = json!({"id": 1_087_968_824, "is_bot": true, "first_name": "Group"});
+    let text = format!("/config@lab_bot {PASSWORD} interval 7");
+    let id = scene.sends(1, "", json!({"chat": lab, "from": bot, "text": text}));
+    scene.catch_up();
+    let deleted = scene.api.seen().deleted;
+    assert_eq!(deleted, [(group.to_string(), id)]);
+    assert_eq!(scene.tokens(), NOTHING);
+}
+
 /// A caption is never carried out, only deleted.
 #[test]
 fn captions() {

@@ -547,6 +547,23 @@ fn dotenv(line: &str) -> String {
     format!("PASSWORD={PASSWORD}\n{line}\n")
 }
 
+/// Who cannot be reached, Telegram or the proxy, is told, but not how one logs in there.
+#[test]
+fn a_proxy_that_is_not_there() {
+    for proxy in ["127.0.0.1:1", "no-such-proxy.invalid:3128"] {
+        let api = BotApi::start();
+        let url = format!("http://gateway:hush-hush@{proxy}");
+        let mut setup = Setup::new(&api).env("HTTPS_PROXY", url);
+        setup.secrets.push("hush-hush".to_string());
+        let gateway = Gateway::with(setup);
+        gateway.wait_for_log("cannot fetch");
+        let expected = format!(" by HTTPS_PROXY {proxy}: ");
+        assert!(gateway.log().contains(&expected), "{}", gateway.log());
+        let checked = gateway.run(&["check"]);
+        assert!(checked.stderr.contains(&expected), "{checked:?}");
+    }
+}
+
 /// HTTPS_PROXY in `.env` or in the environment; for `check` as well.
 #[test]
 fn the_proxy_is_used() {

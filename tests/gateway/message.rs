@@ -498,11 +498,11 @@ const ODDITIES: &str = r#"
 5.00 | SSH-2.0-OpenSSH_9.2¶
 5.00 | ¶¶¶
 5.00 |
-2.05 | HTTP/1.1 200 OK¶¶( )61440{OK}
-5.00 | HTTP/1.1 200 OK¶¶( )66560{OK}
+2.05 | HTTP/1.1 200 OK¶¶( )245760{OK}
+5.00 | HTTP/1.1 200 OK¶¶( )266240{OK}
 5.00 | HTTP/1.1 200 OK¶¶([)61440{OK}
 5.00 | HTTP/1.1 200 OK¶¶({"a":)10240{OK}
-5.00 | HTTP/1.1 200 OK¶Transfer-Encoding: chunked¶¶(1¶ ¶)102400 17¶{OK}¶0¶¶
+5.00 | HTTP/1.1 200 OK¶Transfer-Encoding: chunked¶¶(1¶ ¶)266240 17¶{OK}¶0¶¶
 5.00 | HTTP/1.1 200 OK¶X: (x)1048576¶¶{OK}
 5.00 | HTTP/1.1 200 OK¶(X: x¶)102400¶{OK}
 5.00 | (HTTP/1.1 100 Continue¶¶)102400 HTTP/1.1 500 No¶¶
@@ -633,4 +633,19 @@ fn nothing_is_left_behind() {
     let files = gateway.open_files();
     assert!(files < 40, "{files} open files");
     assert_eq!(api.seen().sent.len(), 1000);
+}
+
+/// A 429 is repeated only if there is time for an answer, too. It is no hang.
+#[test]
+fn a_429_that_leaves_no_time() {
+    let (api, gateway) = start();
+    api.fail(next(1, "sendMessage"), Fault::too_many_requests(8));
+    let mote = Mote::new(gateway.address());
+    mote.post_separate("message", message(&api, "5", "x"))
+        .expect("5.00", "");
+    assert!(api.texts_to(5).is_empty(), "told 5.00, but sent");
+    let late = Fault::Late(Duration::from_millis(2500)); // more than a request has while Telegram hangs
+    api.fail(next(1, "sendMessage").saying("y"), late);
+    mote.post_separate("message", message(&api, "5", "y"))
+        .expect("2.05", SENT);
 }

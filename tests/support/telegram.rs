@@ -86,6 +86,23 @@ impl Answer {
         }
     }
 
+    /// Updates as Telegram writes them: the id of each comes first.
+    fn page(updates: &[Value]) -> Self {
+        let mut written = Vec::new();
+        for update in updates {
+            let mut rest = update.clone();
+            let fields = rest.as_object_mut();
+            let id = fields.and_then(|fields| fields.remove("update_id"));
+            let rest = ascii(&rest);
+            written.push(match id {
+                Some(id) if rest != "{}" => format!("{{\"update_id\":{id},{}", &rest[1..]),
+                _ => ascii(update),
+            });
+        }
+        let body = format!("{{\"ok\":true,\"result\":[{}]}}", written.join(","));
+        Self { status: 200, body }
+    }
+
     pub fn error(status: u16, description: &str) -> Self {
         let body = json!({"ok": false, "error_code": status, "description": description});
         Self {
@@ -318,7 +335,7 @@ impl State {
         let offset = self.confirm(offset);
         let page = self.page(offset, limit);
         if timeout.is_zero() || !page.is_empty() {
-            return Outcome::Answered(Answer::success(page.into()));
+            return Outcome::Answered(Answer::page(&page));
         }
         self.polls.count += 1;
         self.polls.held = Some(self.polls.count); // what was held before ends with a 409
@@ -377,7 +394,7 @@ impl State {
             });
         }
         self.polls.held = None;
-        Outcome::Answered(Answer::success(self.page(poll.offset, poll.limit).into()))
+        Outcome::Answered(Answer::page(&self.page(poll.offset, poll.limit)))
     }
 
     pub fn set_webhook(&mut self, on: bool) {

@@ -1318,6 +1318,7 @@ fn whom_the_owner_removes() {
     for (command, gone) in [
         ("config geheim remove Ada", Some(1)),
         ("/config@lab_bot geheim REMOVE \"ada.\"", Some(1)),
+        ("CONFİG geheim Remove Ada", Some(1)), // in capitals of a Turkish keyboard
         ("config geheim remove Grace Hopper", Some(2)),
         ("config geheim remove 2!", Some(2)),
         ("config geheim remove 7", Some(7)), // the firmware may have it built in
