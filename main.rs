@@ -159,7 +159,7 @@ struct Gateway {
     /// What `state.json` holds, once this run has written it.
     saved: Option<State>,
     address_is_gone: bool,
-    /// When a request, or what was due, was last done with: since then only datagrams were read.
+    /// When a request, or what was due, was last done with: since then only ACKs and the like came.
     reads_since: Instant,
 }
 
@@ -753,7 +753,7 @@ impl Gateway {
     /// Deletes messages that hold a password. One about which Telegram has not decided is tried again the
     /// next time, behind the others.
     fn delete_passwords(&mut self, token: &Secret, deadline: Instant) {
-        while Instant::now() < deadline
+        while Instant::now() + CALL_TIME_MIN < deadline
             && let Some(deletion) = self.people.deletions.pop_front()
         {
             let Deletion { chat, message_id } = deletion;
@@ -785,10 +785,10 @@ impl Gateway {
 //
 // When to fetch, how much, and how long a call may take. It has no clock: the time is an argument.
 //
-// Telegram *hangs* once a fetch, or every call for one text, got no answer in time. Requests then have
-// TIME_IN_A_HANG only. *The try* alone has its usual time: the first fetch or text, the gateway's own
-// or a request's, that begins at `next_fetch` or later. If it times out as well, `next_fetch` becomes
-// a minute after it began. Any answer to a fetch, or the Bot API's to a text, ends the hang.
+// Telegram *hangs* once a fetch, or a text to all of its chats, got no answer in time. Requests then
+// have TIME_IN_A_HANG only, but for one *try* a minute: the first fetch or text, the gateway's own or
+// a request's, at `next_fetch` or later. If it times out as well, the next is due a minute after it
+// began. Any answer to a fetch, or the Bot API's to a text, ends the hang.
 
 /// How long the gateway's own fetch may take, during which requests wait.
 const FETCH_TIME: Duration = Duration::from_secs(5);
@@ -826,8 +826,8 @@ struct Polling {
     refused_until: Option<Instant>,
     /// Whether the last fetch failed.
     is_failing: bool,
-    /// Whether an answered text (a refused one, too) is a reason to fetch at once: the last fetch failed,
-    /// and not by a code below 500, which the next fetch would only meet again.
+    /// Whether an answer to a text, be it a refusal, makes the gateway fetch at once: the last fetch
+    /// failed, by a 5xx or without the Bot API. What it refused itself it would refuse again.
     fetches_after_text: bool,
     /// Whether Telegram hangs: the last fetch, or a text to all its chats, got no answer in time.
     hangs: bool,
@@ -860,7 +860,7 @@ impl Polling {
         if is_due { self.token.clone() } else { None }
     }
 
-    /// Whether the last page of this bot still holds, as nobody had written.
+    /// Whether this token's last page was empty, so lately that an `/update` needs no fetch.
     fn empty_page_holds(&self, token: &Secret, now: Instant) -> bool {
         let (Some(own), Some(at)) = (&self.token, self.empty_page_at) else {
             return false;
@@ -969,13 +969,14 @@ const ATTEMPT_PAUSE: Duration = Duration::from_millis(500);
 const CALL_TIME_MIN: Duration = Duration::from_millis(500);
 /// How many bytes a page of updates may have: ten of the longest take about half of that.
 const PAGE_MAX: u64 = 1 << 20;
-/// How many bytes of a single update are read at least before it is given up as too long for this line.
-/// What somebody wants of the bot is shorter.
+/// How many bytes of a single update are read at least before it is given up as too long for this
+/// connection. What somebody wants of the bot is shorter.
 const UPDATE_MAX: usize = 30 << 10;
 /// How many bytes any other answer may have: a `Message` of 4,096 characters fits, all escaped, or with
 /// a command in every third one.
 const ANSWER_MAX: u64 = 256 << 10;
-/// How much of `FETCH_TIME` may be gone for a call that still has the agent's time-out, see `with_limits`.
+/// How much less than `FETCH_TIME` may be left for a call to do with the agent's time-out, see
+/// `with_limits`.
 const TIME_LEFT_SLACK: Duration = Duration::from_millis(100);
 /// How many characters of the reason of a failed call are kept.
 const REASON_MAX: usize = 300;
@@ -997,7 +998,7 @@ type ApiResult = Result<Value, Failure>;
 
 /// Why a call did not succeed.
 ///
-/// | | `error_code` | `retry_after` | `had_no_effect` | `timed_out` | `http_began` |
+/// | | `error_code` | `retry_after` | `was_unsent` | `timed_out` | `http_began` |
 /// |---|---|---|---|---|---|
 /// | nothing was sent but a head, at most | | | yes | maybe | |
 /// | no answer came | | | | maybe | |
@@ -1012,12 +1013,12 @@ struct Failure {
     error_code: Option<u64>,
     retry_after: Option<Duration>,
     /// At most the head of the call was sent, so Telegram surely has not acted on it.
-    had_no_effect: bool,
+    was_unsent: bool,
     /// No answer began in time.
     timed_out: bool,
     /// An HTTP answer began, whoever sent it.
     http_began: bool,
-    /// The first update's id, if a whole page is no JSON, or too long for the line.
+    /// The first update's id, if a whole page is no JSON, or too long for the connection.
     update_id: Option<i64>,
 }
 
@@ -1040,7 +1041,7 @@ impl Failure {
     /// The pause before another attempt, if that cannot do anything twice: after a call of which
     /// at most the head was sent, or a 429 that says when.
     fn retry_in(&self) -> Option<Duration> {
-        match self.had_no_effect {
+        match self.was_unsent {
             true => Some(ATTEMPT_PAUSE),
             false => self.retry_after,
         }
@@ -1186,7 +1187,7 @@ impl Telegram {
             Ok(response) => read_response(response, method),
             Err(error) => Err(Failure {
                 reason: describe(&error),
-                had_no_effect: unread.len() == body.len(),
+                was_unsent: unread.len() == body.len(),
                 timed_out: matches!(error, ureq::Error::Timeout(_)),
                 ..Failure::default()
             }),
@@ -1206,9 +1207,9 @@ impl Telegram {
         let time_left = deadline.saturating_duration_since(Instant::now());
         let since_silence = self.silent_at.map_or(IDLE_CONNECTION, |at| at.elapsed());
         let idle_age = since_silence.min(IDLE_CONNECTION);
-        // ureq keeps TLS settings only if it built them for a request without settings of its own; until
-        // then every other request builds its own. So the gateway's fetch, usually the first call of
-        // all, gets none.
+        // ureq caches the TLS settings (with the roots) only of a request without a config of its own;
+        // until then each other request builds them anew. So the gateway's fetch, usually the first
+        // call of all, gets no config.
         let has_agents_time = (FETCH_TIME - TIME_LEFT_SLACK..=FETCH_TIME).contains(&time_left);
         if has_agents_time && idle_age == IDLE_CONNECTION {
             return request;
@@ -1422,8 +1423,8 @@ struct State {
     /// LED feedback, 0 or 1; none until somebody sets it.
     feedback: Option<i64>,
     users: Vec<User>,
-    /// Chats to which no texts of motes are sent until they are registered again, the latest last:
-    /// here those that were registered, in the file the strangers, too.
+    /// Chats to which no texts of motes are sent until they are registered again, the latest last. In
+    /// memory only those that were registered, for the others are in `strangers`; the file has both here.
     removed: VecDeque<i64>,
     /// The removed ones that were not registered, as far as this run knows: motes are told of them last.
     #[serde(skip)]
@@ -1560,9 +1561,8 @@ impl State {
             self.strangers.retain(|removed| *removed != chat);
             self.strangers.push_back(chat);
         }
-        if self.removals().count() > REMOVED_MAX {
-            let oldest = self.strangers.pop_front();
-            oldest.or_else(|| self.removed.pop_front());
+        if self.removals().count() > REMOVED_MAX && self.strangers.pop_front().is_none() {
+            self.removed.pop_front();
         }
         shown
     }
@@ -1917,7 +1917,7 @@ impl People {
         if chat.kind != "private" || !fits_firmware(id) {
             return info!("{chat} cannot register");
         }
-        // In a group a person may write as a bot of Telegram's, an anonymous admin for one.
+        // Not before the deletion: in a group a person may write as a bot, an anonymous admin for one.
         if message["from"]["is_bot"] == true {
             return info!("{chat} is a bot, and ignored");
         }
@@ -2500,7 +2500,7 @@ fn is_https_url(text: &str) -> bool {
     let authority = uri.authority().map_or("", |authority| authority.as_str());
     let host = uri.host().unwrap_or_default();
     let has_port = uri.port_u16().is_some_and(|port| port > 0);
-    let is_host = !host.is_empty() && (has_port || authority.ends_with(host)); // not `host:`
+    let is_host = !host.is_empty() && (has_port || authority.ends_with(host)); // no `host:`, no `host:0`
     let has_path = uri.path().len() > 1 && !text.contains(['?', '#']);
     let has_secret = authority.contains('@') || uri.path().contains(':');
     uri.scheme_str() == Some("https") && is_host && has_path && !has_secret
@@ -2517,6 +2517,7 @@ fn is_one_address(ip: IpAddr) -> bool {
     !is_unclear && !ip.is_unspecified() && !ip.is_multicast()
 }
 
+/// Reads PEM roots. One that rustls cannot use does not count: without any, each call would fail.
 fn read_roots(file: &str) -> Result<RootCerts, String> {
     let pem = fs::read(file).map_err(|error| format!("cannot be read: {file}: {error}"))?;
     let pem = without_mark(&pem);
@@ -2778,7 +2779,7 @@ fn send(chat: &str, text: &str, uri: Option<&str>) -> Result<(), String> {
         Err(error) => return Err(format!("cannot reach a gateway at {peer}: {error}")),
     };
     let code = answer.header.get_code();
-    let text = String::from_utf8_lossy(&answer.payload).replace(token, "<token>"); // whoever answers
+    let text = String::from_utf8_lossy(&answer.payload).replace(token, "<token>"); // an answer may repeat it
     let text = escape(&text);
     if !code.starts_with('2') {
         return Err(format!("{code} {text} (the gateway's log tells why)"));
@@ -2809,9 +2810,12 @@ fn exchange(peer: SocketAddr, request: &[u8]) -> io::Result<Option<Packet>> {
                 return Err(ErrorKind::ConnectionReset.into());
             }
             // The gateway answers within 9 s, and repeats what gets lost.
-            Some(empty) if empty.header.code == MessageClass::Empty => {
-                return receive_packet(&socket, 2 * REQUEST_TIME);
-            }
+            Some(empty) if empty.header.code == MessageClass::Empty => loop {
+                match receive_packet(&socket, 2 * REQUEST_TIME)? {
+                    Some(again) if again.header.code == MessageClass::Empty => {}
+                    response => return Ok(response),
+                }
+            },
             response => return Ok(response),
         }
     }
@@ -2958,7 +2962,7 @@ mod coap {
         fn block_value(&self, option: CoapOption) -> Option<u32> {
             let value = self.packet.get_first_option_as::<OptionValueU32>(option)?;
             let value = value.ok()?.0;
-            (value >> 24 == 0).then_some(value) // a longer one is refused, but its answer comes by here
+            (value >> 24 == 0).then_some(value) // longer ones are refused, but `encode` asks again
         }
 
         /// Returns Block1 or Block2, if the request has it. `Err` refuses the reserved size.
@@ -3125,12 +3129,6 @@ mod coap {
         /// The datagram that brought the last block, and when that or a copy of it came.
         digest: u64,
         touched: Instant,
-    }
-
-    impl Assembly {
-        fn size(&self) -> usize {
-            BODY_OVERHEAD + self.body.len()
-        }
     }
 
     /// Everything about message types, message IDs and time.
@@ -3306,7 +3304,7 @@ mod coap {
                 return Ok(true);
             }
             self.assemblies
-                .retain(|other| other.key != key || other.body != body); // it was begun again
+                .retain(|other| other.key != key || other.body != body); // the same, if it was begun again
             self.assemblies.push(Assembly {
                 key,
                 body,
@@ -3351,10 +3349,11 @@ mod coap {
             Err(Response::error(code, reason))
         }
 
-        /// Gives up what has waited longest, and all others with its key, which its next block might fit.
+        /// Gives up what has waited longest, and all with its key: its next block might fit one of them.
         fn make_room(&mut self) {
+            let size = |known: &Assembly| BODY_OVERHEAD + known.body.len();
             self.assemblies.sort_by_key(|assembly| assembly.touched);
-            while self.assemblies.iter().map(Assembly::size).sum::<usize>() > ASSEMBLIES_MAX {
+            while self.assemblies.iter().map(size).sum::<usize>() > ASSEMBLIES_MAX {
                 let oldest = self.assemblies[0].key;
                 self.assemblies.retain(|other| other.key != oldest);
             }

@@ -9,7 +9,7 @@
 #   --help
 #
 # Without these files the token and the password come from the environment (BOT_TOKEN, PASSWORD), else from the last
-# installation or the program before it, else they are asked for. Address and interface stay as they were last set.
+# installation or the program before it (../src), else they are asked for. Address and interface stay as last set.
 
 # put_on checks, asks for and prepares all but the firmware's file in a private folder ($stage) before its first change.
 # What is there before that change is kept as notes ($kept), from which take_away puts it back. A note is on the disk
@@ -38,7 +38,7 @@ places=("$binary" "$unit" "$unit.d" "$etc" "$connection" "$udev_rule" /var/{lib,
 kept=/var/lib/coap_websocket-setup  # the notes: what was there before
 stage=$kept/stage                   # what this run prepares; not in /tmp or /run, where programs may not run
 before=$stage/before                # the notes, unpacked
-facts=coap_websocket-facts          # in the notes: what is no file
+facts=coap_websocket-facts          # in the notes: addresses, and whether the service ran
 part=.coap_websocket-new            # ends the name of a file that is being written
 mark='  # coap_websocket'           # ends each of our lines in rc.local
 off='# coap_websocket: '            # begins a line of somebody else's there that is commented out
@@ -81,9 +81,7 @@ main() {
     rm -rf "$stage"
     mkdir -p "$stage" 2>/dev/null || die "cannot write to /var/lib: is the file system read-only, or full?"
     unpack_notes
-    # From our line in rc.local; if that was lost, from the udev rule.
-    read -r _ _ _ _ old_address _ old_interface _ < <(
-        sed -nE "s/^(ip -6 addr add .*)$mark\$/\1/p; s/^ACTION.*\"(.*)\"\$/\1/p" "$rc_local" "$udev_rule" 2>/dev/null) || true
+    read -r _ _ _ _ old_address _ old_interface _ < <(our_lines | grep -o 'ip -6 addr add .*') || true
     if $uninstall; then take_away; else put_on; fi
 }
 
@@ -96,21 +94,21 @@ die() {
 finish() {
     local status=$?
     rm -rf "$stage"
-    rmdir "$kept" 2>/dev/null || true  # holds no note: nothing has been changed
+    rmdir "$kept" 2>/dev/null || true  # succeeds only without a note: then nothing was changed
     [ $status = 0 ] || $explained ||
         echo "setup.sh: stopped before the end; mend what was said above, then run the same command again" >&2
 }
 
 # ---- notes -----------------------------------------------------------------------------------------------------
 
-# Before the first change. If the notes were lost, all that we know is that rc.local was there without our lines.
+# Before the first change. If the notes were lost, all that we know is that our lines were not there.
 keep_what_is_there() {
     local paths=()
     [ "$(stat -f -c %T /)" != overlayfs ] ||
         echo "warning: the root file system is an overlay: unless that is switched off, nothing of this outlasts a reboot"
     [ -z "$before_note" ] || return 0
     mkdir "$stage/$facts"
-    if has_our_lines; then
+    if our_lines >/dev/null; then
         echo "$kept: damaged; what was there before the first run cannot be restored any more"
     else
         ip -6 -o addr show | awk '{ print $2, $4 }' >"$stage/$facts/addresses"
@@ -121,7 +119,8 @@ keep_what_is_there() {
     before_note=$kept/before.tar.gz
 }
 
-has_our_lines() { grep -qs "$mark\$" "$rc_local"; }
+# One that adds the address stands in each of these files, for one may get lost.
+our_lines() { grep -ahs "$mark\$" "$rc_local" "$connection" "$udev_rule"; }
 
 # keep NAME PATH... (and tar's -C): keeps files as a note, twice, for one may get lost.
 keep() {
@@ -158,7 +157,7 @@ put_on() {
 
     keep_what_is_there
     place binary "$binary"
-    grep -qs '^LoadCredential=' "$unit" || rm -rf "$unit.d"  # what was added to another unit
+    grep -qs '^LoadCredential=' "$unit" || rm -rf "$unit.d"  # not our unit: its drop-ins go with it
     place unit "$unit"
     place config.ini "$etc/config.ini"
     place env "$etc/.env"
@@ -182,7 +181,7 @@ prepare_unit_and_binary() {
     [ -f "$source" ] || source=$here/target/release/coap_websocket
     [ -f "$source" ] || die 'no coap_websocket beside setup.sh: see "Get the binary" in README.md'
     install -m 755 "$source" "$stage/binary"
-    # By bash, which does not take a program for another machine for a script, as timeout does.
+    # By bash: timeout itself would run a program for another machine as a shell script.
     said=$(timeout 10 bash -c "$stage/binary --version" 2>&1 </dev/null) || true
     [[ $said == "coap_websocket "[0-9]* ]] ||
         die "$source does not run on this $(dpkg --print-architecture) system (${said##*: }): see \"Get the binary\" in README.md"
@@ -207,7 +206,7 @@ as_the_kernel_spells() {
         unshare --net ip -6 -o -batch - 2>/dev/null | awk '{ print $4 }'
 }
 
-# Right behind the shebang our lines run, whatever exit comes later. They cannot fail, which would end it under -e.
+# Our lines come right behind the shebang, before any exit, and cannot fail: that would end a script under -e.
 prepare_rc_local() {
     local theirs=$stage/rc.local.theirs new=$stage/rc.local
     if ! theirs_of "$rc_local" >"$theirs" 2>/dev/null || LC_ALL=C grep -aqP '\0|\r$' "$theirs" ||
@@ -232,14 +231,14 @@ theirs_of() {
 }
 
 # Prints for sed how to comment out, once, each line that adds the address, in whatever spelling, with the lines that
-# continue it: of two owners of an address the second one fails.
+# continue it: the second one to add an address fails.
 lines_that_add_it() {
-    local lines line word start='^\s*([^#[:space:]].*[^[:alnum:]_-])?' ifconfig='ifconfig\s[^;&|]*\sadd\s'
-    local ip='ip\s+([^;&|]*\s)?a(d|dd|ddr|ddre|ddres|ddress)?\s+(a|ad|add|r[a-z]*|c[a-z]*)\s'
-    grep -anE "$start($ip|$ifconfig)" "$1" | while IFS=: read -r lines line; do
-        [[ $line != *\\ ]] || lines="$lines,/^\$\|[^\\]\$/"
+    local range line word start='^\s*([^#[:space:]].*[^[:alnum:]_-])?' ifconfig='ifconfig\s[^;&|]*\sadd\s'
+    local ip='ip\s+([^;&|]*\s)?a[a-z]*\s+[acr][a-z]*\s'
+    grep -anE "$start($ip|$ifconfig)" "$1" | while IFS=: read -r range line; do
+        [[ $line != *\\ ]] || range="$range,/^\$\|[^\\]\$/"
         while read -r word; do
-            [ "$(as_the_kernel_spells "$word")" != "${address%/*}/128" ] || echo "$lines s/^\($off\)\?/$off/"
+            [ "$(as_the_kernel_spells "$word")" != "${address%/*}/128" ] || echo "$range s/^\($off\)\?/$off/"
         done < <(grep -oE '[[:xdigit:]]*:[[:xdigit:]:]+' <<<"$line")
     done
 }
@@ -247,17 +246,19 @@ lines_that_add_it() {
 # NetworkManager takes away an address that it does not know. Where it does not look after the interface, nobody else
 # brings that up when it appears.
 prepare_interface() {
-    local there
+    local there ip add="-6 addr add $address dev $interface"
+    ip=$(command -v ip)
     if systemctl is-active -q NetworkManager &&
         [[ $(nmcli -g GENERAL.STATE device show "$interface" 2>/dev/null) != *unmanaged* ]]; then
         there=$(ip -4 -br addr show dev "$interface" 2>/dev/null | awk '{ print $3 }')
-        [ -z "$there" ] ||
-            echo "warning: $interface loses $there, for it is the motes' alone now; if it is not theirs: sudo bash setup.sh --uninstall"
-        printf '%s\n' '[connection]' id=coap_websocket type=ethernet "interface-name=$interface" autoconnect-priority=10 '' \
+        [ -z "$there" ] || echo "warning: $interface loses $there, for it is the motes' alone now;" \
+            "if it is not theirs: sudo bash setup.sh --uninstall"
+        printf '%s\n' "# ip $add$mark" \
+            '[connection]' id=coap_websocket type=ethernet "interface-name=$interface" autoconnect-priority=10 '' \
             '[ipv4]' method=disabled '' '[ipv6]' method=manual "address1=$address" >"$stage/connection"
     elif [ -d "${udev_rule%/*}" ]; then
-        printf 'ACTION=="add|move", SUBSYSTEM=="net", KERNEL=="%s", RUN+="%s", RUN+="%s"\n' "$interface" \
-            "$(command -v ip) link set dev $interface up" "$(command -v ip) -6 addr add $address dev $interface" >"$stage/udev_rule"
+        printf '# %s\nACTION=="add|move", SUBSYSTEM=="net", KERNEL=="%s", RUN+="%s", RUN+="%s"\n' "ip $add$mark" \
+            "$interface" "$ip link set dev $interface up" "$ip $add" >"$stage/udev_rule"
         chmod 644 "$stage/udev_rule"
     fi
 }
@@ -284,7 +285,7 @@ prepare_settings() {
         echo "warning: Telegram's apps rewrite ${BASH_REMATCH[1]} while it is typed; a password without it: --password-file -"
 }
 
-# choose WHAT HINT FILE VALUE...: sets reply from the file, else to the first value that is one, else to what is typed.
+# choose WHAT HINT FILE VALUE...: sets reply from FILE, else to the first VALUE that holds one, else to what is typed.
 choose() {
     local what=$1 hint=$2 file=$3 value
     reply=''
@@ -311,7 +312,7 @@ judge_settings() {
     [ $status = 0 ] || die "${said#coap_websocket: }: mend it or give another, then run this again; nothing was changed"
 }
 
-# to_line KEY COMMAND: sed's script that does COMMAND to the line that sets KEY, in config.ini under [telegram].
+# to_line KEY COMMAND: sed's script that does COMMAND to the line that sets KEY; tokens stand under [telegram].
 to_line() {
     case $1 in
         *_token) printf '%s' "/$section/I,/^\s*\[/{/^\s*$1\s*=/I$2}" ;;
@@ -352,7 +353,7 @@ place() {
     if [ ! -e "$new" ]; then rm -f "$target"; return; fi
     [ -L "$target" ] || ! cmp -s "$new" "$target" || word=unchanged
     [ -d "${target%/*}" ] || mkdir -m 755 "${target%/*}"
-    replace "$new" "$target"  # also for owner and mode
+    replace "$new" "$target"  # even if unchanged, for its owner and mode
     echo "$target: $word"
 }
 
@@ -385,7 +386,7 @@ add_address() {
     [ -e "/sys/class/net/$interface" ] || return 0
     ip link set dev "$interface" up || true  # await_service tells what lacks
     there=$(address_there "$address" "$interface")
-    [[ $there != *dadfailed* ]] || ip -6 addr del "$address" dev "$interface"  # to look for its other owner anew
+    [[ $there != *dadfailed* ]] || ip -6 addr del "$address" dev "$interface"  # so that the kernel looks for a duplicate anew
     if ip -6 addr add "$address" dev "$interface" 2>/dev/null; then word=added; fi
     for _ in {1..10}; do
         there=$(address_there "$address" "$interface")
@@ -451,7 +452,7 @@ await_service() {
 # ---- take away -------------------------------------------------------------------------------------------------
 
 take_away() {
-    if [ -z "$before_note" ] && ! has_our_lines; then
+    if [ -z "$before_note" ] && ! our_lines >/dev/null; then
         rm -rf "$kept"  # with notes that never got whole
         echo "Nothing to uninstall: setup.sh has installed nothing here."
         return
@@ -505,7 +506,7 @@ give_back_templates() {
         config=${template%.template}
         rm -f "$config$part" "$template$part"
         [ -d "${config%/*}" ] || continue
-        [ -e "$config" ] || [ ! -e "$template" ] || continue
+        if [ -e "$template" ] && [ ! -e "$config" ]; then continue; fi  # is back already
         cp -a "$was" "$stage/template"
         [ ! -e "$config" ] || [ "$(with_line "$was" bot_token "$(line_of "$config" bot_token)")" = "$(cat "$config")" ] ||
             with_line "$config" bot_token "$(line_of "$was" bot_token)" >"$stage/template"

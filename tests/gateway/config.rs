@@ -643,19 +643,35 @@ fn send() {
     assert_eq!(finished.code(), Some(1), "{finished:?}");
     assert!(!finished.stderr.is_empty() && start.elapsed() < Duration::from_secs(15));
     // Somebody who is no CoAP server for this.
-    let resets = UdpSocket::bind((loopback(), 0)).unwrap();
-    let url = format!("coap://{}", resets.local_addr().unwrap());
+    let other = UdpSocket::bind((loopback(), 0)).unwrap();
+    let url = format!("coap://{}", other.local_addr().unwrap());
     let finished = thread::scope(|scope| {
         scope.spawn(|| {
             let mut request = [0; 2048];
-            let (_, client) = resets.recv_from(&mut request).unwrap();
+            let (_, client) = other.recv_from(&mut request).unwrap();
             let reset = [0x70, 0, request[2], request[3]];
-            resets.send_to(&reset, client).unwrap();
+            other.send_to(&reset, client).unwrap();
         });
         gateway.run(&["send", "-i", "5", "-m", "x", "-u", &url])
     });
     assert_eq!(finished.code(), Some(1), "{finished:?}");
     assert!(finished.stderr.contains("reset"), "{finished:?}");
+
+    // A copy of the request gets an empty ACK of its own.
+    let finished = thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut request = [0; 2048];
+            let (_, client) = other.recv_from(&mut request).unwrap();
+            let acknowledgement = [0x60, 0, request[2], request[3]];
+            let mut response = vec![0x54, 0x45, 0, 1]; // NON, 2.05
+            response.extend(&request[4..8]);
+            for bytes in [&acknowledgement[..], &acknowledgement, &response] {
+                other.send_to(bytes, client).unwrap();
+            }
+        });
+        gateway.run(&["send", "-i", "5", "-m", "x", "-u", &url])
+    });
+    assert_eq!(finished.stdout, "2.05 \n", "{finished:?}");
 }
 
 // --- the log ---

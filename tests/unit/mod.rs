@@ -643,7 +643,7 @@ fn answers_of_something_in_between() {
 #[test]
 fn what_is_tried_again() {
     let no_effect = Failure {
-        had_no_effect: true,
+        was_unsent: true,
         ..unreachable()
     };
     for (failure, retry_in, is_final) in [
