@@ -108,7 +108,7 @@ keep_what_is_there() {
         echo "warning: the root file system is an overlay: unless that is switched off, nothing of this outlasts a reboot"
     [ -z "$before_note" ] || return 0
     mkdir "$stage/$facts"
-    if our_lines >/dev/null; then
+    if [ -n "$(our_lines)" ]; then
         echo "$kept: damaged; what was there before the first run cannot be restored any more"
     else
         ip -6 -o addr show | awk '{ print $2, $4 }' >"$stage/$facts/addresses"
@@ -452,7 +452,7 @@ await_service() {
 # ---- take away -------------------------------------------------------------------------------------------------
 
 take_away() {
-    if [ -z "$before_note" ] && ! our_lines >/dev/null; then
+    if [ -z "$before_note$(our_lines)" ]; then
         rm -rf "$kept"  # with notes that never got whole
         echo "Nothing to uninstall: setup.sh has installed nothing here."
         return
