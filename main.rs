@@ -703,7 +703,7 @@ impl Gateway {
         let result = self.fetch_pages(token, deadline);
         let now = Instant::now();
         if let Err(failure) = &result {
-            // Without a configured token a mote's may be wrong, which says nothing of the one that works.
+            // A mote's token may be wrong if none is configured, which says nothing of the one that works.
             let is_wrong_token = matches!(failure.error_code, Some(401 | 404));
             let own = self.polling.token.as_ref().unwrap_or(token);
             if is_wrong_token && !own.matches(&token.0) {
