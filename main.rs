@@ -2593,12 +2593,13 @@ impl Log {
         let mut options = OpenOptions::new();
         options.append(true).create(true);
         let mut file = options.open(path)?;
-        if file.metadata()?.len() + line.len() as u64 > LOG_MAX {
+        let mut length = file.metadata()?.len();
+        if length + line.len() as u64 > LOG_MAX {
             let moved = fs::rename(path, beside(path, ".1"));
             moved.or_else(|_| file.set_len(0))?;
             file = options.open(path)?;
+            length = 0;
         }
-        let length = file.metadata()?.len();
         let written = file.write_all(line.as_bytes());
         if written.is_err() {
             file.set_len(length)?; // a full disk leaves no half of a line

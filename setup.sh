@@ -386,7 +386,8 @@ add_address() {
     [ -e "/sys/class/net/$interface" ] || return 0
     ip link set dev "$interface" up || true  # await_service tells what lacks
     there=$(address_there "$address" "$interface")
-    [[ $there != *dadfailed* ]] || ip -6 addr del "$address" dev "$interface"  # so that the kernel looks for a duplicate anew
+    # So that the kernel looks for a duplicate anew.
+    [[ $there != *dadfailed* ]] || ip -6 addr del "$address" dev "$interface"
     if ip -6 addr add "$address" dev "$interface" 2>/dev/null; then word=added; fi
     for _ in {1..10}; do
         there=$(address_there "$address" "$interface")
@@ -419,7 +420,7 @@ start() {
     systemctl restart coap_websocket 2>/dev/null || die "$dead"
     echo "service: enabled and restarted"
     [ -n "$fault" ] || [ ! -e "/sys/class/net/$interface" ] || await_service
-    echo "gateway: $(systemctl show -P StatusText coap_websocket)"
+    echo "gateway: $(status)"
     echo
     # With the service's files, and without what root has in its environment.
     if ! said=$(cd / && env -i PATH="$PATH" "$binary" check 2>&1) && [ -z "$fault" ]; then
@@ -434,10 +435,12 @@ If one of them is the motes': sudo bash setup.sh --interface NAME"
     [ -z "$fault" ] || die "$fault"
 }
 
+status() { systemctl show -P StatusText coap_websocket; }
+
 # Waits until the gateway serves, or finds out why it does not.
 await_service() {
     for _ in {1..30}; do
-        [[ $(systemctl show -P StatusText coap_websocket) != "Serves CoAP on "* ]] || return 0
+        [[ $(status) != "Serves CoAP on "* ]] || return 0
         sleep 0.5
     done
     if [[ $(ip -o link show dev "$interface") != *LOWER_UP* ]]; then
@@ -508,8 +511,9 @@ give_back_templates() {
         [ -d "${config%/*}" ] || continue
         if [ -e "$template" ] && [ ! -e "$config" ]; then continue; fi  # is back already
         cp -a "$was" "$stage/template"
-        [ ! -e "$config" ] || [ "$(with_line "$was" bot_token "$(line_of "$config" bot_token)")" = "$(cat "$config")" ] ||
-            with_line "$config" bot_token "$(line_of "$was" bot_token)" >"$stage/template"
+        if [ -e "$config" ] && [ "$(with_line "$was" bot_token "$(line_of "$config" bot_token)")" != "$(cat "$config")" ]; then
+            with_line "$config" bot_token "$(line_of "$was" bot_token)" >"$stage/template"  # edited since
+        fi
         replace "$stage/template" "$template"
         rm -f "$config"
         echo "$template: restored"

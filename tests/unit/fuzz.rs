@@ -790,18 +790,17 @@ impl Town {
         } else {
             assert!(new_users.is_empty(), "somebody else is registered");
         }
-        let has_left = state.is_removed(&ChatId::Number(writer.chat));
+        let is_removed = state.is_removed(&ChatId::Number(writer.chat));
         if writer.words == ["remove", "me"] || writer.words == ["stop"] {
-            return assert!(!is_user && has_left, "not removed: {}", writer.text);
+            return assert!(!is_user && is_removed, "not removed: {}", writer.text);
         }
+        let letters = &writer.letters;
+        let may_leave = letters.contains("remove") || letters.starts_with("stop");
         if !is_user && (before.is_user(writer.chat) || !state.removals().eq(before.removals())) {
-            let letters = &writer.letters;
-            assert!(
-                letters.contains("remove") || letters.starts_with("stop"),
-                "{letters}"
-            );
+            assert!(may_leave, "{}", writer.letters);
         }
         let is_open = !self.config.registration_by_password && !writer.text.is_empty();
+        let has_left = may_leave && is_removed;
         assert!(is_user || has_left || !is_open || before.users.len() >= 10);
     }
 
