@@ -4,12 +4,15 @@
 use std::collections::{BTreeMap, HashSet};
 use std::fs;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
+use std::time::Duration;
 
 use crate::support::Kind::{Ack, Con, Rst};
 use crate::support::*;
 
 /// A ping follows that many datagrams: its RST tells that they were read, and the socket's buffer holds more of them.
 const BATCH: usize = 32;
+/// A ping stands behind whatever the motes asked for meanwhile: two calls that hang, each 8.5 s, were seen at once.
+const PING_PATIENCE: Duration = Duration::from_secs(60);
 /// More than the gateway remembers.
 const MOTES: usize = 100;
 const LOG_MAX: usize = 1 << 20;
@@ -79,7 +82,10 @@ impl Damage {
         let ping = Message::new(Con, 0, mote.next_id());
         mote.send(&ping);
         loop {
-            let reply = mote.receive(); // well-formed and without a secret, or it panics
+            // Well-formed and without a secret, or it panics.
+            let reply = mote
+                .try_receive(PING_PATIENCE)
+                .expect("the gateway answers");
             if (reply.kind, reply.id) == (Rst, ping.id) {
                 return;
             }
