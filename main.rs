@@ -144,6 +144,9 @@ const TICK: Duration = Duration::from_secs(1);
 const OVERDUE_MAX: Duration = Duration::from_secs(1);
 /// How often it is checked that this host still has the address.
 const ADDRESS_CHECK: Duration = Duration::from_secs(60);
+/// How long a datagram may wait to be sent. The kernel holds what goes to a neighbour that it still looks
+/// for (3 s), and once 277 such datagrams fill the socket's buffer, every other one waits behind them.
+const SEND_TIME: Duration = Duration::from_millis(1);
 
 /// Everything that the program knows.
 struct Gateway {
@@ -222,6 +225,7 @@ impl Gateway {
         info!("{VERSION} serves CoAP on {listen}");
         self.tell_status();
         self.settle(Instant::now()); // without time for Telegram: tells of a disk that cannot be written
+        let _ = self.socket.set_write_timeout(Some(SEND_TIME));
         let mut buffer = vec![0; coap::DATAGRAM_MAX];
         let mut next_tick = Instant::now();
         let mut next_address_check = Instant::now() + ADDRESS_CHECK;
@@ -570,6 +574,7 @@ fn check_formats(request: &Request, method: RequestType, format: u16) -> Result<
     if wanted.is_some_and(|wanted| wanted != format) {
         return error(ResponseType::NotAcceptable, "Not available in this format");
     }
+    request.block(CoapOption::Block1)?; // `assemble` reads it, but a GET has nothing to assemble
     // Replies are short and go whole, whatever size of block is asked for.
     let block = request.block(CoapOption::Block2)?;
     if block.is_some_and(|block| block.number > 0) {
@@ -2364,8 +2369,8 @@ impl Config {
         let value = setting.value.as_str();
         let refuse = |rule: &str| Err(setting.fault(rule));
         match setting.name.as_str() {
-            "PASSWORD" if value.contains(char::is_whitespace) => {
-                return refuse("holds white space, which nobody could send");
+            "PASSWORD" if value.contains(|c: char| c.is_whitespace() || c.is_control()) => {
+                return refuse("holds white space or a control character, which nobody could send");
             }
             "PASSWORD" => self.password = Some(Secret(value.to_string())),
             "COAP_SERVER_IP" => match value.parse() {
@@ -3410,8 +3415,10 @@ mod coap {
     /// settings.
     fn encode(kind: MessageType, id: u16, request: &Request, response: &Response) -> Vec<u8> {
         let mut packet = response.packet.clone();
-        // RFC 7959 §2.3: a response to a block says which one.
-        if let Some(block) = request.block_value(CoapOption::Block1) {
+        // RFC 7959 §2.3: a response to a block says which one. §2.2: the reserved size must not be sent.
+        if let Some(block) = request.block_value(CoapOption::Block1)
+            && block & 7 < 7
+        {
             let goes_on = response.is(ResponseType::Continue);
             let more = if goes_on { MORE } else { 0 };
             let value = OptionValueU32(block & !MORE | more);

@@ -202,6 +202,8 @@ fn options() {
             assert_eq!(answer.code(), expected, "{options}");
             let block = answer.option_value(BLOCK1).unwrap_or_default();
             assert!(block.len() <= 3, "{answer}");
+            let size = answer.option_uint(BLOCK1).unwrap_or_default() & 7;
+            assert!(size < 7, "must not be sent: {answer}");
         }
         assert_eq!(api.count("sendMessage"), served, "{options}");
     }
@@ -488,4 +490,9 @@ fn discovery() {
     mote.piggybacked(&accept(b"\x28")).expect("2.05", &both);
     mote.piggybacked(&accept(b"")).expect_code("4.06");
     mote.piggybacked(&accept(b"\x3c")).expect_code("4.06");
+    for option in [BLOCK1, BLOCK2] {
+        let reserved = get().option(option, b"\x07");
+        mote.piggybacked(&reserved)
+            .expect("4.00", "Reserved block size");
+    }
 }

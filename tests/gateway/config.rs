@@ -404,6 +404,7 @@ telegram         | bot_token = {T}¶mote_token = a sesame | config.ini:3 mote_to
 telegram         | bot_token = {T}¶mote_token = sesame&  | config.ini:3 mote_token
 telegram         | bot_token = {T}¶mote_token = 50-characters-are-one-more-than-the-firmware-holds | config.ini:3 mote_token
 .env             | # x¶PASSWORD sesame¶             | .env:2
+.env             | PASSWORD=sesame\u{7f}sesame       | .env:1 PASSWORD control
 .env             | COAP_SERVER_PORT=70000           | .env COAP_SERVER_PORT
 COAP_SERVER_PORT | 70000                            | environment COAP_SERVER_PORT
 COAP_SERVER_PORT | 0                                | environment COAP_SERVER_PORT
