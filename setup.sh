@@ -57,7 +57,7 @@ before_note=''                   # the note of what was there, if one is whole; 
 fault=''                         # why the gateway does not serve, though all is installed
 
 main() {
-    local uninstall=false lock
+    local uninstall=false lock folder
     while [ $# -gt 0 ]; do
         case $1 in
             --help) sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; return ;;
@@ -76,10 +76,13 @@ main() {
     command -v ip >/dev/null || die "no ip command: run apt install iproute2"
     exec {lock}</var/lib
     flock -n "$lock" || die "another setup.sh is running: wait for it"
+    for folder in /usr/local /etc /var/lib; do
+        [ -w "$folder" ] || die "cannot write to $folder: is its file system read-only?"
+    done
     trap finish EXIT
     trap 'exit 130' INT TERM HUP
     rm -rf "$stage"
-    mkdir -p "$stage" 2>/dev/null || die "cannot write to /var/lib: is the file system read-only, or full?"
+    mkdir -p "$stage" 2>/dev/null || die "cannot write to /var/lib: is the disk full?"
     unpack_notes
     read -r _ _ _ _ old_address _ old_interface _ < <(our_lines | grep -o 'ip -6 addr add .*') || true
     if $uninstall; then take_away; else put_on; fi
@@ -87,7 +90,7 @@ main() {
 
 die() {
     explained=true
-    printf 'setup.sh: %s\n' "$1" >&2
+    printf 'setup.sh: %s\n' "$*" >&2
     exit 1
 }
 
@@ -150,6 +153,8 @@ unpack_notes() {
 
 put_on() {
     export -n BOT_TOKEN PASSWORD  # not for our children
+    [ -e "$firmware/config.ini" ] || [ ! -e "$firmware/config.ini.template" ] || [ -w "$firmware" ] ||
+        die "cannot write to $firmware: copy the folder of this setup.sh out of there, and run it in the copy"
     prepare_unit_and_binary
     prepare_settings
     prepare_rc_local
@@ -181,6 +186,7 @@ prepare_unit_and_binary() {
     [ -f "$source" ] || source=$here/target/release/coap_websocket
     [ -f "$source" ] || die 'no coap_websocket beside setup.sh: see "Get the binary" in README.md'
     install -m 755 "$source" "$stage/binary"
+    [ -x "$stage/binary" ] || die "programs may not run in /var/lib: is it mounted noexec?"
     # By bash: timeout itself would run a program for another machine as a shell script.
     said=$(timeout 10 bash -c "$stage/binary --version" 2>&1 </dev/null) || true
     [[ $said == "coap_websocket "[0-9]* ]] ||
@@ -217,7 +223,9 @@ prepare_rc_local() {
     [ -x "$new" ] || chmod 755 "$new"  # else it never runs
     printf "%s$mark\n" "sleep 1" "ip link set dev $interface up || true" "ip -6 addr add $address dev $interface || true" |
         sed -e "$(lines_that_add_it "$theirs")" -e '1r /dev/stdin' "$theirs" >"$new"
-    if bash -n "$theirs" 2>/dev/null && ! bash -n "$new" 2>/dev/null; then
+    # Half a command commented out would make the next one its other half.
+    if grep -aPzq "(?m)^(?!\\s*#).*([\\\\|]|&&)[ \\t]*\\n$off" "$new" ||
+        { bash -n "$theirs" 2>/dev/null && ! bash -n "$new" 2>/dev/null; }; then
         die "$rc_local adds $address in a way that cannot be commented out: remove that there, then run this again"
     fi
 }
@@ -248,8 +256,10 @@ lines_that_add_it() {
 prepare_interface() {
     local there ip add="-6 addr add $address dev $interface"
     ip=$(command -v ip)
-    if systemctl is-active -q NetworkManager &&
-        [[ $(nmcli -g GENERAL.STATE device show "$interface" 2>/dev/null) != *unmanaged* ]]; then
+    there=$(nmcli -g GENERAL.TYPE,GENERAL.STATE device show "$interface" 2>/dev/null) || true  # none if it is absent
+    if systemctl is-active -q NetworkManager && [[ -z $there || ($there == ethernet* && $there != *unmanaged*) ]]; then
+        [ -z "$(ip -4 route show default dev "$interface" 2>/dev/null)" ] || die "$interface is this Pi's way to the Internet," \
+            "and would lose that; name the motes' interface: sudo bash setup.sh --interface NAME"
         there=$(ip -4 -br addr show dev "$interface" 2>/dev/null | awk '{ print $3 }')
         [ -z "$there" ] || echo "warning: $interface loses $there, for it is the motes' alone now;" \
             "if it is not theirs: sudo bash setup.sh --uninstall"
