@@ -5,7 +5,6 @@ use std::time::{Duration, Instant};
 use crate::support::Kind::{Ack, Con, Non, Rst};
 use crate::support::*;
 
-const AT_ONCE: Duration = Duration::from_millis(100);
 /// A first retransmission comes after 2 to 3 s.
 const RETRANSMITTED: Duration = Duration::from_millis(3500);
 
@@ -233,13 +232,14 @@ fn options() {
 #[test]
 fn a_slow_telegram() {
     let (api, gateway) = start();
-    api.fail(every("sendMessage"), Fault::Late(ms(1000)));
+    let late = ms(3000);
+    api.fail(every("sendMessage"), Fault::Late(late));
     let mote = Mote::new(gateway.address());
     let request = mote.post("message", message(&api, "5", "x"));
     let asked = Instant::now();
     mote.begin(&request);
     let taken = asked.elapsed();
-    assert!(taken < AT_ONCE, "empty ACK after {taken:?}");
+    assert!(taken < late / 2, "empty ACK after {taken:?}");
     mote.send(&request);
     mote.send(&request);
     let response = mote.response(&request);
@@ -259,19 +259,24 @@ fn a_slow_telegram() {
 fn retransmission() {
     let (api, gateway) = start();
     let mote = Mote::new(gateway.address());
+    let start = Instant::now();
     mote.begin(&mote.post("message", message(&api, "5", "x")));
     let first = mote.receive_raw(PATIENCE).expect("a response");
-    let start = Instant::now();
+    let received = Instant::now();
     let response = Message::decode(&first).unwrap();
     // An ACK or a RST counts only from the endpoint that the response went to.
     let other = Mote::new(gateway.address());
     other.acknowledge(&response);
     other.reset(&response);
     assert_eq!(mote.receive_raw(PATIENCE), Some(first));
-    let gap = start.elapsed();
-    assert!((ms(1900)..ms(3300)).contains(&gap), "{gap:?}");
+    // After 2 to 3 s; the machine may be late with either of the two.
+    let (most, least) = (start.elapsed(), received.elapsed());
+    assert!(
+        most >= ms(2000) && least < ms(3900),
+        "{least:?} to {most:?}"
+    );
     mote.acknowledge(&response);
-    mote.expect_silence(gap * 2 + ms(500));
+    mote.expect_silence(most * 2 + ms(500));
     assert_eq!(api.count("sendMessage"), 1);
 }
 
@@ -460,7 +465,7 @@ fn block1_of_many_motes() {
             assert!(mote.try_receive(PATIENCE).is_some());
         }
     }
-    let grown = gateway.rss_kib() - before;
+    let grown = gateway.rss_kib().saturating_sub(before);
     assert!(grown < 2048, "4 MiB were sent, {grown} KiB are kept");
     let mote = Mote::new(gateway.address());
     mote.separate(&send_blocks(&mote, &message(&api, "5", "x"), 32))

@@ -52,7 +52,10 @@ fn at_telegrams_pace(chats: impl Fn(usize) -> String + Sync) {
     let calls = api.seen().calls;
     let refused = calls.iter().filter(|it| it.status == 429).count();
     println!("429 was answered {refused} times");
-    assert!(refused > 0, "Telegram never found it too fast");
+    // All of them take 6 s at 30 a second; a machine that is no faster by itself shows nothing here.
+    let took = calls.last().unwrap().at - calls[0].at;
+    let is_slow = took > Duration::from_secs(5);
+    assert!(refused > 0 || is_slow, "never too fast, in {took:?}");
 }
 
 #[test]

@@ -129,7 +129,7 @@ fn a_page_that_is_too_long() {
     let start = Instant::now();
     let gateway = Gateway::with(Setup::new(&api));
     let is_heard = |seen: &Seen| !seen.texts_to(ADA).is_empty();
-    let is_in_time = api.wait_until(Duration::from_secs(20), is_heard);
+    let is_in_time = api.wait_until(Duration::from_secs(60), is_heard);
     println!("after {:.1?}", start.elapsed());
     assert!(is_in_time, "{}", gateway.log());
 }
@@ -148,7 +148,7 @@ fn an_update_that_is_too_long_for_the_line() {
     let config = format!("[telegram]\nbot_token = {TOKEN}\nurl = {}\n", line.url());
     let gateway = Gateway::with(Setup::ipv4(&api).config(&config));
     let is_heard = |seen: &Seen| !seen.texts_to(ADA).is_empty();
-    let is_in_time = api.wait_until(Duration::from_secs(40), is_heard);
+    let is_in_time = api.wait_until(Duration::from_secs(90), is_heard);
     assert!(is_in_time, "{}", gateway.log());
 }
 
@@ -158,7 +158,7 @@ fn the_memory_of_a_page() {
     let api = long_texts(90, &"🙂".repeat(4096));
     let gateway = Gateway::with(Setup::new(&api));
     let mote = Mote::new(gateway.address());
-    let is_heard = within(Duration::from_secs(30), || {
+    let is_heard = within(Duration::from_secs(90), || {
         mote.post_separate("update", update(&api));
         !api.texts_to(ADA).is_empty()
     });
@@ -606,22 +606,25 @@ fn retry_after() {
         api.wait_for("the first fetch", |seen| seen.count("getUpdates") > 0);
         let refused = api.seen().calls("getUpdates")[0].at;
         let mote = Mote::new(gateway.address());
-        while refused.elapsed() < Duration::from_millis(5200) {
+        while refused.elapsed() < Duration::from_millis(3500) {
             let start = Instant::now();
             mote.post_separate("update", update(&api))
                 .expect("5.00", "");
             let taken = start.elapsed();
-            assert!(taken < Duration::from_secs(1), "{taken:?}");
-            assert_eq!(api.count("getUpdates"), 1, "asked too early");
+            assert!(taken < Duration::from_secs(2), "{taken:?}");
             thread::sleep(Duration::from_millis(300));
         }
         // Texts are another matter.
         mote.post_separate("message", message(&api, "5", "x"))
             .expect_code("2.05");
-        thread::sleep(Duration::from_millis(1000));
-        mote.post_separate("update", update(&api))
-            .expect_code("2.03");
         assert_eq!(api.texts_to(5), ["x"]);
+        let is_served = || mote.post_separate("update", update(&api)).code() == "2.03";
+        assert!(within(PATIENCE, is_served), "{}", gateway.log());
+        let early = api.seen().calls("getUpdates")[1].at - refused;
+        assert!(
+            early >= Duration::from_millis(5500),
+            "asked after {early:?}"
+        );
     });
 }
 

@@ -1117,7 +1117,7 @@ fn a_conversation() {
             let texts = ["help", "what is this?", "thank you"];
             let start = Instant::now();
             scene.writes(ADA, "Ada", texts[turn - 1]);
-            let is_in_time = is_answered(turn, Duration::from_millis(4500));
+            let is_in_time = is_answered(turn, Duration::from_millis(5500)); // not the next but one
             println!("turn {turn}: {:.1?}", start.elapsed());
             assert!(is_in_time, "turn {turn}: {:?}", scene.api.texts_to(ADA));
         }
@@ -1133,13 +1133,13 @@ fn the_pace_of_fetches() {
     scene.writes(ADA, "Ada", "hi");
     let is_heard = |seen: &Seen| !seen.texts_to(ADA).is_empty();
     assert!(scene.api.wait_until(Duration::from_secs(17), is_heard));
-    std::thread::sleep(Duration::from_secs(40));
+    std::thread::sleep(Duration::from_secs(44));
     let calls = scene.api.seen().calls("getUpdates");
     let mut gaps = Vec::new();
     for pair in calls.windows(2) {
         let gap = pair[1].at - pair[0].at;
         if pair[0].at > start && gap > Duration::from_secs(1) {
-            gaps.push(gap.as_secs_f64().round() as u64);
+            gaps.push(gap.as_secs()); // not less, and up to a second more
         }
     }
     assert_eq!(gaps[..4], [3, 6, 12, 15], "{gaps:?}");

@@ -766,7 +766,7 @@ fn a_console_that_cannot_be_written() {
         let mut gateway = Gateway::stopped(Setup::new(&api));
         gateway.launch_to(stdout);
         let mote = Mote::new(gateway.address());
-        assert!(within(PATIENCE, || mote.ping(Duration::from_millis(20))));
+        assert!(within(PATIENCE, || mote.ping(QUIET)));
         for _ in 0..3 {
             mote.post_piggybacked("nowhere", "").expect_code("4.04");
         }

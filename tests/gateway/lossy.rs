@@ -107,25 +107,24 @@ fn send_texts(
     })
 }
 
-/// No text twice, and none lost whose request arrived.
-fn texts(count: usize) {
+/// No text twice, and none lost whose request arrived. Of two hundred, one loses five requests or five responses in a row.
+fn texts(count: usize, least: usize) {
     let api = BotApi::start();
     let gateway = start_with(&api, Setup::ipv4(&api));
     let asked = send_texts(&api, gateway.address(), count, GIVEN_UP, || {});
     let outcome = judge(&api, &asked, 1);
-    // Five requests or five responses in a row are lost once in 200 times each.
-    assert!(outcome.served >= count * 19 / 20);
+    assert!(outcome.served >= least);
 }
 
 #[test]
 fn some_texts() {
-    texts(20);
+    texts(20, 17); // fewer once in 100,000 times
 }
 
 #[test]
 #[ignore = "takes a minute"]
 fn two_hundred_texts() {
-    texts(200);
+    texts(200, 190);
 }
 
 /// The gateway is killed in the middle and started again. It remembers nothing of the requests before: those whose ACK
@@ -187,7 +186,8 @@ fn every_change_arrives() {
             mote.poll(&api);
         }
     }
-    let knows_all = within(Duration::from_secs(20), || {
+    // A poll whose response is lost five times takes GIVEN_UP.
+    let knows_all = within(2 * GIVEN_UP, || {
         mote.poll(&api);
         mote.firmware.knows() == wanted.knows()
     });

@@ -8,8 +8,6 @@ use crate::support::*;
 use serde_json::json;
 
 const MISSING: &str = "Missing required fields";
-/// Every request is answered within 9 s, whatever Telegram does; the rest is the machine's.
-const LIMIT: Duration = Duration::from_millis(9200);
 
 /// The log's lines that tell of something wrong, that of a request answered 5.00 included.
 fn warnings(gateway: &Gateway) -> Vec<String> {
@@ -220,7 +218,7 @@ const TEN: &str = "1,2,3,4,5,6,7,8,9,10";
 /// Sends one text, and asserts how many round trips it takes.
 #[track_caller]
 fn assert_trips(api: &BotApi, mote: &Mote, name: &str, chats: &str, trips: u32) {
-    let trip = Duration::from_millis(600);
+    let trip = Duration::from_millis(1200);
     api.set_round_trip(trip);
     let start = Instant::now();
     mote.post_separate("message", message(api, chats, name))
@@ -242,6 +240,7 @@ fn round_trips() {
     assert_trips(&api, &mote, "three chats, cold", THREE, 3);
     assert_trips(&api, &mote, "two chats, warm", "1,2", 1);
     assert_trips(&api, &mote, "three chats, warm", THREE, 1);
+    poll(&mote, &api); // or the gateway's own fetch might come in between
     assert_trips(&api, &mote, "ten chats, cold", TEN, 3);
     assert_trips(&api, &mote, "ten chats, warm", TEN, 1);
 }
@@ -396,7 +395,7 @@ fn assert_fails(api: &BotApi, gateway: &Gateway, calls: usize, words: &str) {
     let start = Instant::now();
     mote.post_separate("message", message(api, "5", "x"))
         .expect("5.00", "");
-    assert!(start.elapsed() < LIMIT, "took {:?}", start.elapsed());
+    assert!(start.elapsed() < IN_TIME, "took {:?}", start.elapsed());
     assert_eq!(api.count("sendMessage"), calls, "calls");
     let told = warnings(gateway);
     assert!((1..=2).contains(&told.len()), "one clear line: {told:#?}");
@@ -433,7 +432,7 @@ fn no_name_server() {
     Mote::new(gateway.address())
         .post_separate("message", form(url, TOKEN, "5", "x"))
         .expect("5.00", "");
-    assert!(start.elapsed() < LIMIT, "took {:?}", start.elapsed());
+    assert!(start.elapsed() < IN_TIME, "took {:?}", start.elapsed());
     let told = warnings(&gateway).join("\n");
     assert!(told.contains("no-such-host.invalid"), "{told}");
 }
@@ -537,10 +536,11 @@ fn http_oddities() {
     for [code, shape] in rows(ODDITIES) {
         let text = spelt_out(shape).replace("{ELSEWHERE}", &elsewhere);
         api.fail(next(1, "sendMessage"), Fault::Bytes(text.into_bytes()));
+        api.close_connections(); // what is left of the last row is not to be met half closed
         let (calls, told) = (api.count("sendMessage"), warnings(&gateway).len());
         let start = Instant::now();
         let response = mote.post_separate("message", message(&api, "5", "x"));
-        assert!(start.elapsed() < LIMIT, "{shape}");
+        assert!(start.elapsed() < IN_TIME, "{shape}");
         assert_eq!(response.code(), code, "{shape}");
         assert_eq!(api.count("sendMessage"), calls + 1, "{shape}");
         let lines = warnings(&gateway).split_off(told);
@@ -609,7 +609,11 @@ fn one_chat_of_three_fails() {
             .post_separate("message", message(&api, "5,6666,7", "x"))
             .expect("2.05", SENT);
         let hangs = matches!(fault, Fault::Hang);
-        let limit = if hangs { LIMIT } else { Duration::from_secs(2) };
+        let limit = if hangs {
+            IN_TIME
+        } else {
+            Duration::from_secs(5)
+        };
         assert!(start.elapsed() < limit, "took {:?}", start.elapsed());
         assert_eq!(api.count("sendMessage"), 3, "one for each");
         assert_eq!([api.texts_to(5), api.texts_to(7)], [["x"], ["x"]]);

@@ -60,7 +60,8 @@ fn survive(
     let outcome = judge(api, &asked, 1);
     assert!(outcome.longest < WAIT_MAX);
     println!("afterwards a request took {:.1?}", afterwards.waited);
-    assert!(afterwards.got("2.05") && afterwards.waited < Duration::from_secs(1));
+    // Behind one call that still hangs it would wait for 2 s.
+    assert!(afterwards.got("2.05") && afterwards.waited < Duration::from_millis(1900));
     // The log says the start and the end of the outage, once each, if a poll met it.
     let is_failed_poll = |it: &Asked| it.text.is_none() && it.got("5.00");
     let times = usize::from(asked.iter().any(is_failed_poll));

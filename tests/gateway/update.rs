@@ -434,7 +434,7 @@ fn telegram_fails() {
         mote.post_separate("update", update(&api))
             .expect("5.00", "");
         let taken = start.elapsed();
-        assert!(taken < Duration::from_millis(9200), "{taken:?}");
+        assert!(taken < IN_TIME, "{taken:?}");
         let log = gateway.log();
         let told = |line: &str| {
             (line.contains("[WARN]") || line.contains("[ERROR]")) && line.contains(word)
@@ -464,10 +464,7 @@ fn a_hanging_telegram() {
     first.acknowledge(&response);
     response.expect("5.00", "");
     let taken = asked.elapsed();
-    assert!(
-        taken < Duration::from_millis(9100),
-        "the first took {taken:?}"
-    );
+    assert!(taken < IN_TIME, "the first took {taken:?}");
     assert_eq!(second.receive(), Message::new(Kind::Ack, 0, text.id));
     let acknowledged = Instant::now();
     let response = second.response(&text);
@@ -475,7 +472,7 @@ fn a_hanging_telegram() {
     response.expect("5.00", "");
     let taken = acknowledged.elapsed();
     assert!(
-        taken < Duration::from_millis(2500),
+        taken < Duration::from_secs(6),
         "told soon, for the last fetch timed out: {taken:?}"
     );
     assert_eq!(second.receive(), Message::new(Kind::Ack, 0, text.id));
@@ -522,7 +519,7 @@ fn answers_that_fail() {
         ("hang", (Fault::Hang, "time")),
         ("500", (Fault::error(500, "restart"), "restart")),
         ("closed", (Fault::CloseUnanswered, "closed")),
-        ("late", (Fault::Late(Duration::from_secs(1)), "registered")),
+        ("late", (Fault::Late(Duration::from_secs(4)), "registered")),
     ];
     in_parallel(&cases, |(fault, word)| {
         let (api, gateway) = start();
@@ -534,7 +531,7 @@ fn answers_that_fail() {
         let start = Instant::now();
         assert_eq!(poll(&mote, &api), format!("i5;{BOTH}"));
         let taken = start.elapsed();
-        assert!(taken < Duration::from_millis(500), "{taken:?}");
+        assert!(taken < Duration::from_secs(3), "{taken:?}");
         api.wait_for("the attempt", |seen| seen.count("sendMessage") >= 1);
         assert!(mote.ping(PATIENCE), "within the time of a request");
         let log = gateway.log();
@@ -553,7 +550,7 @@ fn the_end_of_a_hang_is_noticed_within_a_minute() {
         .expect("5.00", "");
     api.heal();
     api.person_writes(ADA, "Ada", "hi");
-    let heard = api.wait_until(Duration::from_secs(62), |seen| {
+    let heard = api.wait_until(Duration::from_secs(68), |seen| {
         !seen.texts_to(ADA).is_empty()
     });
     assert!(heard, "{}", gateway.log());

@@ -271,7 +271,9 @@ impl Gateway {
         self.launch();
         let mote = Mote::new(self.address());
         let end = Instant::now() + Duration::from_secs(10);
-        while !mote.ping(Duration::from_millis(20)) {
+        let mut patience = Duration::from_millis(20);
+        while !mote.ping(patience) {
+            patience *= 2; // the machine may be slow
             if let Some(status) = self.child.as_mut().unwrap().try_wait().unwrap() {
                 panic!("the gateway ended with {status}:\n{}", self.output());
             }

@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 
 /// What TCP puts into one packet.
 const PACKET: usize = 1400;
+/// What is read within this time was there already.
+const AT_ONCE: Duration = Duration::from_millis(20);
 
 /// The running line. Its threads end with the connections that it leads; its listener ends with the value.
 pub struct Line {
@@ -91,11 +93,15 @@ impl Drop for Line {
 }
 
 impl Shared {
-    /// Waits until so many bytes have gone over a direction.
-    fn transmit(&self, direction: &Mutex<Instant>, length: usize) {
+    /// Waits until so many bytes have gone over a direction. Those that have waited for the line follow those before,
+    /// however late this thread woke up, or the line would be slower on a busy machine.
+    fn transmit(&self, direction: &Mutex<Instant>, length: usize, have_waited: bool) {
         let time = Duration::from_secs_f64(length as f64 / self.bytes_per_second as f64);
         let mut busy_until = direction.lock().unwrap();
-        *busy_until = (*busy_until).max(Instant::now()) + time;
+        if !have_waited {
+            *busy_until = (*busy_until).max(Instant::now());
+        }
+        *busy_until += time;
         let done = *busy_until;
         drop(busy_until);
         thread::sleep(done.saturating_duration_since(Instant::now()));
@@ -126,14 +132,16 @@ fn copy(
     let mut buffer = [0; PACKET];
     let is_forgotten = || number <= shared.forgotten.load(Relaxed);
     loop {
+        let start = Instant::now();
         let length = from.read(&mut buffer).unwrap_or(0);
+        let have_waited = start.elapsed() < AT_ONCE;
         if is_forgotten() {
             if length == 0 {
                 return; // not a word to the other side
             }
             continue;
         }
-        shared.transmit(direction, length);
+        shared.transmit(direction, length, have_waited);
         if let Some(count) = count {
             count.fetch_add(length, Relaxed);
         }

@@ -8,6 +8,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// Longer than the gateway may take for any answer (9 s).
 pub const PATIENCE: Duration = Duration::from_secs(12);
+/// What an answer that needs all the time of a request (8.5 s, see unit/mod.rs) takes at most, on a busy machine.
+pub const IN_TIME: Duration = Duration::from_secs(11);
 /// How long "nothing comes" is waited for.
 pub const QUIET: Duration = Duration::from_millis(300);
 
