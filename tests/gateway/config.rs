@@ -829,7 +829,7 @@ fn a_slow_disk() {
     let made = Command::new("mkfifo").arg(&pipe).status();
     assert!(made.unwrap().success());
     api.block_chat(ADA);
-    // Or it would wait for us.
+    // It leaves before the state is written, which ends only below.
     mote.post_separate("message", message(&api, "1234567890,5", "x"))
         .expect("2.05", SENT);
     assert!(!mote.ping(QUIET), "the removal is being written");
