@@ -254,10 +254,10 @@ lines_that_add_it() {
 # NetworkManager takes away an address that it does not know. Where it does not look after the interface, nobody else
 # brings that up when it appears.
 prepare_interface() {
-    local there ip add="-6 addr add $address dev $interface"
+    local device there ip add="-6 addr add $address dev $interface"
     ip=$(command -v ip)
-    there=$(nmcli -g GENERAL.TYPE,GENERAL.STATE device show "$interface" 2>/dev/null) || true  # none if it is absent
-    if systemctl is-active -q NetworkManager && [[ -z $there || ($there == ethernet* && $there != *unmanaged*) ]]; then
+    device=$(nmcli -g GENERAL.TYPE,GENERAL.STATE device show "$interface" 2>/dev/null) || true  # none if it is absent
+    if systemctl is-active -q NetworkManager && [[ -z $device || ($device == ethernet* && $device != *unmanaged*) ]]; then
         [ -z "$(ip -4 route show default dev "$interface" 2>/dev/null)" ] || die "$interface is this Pi's way to the Internet," \
             "and would lose that; name the motes' interface: sudo bash setup.sh --interface NAME"
         there=$(ip -4 -br addr show dev "$interface" 2>/dev/null | awk '{ print $3 }')

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{Ipv6Addr, SocketAddr, UdpSocket};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{self, UnixDatagram};
@@ -473,53 +473,24 @@ fn a_taken_port() {
     assert_eq!(finished.stderr.lines().count(), 1, "{finished:?}");
 }
 
-/// Sends a UDP datagram from `::`, as a mote does whose address is not checked yet: port, payload in hexadecimal digits.
-const SEND_UNSPECIFIED: &str = r#"
-import socket, struct, sys
-port, payload = int(sys.argv[1]), bytes.fromhex(sys.argv[2])
-source, target = bytes(16), socket.inet_pton(socket.AF_INET6, "::1")
-length = 8 + len(payload)
-def udp(checksum):
-    return struct.pack("!4H", 5683, port, length, checksum) + payload
-whole = source + target + struct.pack("!2I", length, 17) + udp(0) + bytes(length % 2)
-total = sum(struct.unpack("!%dH" % (len(whole) // 2), whole))
-while total > 0xffff:
-    total = (total & 0xffff) + (total >> 16)
-packet = struct.pack("!IHBB", 6 << 28, length, 17, 64) + source + target + udp(~total & 0xffff or 0xffff)
-socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_RAW).sendto(packet, ("::1", 0))
-"#;
-
 /// Row 25c: it could not be answered, and comes again from the real address; else its text would be sent twice.
 #[test]
 fn from_the_unspecified_address() {
-    let python = Command::new("python3").arg("--version").output();
-    if !has_client(from_the_unspecified_address, "python3", python.is_ok())
-        || !in_namespaces(from_the_unspecified_address)
-    {
+    if !can_send_from(from_the_unspecified_address) {
         return;
     }
     let api = BotApi::start();
     let gateway = start_with(&api, Setup::new(&api));
     let mote = Mote::new(gateway.address());
     let request = mote.post("message", message(&api, "5", "x"));
-    let send = |port: u16| {
-        let digits: String = request
-            .encode()
-            .iter()
-            .map(|b| format!("{b:02x}"))
-            .collect();
-        let status = Command::new("python3")
-            .args(["-c", SEND_UNSPECIFIED, &port.to_string(), &digits])
-            .status();
-        assert!(status.unwrap().success(), "python3");
-    };
+    let send = |target| send_from(&[Ipv6Addr::UNSPECIFIED], target, &request.encode());
     // It arrives where an ordinary socket listens.
     let witness = UdpSocket::bind("[::1]:0").unwrap();
-    send(witness.local_addr().unwrap().port());
+    send(witness.local_addr().unwrap());
     witness.set_read_timeout(Some(PATIENCE)).unwrap();
     let (_, source) = witness.recv_from(&mut [0; 2048]).unwrap();
     assert_eq!(source.to_string(), "[::]:5683");
-    send(gateway.address().port());
+    send(gateway.address());
     assert!(mote.ping(PATIENCE), "what came before the ping was read");
     assert_eq!(api.count("sendMessage"), 0);
     mote.separate(&request).expect("2.05", SENT);

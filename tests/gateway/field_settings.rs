@@ -23,11 +23,6 @@ fn assert_refused(finished: &Finished, words: &[&str]) {
     }
 }
 
-fn run(program: &str, arguments: &str) {
-    let status = Command::new(program).args(arguments.split(' ')).status();
-    assert!(status.unwrap().success(), "{program} {arguments}");
-}
-
 // --- the address ---
 
 /// From a socket on all addresses an answer may leave from another one than the mote has asked.

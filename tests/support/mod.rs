@@ -19,6 +19,7 @@ mod name_server;
 mod needs;
 mod proxy;
 mod scene;
+mod spoof;
 mod telegram;
 mod trouble;
 
@@ -35,9 +36,10 @@ pub use gateway::{Finished, Gateway, PASSWORD, Setup, binary, free_udp_port, loo
 pub use line::Line;
 pub use mote::*;
 pub use name_server::{NameServer, Names};
-pub use needs::{has_client, has_ipv6, in_namespaces};
+pub use needs::{has_client, has_ipv6, in_namespaces, run};
 pub use proxy::Proxy;
 pub use scene::Scene;
+pub use spoof::{can_send_from, send_from};
 pub use telegram::{Pace, Refusal};
 
 /// How long an empty page counts: Telegram holds a fetch that repeats its offset before, so it is not asked again.

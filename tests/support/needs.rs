@@ -39,8 +39,15 @@ fn name_of<Test>(_: Test) -> &'static str {
     name
 }
 
+/// Runs a program, which must succeed; blanks part its arguments.
+#[track_caller]
+pub fn run(program: &str, arguments: &str) {
+    let status = Command::new(program).args(arguments.split(' ')).status();
+    assert!(status.unwrap().success(), "{program} {arguments}");
+}
+
 /// Runs a command; if it cannot be run or fails, says why in a line.
-fn run(command: &mut Command) -> Result<(), String> {
+fn try_to_run(command: &mut Command) -> Result<(), String> {
     let program = command.get_program().to_string_lossy().into_owned();
     let output = command.output().map_err(|error| match error.kind() {
         io::ErrorKind::NotFound => format!("{program} is not installed"),
@@ -117,7 +124,7 @@ fn namespaces() -> Result<Command, String> {
     let set_up = "ip link set lo up; mount -t tmpfs tmpfs /mnt; umount /mnt";
     let mut reason = String::new();
     for user in [&[][..], &["--map-root-user"]] {
-        match run(unshare(user).arg(set_up)) {
+        match try_to_run(unshare(user).arg(set_up)) {
             Ok(()) => {
                 let mut command = unshare(user);
                 command.args([r#"ip link set lo up; exec "$@""#, "sh"]);
