@@ -367,8 +367,11 @@ struct Resident {
 
 impl Resident {
     fn new(gateway: &Gateway, number: usize, seed: u64) -> Self {
+        let mut mote = FieldMote::new(number, seed, gateway.address());
+        // A machine or a disk that stalls is no lost answer. How long one may take is judged elsewhere.
+        mote.patience = GIVEN_UP;
         Self {
-            mote: FieldMote::new(number, seed, gateway.address()),
+            mote,
             cycle: 0,
             reports: Vec::new(),
             failed_polls: 0,
@@ -442,7 +445,7 @@ impl Resident {
     /// Whichever `getUpdates` is next.
     fn plan_a_poll_fault(&mut self, world: &World) {
         let fault = match self.mote.random.below(600) {
-            _ if self.mote.number == 0 && self.cycle == HANG_EACH / 4 => Fault::Hang,
+            _ if self.mote.number == 0 && self.cycle == HANG_EACH / 16 => Fault::Hang,
             0 => Fault::error(500, "Internal Server Error"),
             1 => Fault::conflict(),
             2 => Fault::CloseUnanswered,
