@@ -281,9 +281,10 @@ impl MessageIds {
         self.last
     }
 
-    /// At least 1000 away, for nobody can tell a restart that happens to go on from the last ID.
+    /// At least 1000 away, for nobody can tell a restart that happens to go on from the last ID; and never so far that
+    /// an ID comes again soon, for the same request would be a duplicate, RFC 7252 §4.5.
     pub fn restart(&mut self) {
-        self.last = self.last.wrapping_add(1000 + self.draw(60_000));
+        self.last = self.last.wrapping_add(1000 + self.draw(5000));
     }
 
     /// The high bits of a linear congruential generator.
